@@ -1,0 +1,85 @@
+"""What the command lines share: errors of one line, checked numbers, logging beside a progress bar."""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+# How long a rank other than 0 waits before it prints: when every rank meets the same error,
+# rank 0 says it, and torchrun ends the others within this time.
+OTHER_RANKS_WAIT_S = 3
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; its text says what is wrong and what to do."""
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """Prints one line on stderr, once for all ranks, and exits."""
+    if int(os.environ.get("RANK", 0)) != 0:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
+    """Runs a script's main; the errors that people can mend become one line and a status not 0."""
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory: {out_of_memory_advice}")
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for Python's, CUDA's and the CPU allocator's ways of saying that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error) or "std::bad_alloc" in str(error)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors, defaults in the help, and no abbreviated flags."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the flags)", status=2)
+
+
+def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], wants: str) -> Callable:
+    """An argparse type that converts a text and refuses, in words, a number out of its range."""
+
+    def parse(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wants}")
+        return value
+
+    return parse
+
+
+positive_int = checked(int, lambda v: v > 0, "a whole number above 0")
+non_negative_int = checked(int, lambda v: v >= 0, "a whole number, 0 or more")
+positive_float = checked(float, lambda v: v > 0, "a number above 0")
+non_negative_float = checked(float, lambda v: v >= 0, "a number, 0 or more")
+fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")

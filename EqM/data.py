@@ -1,0 +1,222 @@
+"""Data sets of videos or images in folders: finding and checking the files.
+
+`python EqM/data.py PATH [--video]` prints what training would find there.
+"""
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import DatasetFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from tqdm import tqdm
+
+import cli
+from cli import UserError
+from video import UnreadableVideo, VideoInfo, probe_video
+
+VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
+MAX_UNREADABLE = 0.1  # share of a set above which training does not go on
+SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
+# What the readers raise for a file that holds no video or no image; Pillow has SyntaxError for a broken PNG.
+UNREADABLE = (UnreadableVideo, OSError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file, its class, and, for a video, its frames."""
+
+    path: str
+    label: int
+    video: VideoInfo | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds: class names, readable files, and the rest as (path, reason)."""
+
+    root: str
+    classes: tuple[str, ...]
+    items: tuple[Item, ...]
+    unreadable: tuple[tuple[str, str], ...]
+
+    def mean_frame_rate(self) -> float:
+        """Frames a second, averaged over the videos."""
+        return float(np.mean([item.video.frames_per_second for item in self.items]))
+
+    def shorter_than(self, frames: int) -> int:
+        """How many videos have fewer frames."""
+        return sum(len(item.video.times) < frames for item in self.items)
+
+
+def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Class names, and every file with its class index, without opening any.
+
+    Class folders win; videos may instead be named in a CSV, or carry UCF-101 names.
+
+    Raises:
+        UserError: nothing there, or no way to tell the classes.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data-path {root} is not a folder: give one that holds class folders")
+    extensions = VIDEO_EXTENSIONS if video else IMG_EXTENSIONS
+    if any(entry.is_dir() for entry in root.iterdir()):
+        samples = DatasetFolder(str(root), loader=default_loader, extensions=extensions, allow_empty=True).samples
+        # A folder counts as a class where it holds files; its name is the first below the root.
+        labelled = [(path, Path(path).relative_to(root).parts[0]) for path, _ in samples]
+        if labelled and {label for _, label in labelled} <= SPLIT_NAMES:
+            raise UserError(f"{root} holds splits, not classes: give one of them, as {root / labelled[0][1]}")
+        if labelled:
+            return index_labels(labelled)
+    flat = sorted(path for path in root.iterdir() if path.suffix.lower() in extensions)
+    if not video:
+        raise UserError(f"no class folders of images in {root} (for videos add --video)")
+    table = find_table(root)
+    if table:
+        return index_labels(read_table(table, root))
+    if not flat:
+        raise UserError(f"no videos ({' '.join(VIDEO_EXTENSIONS)}) in {root} or its class folders")
+    names = [(str(path), UCF_NAME.match(path.name)) for path in flat]
+    unnamed = [path for path, match in names if not match]
+    if unnamed:
+        raise UserError(
+            f"cannot tell the class of {unnamed[0]}: use class folders, {root.name}.csv, or UCF-101 file names"
+        )
+    return index_labels((path, match["label"]) for path, match in names)
+
+
+def index_labels(samples: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """Replaces class names by their places in the sorted list of names."""
+    samples = list(samples)
+    classes = tuple(sorted({label for _, label in samples}))
+    place = {label: i for i, label in enumerate(classes)}
+    return classes, [(path, place[label]) for path, label in samples]
+
+
+def find_table(root: Path) -> Path | None:
+    """The CSV named after the folder, or train.csv, inside the folder or beside it."""
+    names = dict.fromkeys([f"{root.resolve().name}.csv", "train.csv"])
+    tables = [folder / name for name in names for folder in (root, root.resolve().parent)]
+    return next((table for table in tables if table.is_file()), None)
+
+
+def read_table(table: Path, root: Path) -> list[tuple[str, str]]:
+    """(path, class name) for every row of a CSV.
+
+    Raises:
+        UserError: columns that are not known, or no rows.
+    """
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = set(reader.fieldnames or ())
+        if {"video_name", "tag"} <= columns:
+            rows = [(row["video_name"], row["tag"]) for row in reader]
+        elif {"clip_name", "clip_path", "label"} <= columns:
+            rows = [(row["clip_path"], row["label"]) for row in reader]
+        else:
+            raise UserError(f"{table} needs the columns video_name,tag or clip_name,clip_path,label")
+    if not rows:
+        raise UserError(f"{table} has no rows")
+    return [(str(resolve(root, name)), label) for name, label in rows]
+
+
+def resolve(root: Path, name: str) -> Path:
+    """The file that a CSV names: below the folder, below its parent, or by its last part."""
+    relative = name.lstrip("/")
+    places = [root / relative, root.resolve().parent / relative, root / Path(name).name]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
+    """Finds and opens every file, several at a time.
+
+    Raises:
+        UserError: nothing there, or no way to tell the classes.
+    """
+    classes, samples = find_files(root, video)
+
+    def check(sample: tuple[str, int]) -> Item | tuple[str, str]:
+        path, label = sample
+        try:
+            return Item(path, label, probe_video(path) if video else probe_image(path))
+        except UNREADABLE as error:
+            return path, str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(
+            pool.map(check, samples),
+            total=len(samples),
+            desc="checking files",
+            unit="file",
+            disable=not show_progress,
+        )
+        results = list(bar)
+    items = tuple(result for result in results if isinstance(result, Item))
+    unreadable = tuple(result for result in results if not isinstance(result, Item))
+    return Found(str(root), classes, items, unreadable)
+
+
+def probe_image(path: str) -> None:
+    """Raises OSError where Pillow finds no whole image."""
+    with Image.open(path) as image:
+        image.verify()
+
+
+def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:
+    """`scan`, for data that a run is to be built on.
+
+    Raises:
+        UserError: also where nothing, or too little of it, can be read.
+    """
+    found = scan(root, video, show_progress)
+    kind = "clip" if video else "image"
+    if found.unreadable:
+        path, reason = found.unreadable[0]
+        if not found.items:
+            raise UserError(f"no readable {kind} in {root}: {path}: {reason}")
+        total = len(found.items) + len(found.unreadable)
+        if len(found.unreadable) > MAX_UNREADABLE * total:
+            raise UserError(
+                f"{len(found.unreadable)} of {total} files in {root} cannot be read, as {path}: {reason}"
+                " (python EqM/data.py lists them)"
+            )
+    return found
+
+
+def summary(found: Found, video: bool) -> Iterator[str]:
+    """Lines that tell a person what was found."""
+    per_class = Counter(item.label for item in found.items)
+    kind = "clips" if video else "images"
+    yield f"{found.root}: {len(found.items)} {kind} of {len(found.classes)} classes"
+    for label, name in enumerate(found.classes):
+        yield f"  {name}: {per_class[label]}"
+    if video and found.items:
+        rates = Counter(round(item.video.frames_per_second, 2) for item in found.items)
+        yield "frames a second: " + ", ".join(f"{rate:g} ({n} clips)" for rate, n in sorted(rates.items()))
+        lengths = [len(item.video.times) for item in found.items]
+        shortest, longest = min(lengths), max(lengths)
+        yield f"frames a clip: {shortest} to {longest}, median {np.median(lengths):g}"
+    yield f"unreadable files: {len(found.unreadable)}"
+    for path, reason in found.unreadable:
+        yield f"  {path}: {reason}"
+
+
+def main() -> None:
+    parser = cli.ArgumentParser("Prints what training would find in a folder.")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--video", action="store_true", help="look for videos, not images")
+    args = parser.parse_args()
+    for line in summary(scan(args.path, args.video), args.video):
+        print(line)
+
+
+if __name__ == "__main__":
+    cli.run(main, out_of_memory_advice="look at a smaller folder")

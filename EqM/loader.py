@@ -1,0 +1,139 @@
+"""Batches in an order and with random choices that follow from (seed, epoch, index) alone."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms.v2 import functional as transforms
+
+from cli import UserError
+from data import MAX_UNREADABLE, UNREADABLE, Found, Item
+from video import read_frames
+
+MAX_TRIES = 20  # files tried in place of an unreadable one
+
+
+class Samples(Dataset):
+    """Samples as dicts, by key (epoch, index): the same key gives the same sample in any worker.
+
+    `x` is uint8, (3, T, size, size) for videos and (3, size, size) for images; `label` an int;
+    `seconds_per_frame` a float, 0 for images; `unreadable` the paths, a line each, that could
+    not be read and were replaced by others of the set.
+    """
+
+    def __init__(self, found: Found, image_size: int, clip_len: int, frame_interval: int, flip: bool, seed: int):
+        self.items = found.items
+        self.image_size, self.clip_len, self.frame_interval = image_size, clip_len, frame_interval
+        self.flip, self.seed = flip, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        unreadable = []
+        for _ in range(MAX_TRIES):
+            item = self.items[index]
+            try:
+                x, seconds_per_frame = self.read(item, rng)
+                break
+            except UNREADABLE:
+                unreadable.append(item.path)
+                index = int(rng.integers(len(self.items)))
+        else:
+            # Not for training: `UnreadableLog` ends the run when it reads this many names.
+            frames = (self.clip_len,) if item.video else ()
+            x, seconds_per_frame = torch.zeros(3, *frames, self.image_size, self.image_size).byte(), 0.0
+        if self.flip and rng.random() < 0.5:
+            x = x.flip(-1)
+        seconds = np.float32(seconds_per_frame)
+        return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": "\n".join(unreadable)}
+
+    def read(self, item: Item, rng: np.random.Generator) -> tuple[Tensor, float]:
+        """One file's sample, (3, [T,] size, size) uint8, and its seconds per frame."""
+        if item.video is None:
+            image = transforms.resize(default_loader(item.path), [self.image_size], antialias=True)
+            return transforms.pil_to_tensor(transforms.center_crop(image, [self.image_size])), 0.0
+        available = len(item.video.times)
+        window = window_length(self.clip_len, self.frame_interval)
+        start = int(rng.integers(max(available - window, 0) + 1))
+        places = [min(start + i * self.frame_interval, available - 1) for i in range(self.clip_len)]
+        frames = torch.from_numpy(read_frames(item.path, item.video, places, self.image_size))  # (T, H, W, 3)
+        return frames.permute(3, 0, 1, 2).contiguous(), self.frame_interval / item.video.frames_per_second
+
+
+def window_length(clip_len: int, frame_interval: int) -> int:
+    """Frames of the file from a clip's first to its last."""
+    return 1 + (clip_len - 1) * frame_interval
+
+
+class EpochStream(Sampler[list[tuple[int, int]]]):
+    """This rank's batches of keys (epoch, index), from a given place in an endless shuffled stream.
+
+    Each epoch is a new order of the whole set, from (seed, epoch); epochs follow without a gap,
+    so a batch may span several. The ranks' parts of a batch make up the same global batch
+    whatever their number.
+    """
+
+    def __init__(
+        self, num_items: int, global_batch: int, num_batches: int, seed: int, first: int, rank: int, ranks: int
+    ):
+        self.num_items, self.num_batches, self.first, self.seed = num_items, num_batches, first, seed
+        self.global_batch, self.share, self.rank = global_batch, global_batch // ranks, rank
+        self.order = lru_cache(maxsize=2)(self.shuffled)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in range(self.num_batches):
+            start = self.first + batch * self.global_batch + self.rank * self.share
+            yield [self.key(place) for place in range(start, start + self.share)]
+
+    def key(self, place: int) -> tuple[int, int]:
+        epoch, within = divmod(place, self.num_items)
+        return epoch, int(self.order(epoch)[within])
+
+    def shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+
+
+def make_loader(samples: Samples, stream: EpochStream, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of batches as dicts of tensors, in the stream's order."""
+    return DataLoader(samples, batch_sampler=stream, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def to_unit_range(x: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [−1, 1], any shape."""
+    return x.float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Values in [−1, 1], clipped, to uint8 pixels, any shape."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class UnreadableLog:
+    """Counts the files that turned out unreadable while training."""
+
+    def __init__(self, found: Found):
+        self.total = len(found.items)
+        self.paths: set[str] = set()
+
+    def add(self, reports: list[str]) -> list[str]:
+        """Takes a batch's `unreadable` and returns the paths not seen before.
+
+        Raises:
+            UserError: too much of the set cannot be read any more.
+        """
+        new = {path for report in reports for path in report.split("\n") if path} - self.paths
+        self.paths |= new
+        hopeless = any(report.count("\n") + 1 >= MAX_TRIES for report in reports)
+        if hopeless or len(self.paths) > MAX_UNREADABLE * self.total:
+            raise UserError(
+                f"{len(self.paths)} of {self.total} files cannot be read any more, as {min(self.paths)}:"
+                " check the disk, then go on from the last checkpoint with --ckpt"
+            )
+        return sorted(new)

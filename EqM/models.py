@@ -1,0 +1,258 @@
+"""The Equilibrium Matching transformer, for images and video, and its registry of sizes.
+
+A DiT with adaLN-Zero conditioning (Peebles & Xie 2023, arXiv 2212.09748), as used by
+Equilibrium Matching (Wang & Du 2025, arXiv 2510.02300). An image is a video of one frame:
+both take the same path through the network. Image networks keep the state-dict keys of the
+published checkpoints.
+"""
+
+import math
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Attention, Mlp, PatchEmbed
+from torch import Tensor, nn
+
+# Shortest and longest period of the sinusoids that encode a token's time, in seconds: from
+# under the step of common frame rates with a frame interval to longer than any clip.
+TIME_PERIODS_S = (0.1, 100.0)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds γ in [0, 1]: (N,) → (N, D), through 256 sinusoids, cosines first."""
+
+    def __init__(self, hidden_size: int, num_sinusoids: int = 256, max_period: float = 10_000):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(num_sinusoids, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.num_sinusoids, self.max_period = num_sinusoids, max_period
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.num_sinusoids // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)  # (N, 128)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds class labels: (N,) → (N, D). Label `num_classes` is the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)  # (N, D)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c)[:, None]  # (N, 1, 6D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)  # (N, 1, D)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)  # (N, L, D)
+        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)  # (N, L, D)
+
+
+class FinalLayer(nn.Module):
+    """Turns tokens into patches: (N, L, D) → (N, L, patch numbers)."""
+
+    def __init__(self, hidden_size: int, patch_numbers: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_numbers)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)  # (N, 1, D)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class EqM(nn.Module):
+    """The field f(x) of Equilibrium Matching, pointing from noise to data.
+
+    Args:
+        input_size: height and width of a square image, or (T, H, W) of a clip.
+        patch_size: height and width of a patch.
+        in_channels: channels of x.
+        hidden_size, depth, num_heads, mlp_ratio: width D, blocks, heads, MLP width over D.
+        num_classes: classes without the null class, which has the index `num_classes`.
+        temporal_patch: frames in a patch (video only).
+        uncond: the network does not see γ; the timestep embedder is fed zeros.
+
+    Raises:
+        ValueError: the patches do not divide the input, or the heads the width.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        temporal_patch: int = 1,
+        uncond: bool = True,
+    ):
+        super().__init__()
+        self.is_video = not isinstance(input_size, int)
+        frames, height, width = input_size if self.is_video else (1, input_size, input_size)
+        check_sizes((frames, height, width), temporal_patch, patch_size, hidden_size, num_heads)
+        self.in_channels, self.num_classes, self.uncond = in_channels, num_classes, uncond
+        # Published image checkpoints predict a second half of channels, which nothing reads.
+        self.out_channels = in_channels if self.is_video else 2 * in_channels
+        self.patch = (temporal_patch, patch_size)
+        self.grid = (frames // temporal_patch, height // patch_size, width // patch_size)
+
+        # The frames of a patch are folded into its channels: a 2-D embedding serves both ranks.
+        self.x_embedder = PatchEmbed((height, width), patch_size, temporal_patch * in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        positions = sincos_positions(hidden_size, *self.grid[1:])[None]  # (1, hw, D)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, temporal_patch * patch_size**2 * self.out_channels)
+        self.initialize_weights()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """One sample's shape, (C, H, W) or (C, T, H, W)."""
+        (frames, rows, columns), (pt, p) = self.grid, self.patch
+        picture = (rows * p, columns * p)
+        return (self.in_channels, frames * pt, *picture) if self.is_video else (self.in_channels, *picture)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one sample is cut into."""
+        return math.prod(self.grid)
+
+    def initialize_weights(self) -> None:
+        """Xavier for linear layers and patches, 0.02 normal for embeddings, zeros for adaLN and output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1) -> Tensor:
+        """The field at x.
+
+        Args:
+            x: (N, C, H, W), or (N, C, T, H, W) for a video network.
+            t: (N,) γ; not looked at by an `uncond` network.
+            y: (N,) class labels; `num_classes` is the null class.
+            seconds_per_frame: seconds between the frames of a clip, (N,) or one for all;
+                images have no use for it.
+
+        Returns:
+            The field, in x's shape.
+        """
+        n = x.shape[0]
+        tokens = self.embed(x)  # (N, T'h'w', D)
+        if self.is_video:
+            seconds = torch.as_tensor(seconds_per_frame, dtype=torch.float32, device=x.device).expand(n)
+            times = self.time_positions(seconds)  # (N, T', D)
+            tokens = tokens + times.repeat_interleave(self.pos_embed.shape[1], dim=1).to(tokens.dtype)
+        if self.uncond:
+            t = torch.zeros_like(t)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        for block in self.blocks:
+            tokens = block(tokens, c)  # (N, T'h'w', D)
+        return self.unpatchify(self.final_layer(tokens, c)).view(x.shape)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Cuts x into patches and adds their places in the picture: → (N, T'h'w', D)."""
+        n, frames = x.shape[0], self.grid[0]
+        pt = self.patch[0]
+        x = x.view(n, self.in_channels, frames, pt, *x.shape[-2:])  # (N, C, T', pt, H, W)
+        x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3).flatten(0, 1)  # (NT', ptC, H, W)
+        tokens = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (NT', h'w', D)
+        return (tokens + self.pos_embed).reshape(n, -1, tokens.shape[-1])  # (N, T'h'w', D)
+
+    def time_positions(self, seconds_per_frame: Tensor) -> Tensor:
+        """Sinusoids of the time, in seconds, at the middle of each token's frames: (N,) → (N, T', D)."""
+        pt, width = self.patch[0], self.pos_embed.shape[-1]
+        device = seconds_per_frame.device
+        middles = torch.arange(self.grid[0], device=device) * pt + (pt - 1) / 2  # (T',) in frames
+        times = seconds_per_frame[:, None, None] * middles[:, None]  # (N, T', 1) in seconds
+        shortest, longest = TIME_PERIODS_S
+        steps = torch.linspace(0, 1, width // 2, device=device)
+        angles = times * (2 * math.pi / (shortest * (longest / shortest) ** steps))  # (N, T', D/2)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (N, T', D)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(N, T'h'w', pt·p·p·C_out) → (N, C, T, H, W); channels after the first C are dropped."""
+        (frames, rows, columns), (pt, p) = self.grid, self.patch
+        x = patches.view(-1, frames, rows, columns, pt, p, p, self.out_channels)
+        x = x[..., : self.in_channels].permute(0, 7, 1, 4, 2, 5, 3, 6)  # (N, C, T', pt, h', p, w', p)
+        return x.reshape(x.shape[0], self.in_channels, frames * pt, rows * p, columns * p)
+
+
+def check_sizes(
+    input_size: tuple[int, int, int], temporal_patch: int, patch_size: int, hidden_size: int, num_heads: int
+) -> None:
+    """Raises ValueError, naming both numbers, where one does not divide the other."""
+    frames, height, width = input_size
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
+    if frames % temporal_patch:
+        raise ValueError(f"clip length {frames} is not a multiple of the temporal patch {temporal_patch}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"width {hidden_size} is not a multiple of 4 and of its {num_heads} heads")
+
+
+def sincos_positions(hidden_size: int, rows: int, columns: int) -> Tensor:
+    """Fixed positions on a grid, row by row: (rows·columns, D).
+
+    The first half of D encodes the column, the second the row; each half is sines, then cosines.
+    """
+    frequencies = 10_000 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+
+    def encode(places: Tensor) -> Tensor:
+        angles = places.double()[:, None] * frequencies  # (places, D/4)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (places, D/2)
+
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
+
+
+EqM_sizes = {
+    "Ti": {"depth": 6, "hidden_size": 192, "num_heads": 3},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+EqM_models = {
+    f"EqM-{size}/{patch}": partial(EqM, patch_size=patch, **shape)
+    for size, shape in EqM_sizes.items()
+    for patch in (2, 4, 8)
+}
+
+
+def build_network(settings: dict) -> EqM:
+    """A network from the settings that a checkpoint keeps: `model`, a name in EqM_models, and EqM's arguments.
+
+    Raises:
+        ValueError: as EqM.
+    """
+    return EqM_models[settings["model"]](**{key: settings[key] for key in settings.keys() - {"model"}})

@@ -1,0 +1,55 @@
+"""Pictures of samples for people: a contact sheet, PNG and GIF files. Arrays are uint8 RGB."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FRAME_SIDE = 64  # pixels that a frame is magnified to, at least
+MAX_FRAMES = 8  # frames of a clip that the sheet shows, evenly spread
+MAX_WIDTH = 1200  # pixels
+MARGIN, CAPTION_HEIGHT = 8, 16  # pixels
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Writes (H, W, 3)."""
+    Image.fromarray(image).save(path)
+
+
+def read_png(path: Path) -> np.ndarray:
+    """Reads (H, W, 3)."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def write_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
+    """Writes (T, H, W, 3) as an endless GIF, whose frame times come in hundredths of a second."""
+    images = [Image.fromarray(frame) for frame in frames]
+    duration_ms = round(1000 / frames_per_second)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0)
+
+
+def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """One picture (H, W, 3) of all clips, each (T, h, w, 3): its frames side by side under its caption."""
+    strips = [filmstrip(clip) for clip in clips]
+    height, width = strips[0].shape[:2]
+    width += MARGIN
+    height += MARGIN + CAPTION_HEIGHT
+    columns = max(1, min(len(strips), MAX_WIDTH // width))
+    rows = -(-len(strips) // columns)
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (strip, caption) in enumerate(zip(strips, captions, strict=True)):
+        left, top = MARGIN + i % columns * width, MARGIN + i // columns * height
+        draw.text((left, top), caption, fill="black", font=ImageFont.load_default(11))
+        sheet.paste(Image.fromarray(strip), (left, top + CAPTION_HEIGHT))
+    return np.asarray(sheet)
+
+
+def filmstrip(clip: np.ndarray) -> np.ndarray:
+    """(T, h, w, 3) → some of its frames side by side, whole pixels magnified so that small ones can be seen."""
+    shown = np.linspace(0, len(clip) - 1, min(len(clip), MAX_FRAMES)).round().astype(int)
+    zoom = max(1, -(-FRAME_SIDE // clip.shape[1]))
+    frames = clip[shown].repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return np.concatenate(list(np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)), axis=1)

@@ -1,0 +1,265 @@
+"""Samples images or videos from a checkpoint by gradient descent along its field.
+
+    torchrun --nproc_per_node=1 EqM/sample_gd.py --folder video_samples --num-fid-samples 16 --use-bf16 \\
+        --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0100000.pt
+"""
+
+import argparse
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+import distributed
+from checkpoint import load_checkpoint, load_weights, network_weights
+from cli import UserError
+from loader import to_pixels
+from models import EqM, EqM_models, build_network
+from pictures import contact_sheet, read_png, write_gif, write_png
+from precision import Precision, add_precision_args, agree_on_precision, requested_precision
+from runs import log, start_log
+from sampling import gradient_descent, guided, sample_noise
+from video import write_video
+
+SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Samples images or videos from a checkpoint of EqM/train.py.")
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint that EqM/train.py wrote")
+    parser.add_argument("--folder", type=Path, default=Path("samples"), help="gets the samples")
+    parser.add_argument("--num-fid-samples", type=cli.positive_int, default=16, help="how many samples")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="CLASS",
+        help="a name or an index; repeat it for more; default all in turn",
+    )
+    parser.add_argument(
+        "--target-fps", type=cli.positive_float, help="frames a second; default the training clips' mean"
+    )
+    parser.add_argument("--video-format", choices=("mp4", "gif"), default="mp4")
+    parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
+    parser.add_argument("--global-seed", type=cli.non_negative_int, default=0)
+    add_precision_args(parser)
+    method = parser.add_argument_group("method")
+    method.add_argument("--sampler", choices=("gd", "ngd"), default="ngd", help="ngd looks ahead, as Nesterov")
+    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017)
+    method.add_argument("--mu", type=cli.fraction, default=0.3, help="look-ahead of ngd")
+    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250)
+    method.add_argument("--cfg-scale", type=cli.non_negative_float, default=1.0, help="guidance; 1: none")
+    known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
+    known.add_argument("--model", choices=EqM_models, metavar="NAME")
+    known.add_argument("--video", action="store_true", default=None)
+    known.add_argument("--clip-len", type=cli.positive_int)
+    known.add_argument("--image-size", type=cli.positive_int)
+    known.add_argument("--num-classes", type=cli.positive_int)
+    return parser.parse_args()
+
+
+def check_flags(args: argparse.Namespace, network: dict) -> None:
+    """Raises UserError, with both values, where a flag contradicts the checkpoint."""
+    size = network["input_size"]
+    video = not isinstance(size, int)
+    trained = {
+        "model": network["model"],
+        "video": video,
+        "clip_len": size[0] if video else 1,
+        "image_size": size[-1] if video else size,
+        "num_classes": network["num_classes"],
+    }
+    for name, value in trained.items():
+        asked = getattr(args, name)
+        if asked is not None and asked != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {asked} contradicts the checkpoint, which was trained with {value}: leave it out")
+
+
+def choose_classes(asked: list[str] | None, names: list[str]) -> list[int]:
+    """Class indices from names or indices; all of them where none is asked for."""
+
+    def index(text: str) -> int:
+        if text in names:
+            return names.index(text)
+        if text.isdecimal() and int(text) < len(names):
+            return int(text)
+        raise UserError(f"--class {text} is unknown: the checkpoint has {', '.join(names)} (0 to {len(names) - 1})")
+
+    return [index(text) for text in asked] if asked else list(range(len(names)))
+
+
+def class_names(config: dict) -> list[str]:
+    """The names of all classes that the network knows; those without data are called by their index."""
+    names = config["classes"]
+    return names + [str(i) for i in range(len(names), config["network"]["num_classes"])]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where samples go and how a file is named and written."""
+
+    folder: Path
+    suffix: str
+    frames_per_second: float | None
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}{self.suffix}"
+
+    def prepare(self, num_samples: int) -> None:
+        """Makes the folder.
+
+        Raises:
+            UserError: it cannot be written, or holds samples that this run would not replace.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".writable").touch()
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"--folder {self.folder} cannot be written: {error.strerror}") from None
+        ours = {self.path(i).name for i in range(num_samples)}
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in (".mp4", ".gif", ".png") and path.name not in ours:
+                raise UserError(f"{path} is not one of these samples: empty the folder, or name another --folder")
+
+    def write(self, index: int, frames: np.ndarray) -> None:
+        """Writes one sample, (T, H, W, 3) uint8."""
+        path = self.path(index)
+        if self.suffix == ".png":
+            write_png(path, frames[0])
+        elif self.suffix == ".gif":
+            write_gif(path, frames, self.frames_per_second)
+        else:
+            write_video(path, frames, self.frames_per_second)
+
+
+def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
+    """The sample indices of this rank, cut into batches."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    if global_batch % ranks:
+        raise UserError(f"--global-batch-size {global_batch} is not a multiple of the {ranks} processes")
+    indices, share = range(rank, num_samples, ranks), global_batch // ranks
+    return [indices[i : i + share] for i in range(0, len(indices), share)]
+
+
+def sample_batch(
+    args: argparse.Namespace, network: EqM, y: Tensor, indices: Sequence[int], seconds_per_frame: float, steps: Iterable
+) -> Tensor:
+    """Samples of the classes y (N,), in float32: (N, C, H, W) or (N, C, T, H, W)."""
+    noise = sample_noise(args.global_seed, indices, network.input_shape).to(y.device)
+
+    def call(x: Tensor, labels: Tensor) -> Tensor:
+        return network(x, x.new_zeros(len(x)), labels, seconds_per_frame)
+
+    field = guided(call, y, network.num_classes, args.cfg_scale)
+    with torch.inference_mode():
+        return gradient_descent(field, noise, args.stepsize, steps, args.mu if args.sampler == "ngd" else 0.0)
+
+
+def write_samples(
+    args: argparse.Namespace, network: EqM, classes: list[int], output: Output, device: torch.device
+) -> dict[int, np.ndarray]:
+    """Makes and writes this rank's samples; returns those for the contact sheet, by index.
+
+    Raises:
+        UserError: samples that are not finite.
+    """
+    seconds_per_frame = 1 / output.frames_per_second if output.frames_per_second else 0.0
+    batches = batches_of_rank(args.num_fid_samples, args.global_batch_size)
+    shown = {}
+    total = len(batches) * args.num_sampling_steps
+    with tqdm(total=total, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
+
+        def counted_steps() -> Iterator[int]:
+            for step in range(args.num_sampling_steps):
+                yield step
+                bar.update()
+
+        for indices in batches:
+            y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # (N,)
+            x = sample_batch(args, network, y, indices, seconds_per_frame, counted_steps())
+            if not x.isfinite().all():
+                raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
+            clips = to_pixels(x if network.is_video else x[:, :, None]).permute(0, 2, 3, 4, 1)  # (N, T, H, W, C)
+            for index, frames in zip(indices, clips.cpu().numpy(), strict=True):
+                output.write(index, frames)
+                if index < SHEET_SAMPLES:
+                    shown[index] = frames
+    return shown
+
+
+def write_table(
+    args: argparse.Namespace, output: Output, classes: list[int], names: list[str], precision: Precision
+) -> None:
+    """Writes samples.csv: what each file shows and how it was made."""
+    settings = {
+        "seed": args.global_seed,
+        "sampler": args.sampler,
+        "stepsize": args.stepsize,
+        "mu": args.mu if args.sampler == "ngd" else 0.0,
+        "steps": args.num_sampling_steps,
+        "cfg_scale": args.cfg_scale,
+        "precision": precision.name,
+        "frames_per_second": output.frames_per_second,
+        "checkpoint": args.ckpt,
+    }
+    with (output.folder / "samples.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "index", "class", "class_name", *settings])
+        for index in range(args.num_fid_samples):
+            label = classes[index % len(classes)]
+            writer.writerow([output.path(index).name, index, label, names[label], *settings.values()])
+
+
+def write_npz(output: Output, num_samples: int) -> Path:
+    """Writes all images, (N, H, W, 3) uint8, as `arr_0` of a file beside the folder."""
+    path = output.folder.with_name(output.folder.name + ".npz")
+    np.savez(path, arr_0=np.stack([read_png(output.path(i)) for i in range(num_samples)]))
+    return path
+
+
+def main() -> None:
+    args = parse_args()
+    device = distributed.start()
+    start_log()
+    precision = agree_on_precision(requested_precision(args), device.type)
+    saved = load_checkpoint(args.ckpt)
+    settings, names = saved["config"]["network"], class_names(saved["config"])
+    check_flags(args, settings)
+    classes = choose_classes(args.classes, names)
+    batches_of_rank(args.num_fid_samples, args.global_batch_size)
+
+    network = build_network(settings)
+    load_weights(network, network_weights(saved), args.ckpt)
+    # Cast once: autocast would cast weights that need no gradient again at every call.
+    network = network.requires_grad_(False).eval().to(device, precision.dtype)
+    frames_per_second = (args.target_fps or saved["config"]["frames_per_second"]) if network.is_video else None
+    output = Output(args.folder, f".{args.video_format}" if network.is_video else ".png", frames_per_second)
+    distributed.on_main(lambda: output.prepare(args.num_fid_samples))
+
+    (log.warning if precision.reason else log.info)("precision: %s", precision)
+    trained_in = saved["config"]["precision"]["name"]
+    log.info("checkpoint: %s, %s, step %d, trained in %s", args.ckpt, settings["model"], saved["step"], trained_in)
+    shown = write_samples(args, network, classes, output, device)
+    shown = {index: frames for part in distributed.gather(shown) for index, frames in part.items()}
+    if distributed.is_main():
+        write_table(args, output, classes, names, precision)
+        if not network.is_video:
+            log.info("all images: %s", write_npz(output, args.num_fid_samples))
+        sheet = output.folder.with_name(output.folder.name + "-sheet.png")
+        captions = [names[classes[i % len(classes)]] for i in sorted(shown)]
+        write_png(sheet, contact_sheet([shown[i] for i in sorted(shown)], captions))
+        log.info("%d samples in %s", args.num_fid_samples, output.folder)
+        log.info("contact sheet: %s", sheet)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main, "lower --global-batch-size")

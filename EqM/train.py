@@ -1,0 +1,244 @@
+"""Trains an Equilibrium Matching model on folders of images or videos.
+
+    torchrun --nproc_per_node=1 EqM/train.py --data-path datasets/ucf-101/train \\
+        --model EqM-S/4 --use-bf16 --video --clip-len 4
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import cli
+import distributed
+from checkpoint import load_checkpoint, save_checkpoint
+from cli import UserError
+from data import Found, scan_for_training
+from loader import EpochStream, Samples, UnreadableLog, make_loader, to_unit_range, window_length
+from models import EqM_models, build_network
+from precision import Precision, add_precision_args, agree_on_precision, requested_precision
+from runs import Metrics, create_run_folder, log, start_log
+from training import Recipe, TrainingState, draw_random_numbers, train_step
+
+DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Trains an Equilibrium Matching model on images or videos.")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-path", type=Path, required=True, help="class folders, or videos with a CSV")
+    data.add_argument("--video", action="store_true", help="train on clips of videos, not on images")
+    data.add_argument("--image-size", type=cli.positive_int, default=64, help="height and width, pixels")
+    data.add_argument("--clip-len", type=cli.positive_int, default=16, help="frames of a clip")
+    data.add_argument("--frame-interval", type=cli.positive_int, default=3, help="video frames from one to the next")
+    data.add_argument(
+        "--no-flip", action="store_true", help="no mirrored samples: for classes that tell left from right"
+    )
+    data.add_argument(
+        "--num-workers", type=cli.non_negative_int, default=min(4, os.cpu_count()), help="loading processes a rank"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=EqM_models, default="EqM-XL/2", metavar="NAME", help="as EqM-S/4")
+    model.add_argument("--num-classes", type=cli.positive_int, help="at least the data's count, the default")
+    model.add_argument(
+        "--temporal-patch", type=cli.positive_int, help="frames a token; default 2 where it divides the clip, else 1"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=cli.positive_int, default=80)
+    training.add_argument(
+        "--max-steps", type=cli.positive_int, help="stop at this step, counted from the first run's start"
+    )
+    training.add_argument("--global-batch-size", type=cli.positive_int, help="over all ranks; default 256, on a CPU 8")
+    training.add_argument("--lr", type=cli.positive_float, default=1e-4)
+    training.add_argument("--warmup-steps", type=cli.non_negative_int, default=0, help="steps of linear warm-up")
+    training.add_argument(
+        "--grad-clip", type=cli.non_negative_float, default=0.0, help="largest gradient norm; 0: none"
+    )
+    training.add_argument("--ema-decay", type=cli.fraction, default=0.9999)
+    training.add_argument("--global-seed", type=cli.non_negative_int, default=0)
+    add_precision_args(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--results-dir", type=Path, default=Path("results"))
+    run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
+    run.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
+    run.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    return parser.parse_args()
+
+
+def network_settings(args: argparse.Namespace, num_classes: int) -> dict:
+    """The network's settings, as checkpoints keep them.
+
+    Raises:
+        UserError: sizes that do not divide.
+    """
+    clip = (args.clip_len, args.image_size, args.image_size)
+    settings = {
+        "model": args.model,
+        "input_size": clip if args.video else args.image_size,
+        "in_channels": 3,
+        "num_classes": num_classes,
+        "temporal_patch": (args.temporal_patch or (1 if args.clip_len % 2 else 2)) if args.video else 1,
+    }
+    try:
+        with torch.device("meta"):
+            build_network(settings)
+    except ValueError as error:
+        raise UserError(f"{args.model}: {error}") from None
+    return settings
+
+
+def check_classes(found: Found, asked: int | None) -> int:
+    """The number of classes to build the network for."""
+    if asked and asked < len(found.classes):
+        raise UserError(f"--num-classes {asked} is less than the data's {len(found.classes)} classes")
+    return asked or len(found.classes)
+
+
+def global_batch(args: argparse.Namespace, device_type: str) -> int:
+    """Samples a step over all ranks, which it must divide into."""
+    size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
+    if size % ranks:
+        raise UserError(f"--global-batch-size {size} is not a multiple of the {ranks} processes")
+    return size
+
+
+def make_config(args: argparse.Namespace, settings: dict, found: Found, precision: Precision) -> dict:
+    """What a checkpoint says of its run, as plain data."""
+    rate = found.mean_frame_rate() / args.frame_interval if args.video else None
+    return {
+        "network": settings,
+        "classes": list(found.classes),
+        "frames_per_second": rate,
+        "precision": {"name": precision.name, "requested": precision.requested, "reason": precision.reason},
+        "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+    }
+
+
+def check_resumable(saved: dict, config: dict, last_sample: int, last_step: float) -> None:
+    """Raises UserError, with both values, where a checkpoint does not fit the flags or the data."""
+    ours = {**config["network"], "classes": config["classes"]}
+    theirs = {**saved["config"]["network"], "classes": saved["config"]["classes"]}
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise UserError(f"--ckpt was trained with {key} {theirs.get(key)}, and this run has {value}")
+    if saved["step"] >= last_step:
+        raise UserError(f"--ckpt is at step {saved['step']} and --max-steps is {last_step}: raise it to train on")
+    if saved["samples"] >= last_sample:
+        raise UserError(f"--ckpt has seen the {last_sample} samples of all --epochs: raise it to train on")
+
+
+def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch: int) -> None:
+    """The log's first lines."""
+    device = state.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    log.info("device: %s, %d process(es), torch %s", name, distributed.world_size(), torch.__version__)
+    (log.warning if state.precision.reason else log.info)("precision: %s", state.precision)
+    parameters = sum(p.numel() for p in state.network.parameters())
+    log.info("model: %s, %s parameters", args.model, f"{parameters:,}")
+    kind = "clips" if args.video else "images"
+    log.info("data: %s, %d %s, %d classes", found.root, len(found.items), kind, len(found.classes))
+    for path, reason in found.unreadable:
+        log.warning("skipped unreadable %s: %s", path, reason)
+    if args.video:
+        window = window_length(args.clip_len, args.frame_interval)
+        log.info(
+            "clips of %d frames, %d apart; shorter videos, which hold their last frame: %d of %d",
+            args.clip_len,
+            args.frame_interval,
+            found.shorter_than(window),
+            len(found.items),
+        )
+    log.info("tokens per sample: %d", state.network.num_tokens)
+    note = "" if args.global_batch_size or device.type == "cuda" else " (the default on a CPU; on a GPU 256)"
+    log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
+
+
+def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: int, config: dict, folder: Path) -> None:
+    """The loop: data, step, log, save."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    flip = not args.no_flip
+    samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, args.global_seed)
+    num_batches = math.ceil((args.epochs * len(found.items) - state.samples) / batch)
+    stream = EpochStream(len(found.items), batch, num_batches, args.global_seed, state.samples, rank, ranks)
+    loader = make_loader(samples, stream, args.num_workers, pin_memory=state.device.type == "cuda")
+    last_step = min(args.max_steps or math.inf, state.step + num_batches)
+    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
+    first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device)
+
+    def report() -> None:
+        epoch, lr = state.samples // len(found.items), recipe.lr_at(state.step - 1)
+        scale = state.scaler.get_scale()
+        metrics.write(step=state.step, epoch=epoch, lr=lr, scaler_scale=scale, skipped=state.skipped)
+
+    def save() -> None:
+        path = folder / "checkpoints" / f"{state.step:07d}.pt"
+        if distributed.is_main() and not path.exists():
+            epoch = state.samples // len(found.items)
+            save_checkpoint(path, state.state_dict() | {"epoch": epoch, "config": config})
+            log.info("saved %s", path)
+
+    bar = tqdm(total=last_step, initial=state.step, unit="step", disable=not distributed.is_main())
+    for inputs in loader:
+        for path in unreadable.add(inputs["unreadable"]):
+            log.warning("skipped unreadable %s", path)
+        x = to_unit_range(inputs["x"].to(state.device, non_blocking=True))
+        y = inputs["label"].to(state.device, non_blocking=True)
+        seconds_per_frame = inputs["seconds_per_frame"].to(state.device, non_blocking=True)
+
+        draws = draw_random_numbers(x, args.global_seed, state.samples, rank)
+        updated, loss, grad_norm = train_step(state, recipe, x, y, seconds_per_frame, draws)
+        state.samples += batch
+        if not updated:
+            continue
+        metrics.add(loss, grad_norm, batch)
+        bar.update()
+
+        if state.step == first_step or state.step % args.log_every == 0:
+            report()
+        if state.step % args.ckpt_every == 0:
+            save()
+        if state.step == last_step:
+            break
+    bar.close()
+    if metrics.losses:
+        report()
+    save()
+
+
+def main() -> None:
+    args = parse_args()
+    device = distributed.start()
+    precision = agree_on_precision(requested_precision(args), device.type)
+    batch = global_batch(args, device.type)
+    network_settings(args, num_classes=1)  # a wrong size ends the run before a long scan
+    saved = load_checkpoint(args.ckpt) if args.ckpt else None
+
+    found = distributed.on_main(lambda: scan_for_training(args.data_path, args.video))
+    settings = network_settings(args, check_classes(found, args.num_classes))
+    config = make_config(args, settings, found, precision)
+    if saved:
+        check_resumable(saved, config, args.epochs * len(found.items), args.max_steps or math.inf)
+
+    torch.manual_seed(args.global_seed)
+    state = TrainingState(build_network(settings), precision, device)
+    if saved:
+        state.load_state_dict(saved)
+
+    folder = distributed.on_main(lambda: create_run_folder(args.results_dir, args.model))
+    start_log(folder / "log.txt")
+    announce(args, state, found, batch)
+    if distributed.is_main():
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with logging_redirect_tqdm([log]):
+        train(args, state, found, batch, config, folder)
+    log.info("done: %s", folder)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main, "lower --global-batch-size, --clip-len or --image-size, or choose a smaller --model")

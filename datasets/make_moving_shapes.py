@@ -1,0 +1,114 @@
+"""Renders a small labelled video data set in UCF-101 layout: coloured shapes that move.
+
+A class is a shape and a direction, as CircleRight; colour, size, lane and speed vary from clip
+to clip. Every clip is an MPEG-4 .avi file, and the same seed renders the same pixels.
+
+    python datasets/make_moving_shapes.py datasets/moving-shapes
+"""
+
+import argparse
+import colorsys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (x, y), y downwards
+FRAMES_PER_SECOND = 25
+BACKGROUND = 24  # grey level of 255
+SUPERSAMPLING = 4  # samples a pixel in each direction, for smooth edges
+
+
+def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Which points (x, y), in pixels from the shape's centre, belong to it. y points down."""
+    if shape == "circle":
+        return x**2 + y**2 <= radius**2
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= 0.9 * radius
+    if shape == "triangle":
+        return (y <= radius) & (abs(x) <= (y + radius) * 0.55)
+    raise ValueError(f"unknown shape {shape!r}: {', '.join(SHAPES)}")
+
+
+def render_clip(shape: str, direction: str, size: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """One clip, (T, size, size, 3) uint8: the shape crosses most of the picture and stays inside it."""
+    colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.75, 1), rng.uniform(0.8, 1)))
+    radius = rng.uniform(0.16, 0.24) * size
+    low, high = radius + 1, size - radius - 1
+    lane = rng.uniform(low, high)
+    travel = rng.uniform(0.85, 1.0) * (high - low)
+    start = rng.uniform(low, high - travel)
+
+    dx, dy = DIRECTIONS[direction]
+    sub_pixels = (np.arange(size * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
+    grid_y, grid_x = np.meshgrid(sub_pixels, sub_pixels, indexing="ij")
+    clip = np.empty((num_frames, size, size, 3), np.uint8)
+    for i, progress in enumerate(np.linspace(0, 1, num_frames)):
+        along = start + travel * (progress if dx + dy > 0 else 1 - progress)
+        centre_x, centre_y = (along, lane) if dx else (lane, along)
+        mask = inside(shape, grid_x - centre_x, grid_y - centre_y, radius)
+        coverage = mask.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).mean((1, 3))[..., None]
+        clip[i] = np.rint(BACKGROUND * (1 - coverage) + 255 * colour * coverage)
+    return clip
+
+
+def write_avi(path: Path, frames: np.ndarray) -> None:
+    """Writes (T, H, W, 3) uint8 frames as MPEG-4 Part 2, a key frame every 12."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND, options={"qscale": "2", "g": "12"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def clip_jobs(args: argparse.Namespace) -> Iterator[tuple]:
+    """(path, shape, direction, size, frames, seed) for every clip of every split and class."""
+    for split, clips in (("train", args.train_clips), ("test", args.test_clips)):
+        for class_index, (shape, direction) in enumerate((s, d) for s in args.shapes for d in args.directions):
+            name = shape.title() + direction.title()
+            folder = args.destination / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(clips):
+                path = folder / f"v_{name}_g{i // 10 + 1:02d}_c{i % 10 + 1:02d}.avi"
+                yield path, shape, direction, args.size, args.frames, (args.seed, split == "test", class_index, i)
+
+
+def write_clip(job: tuple) -> None:
+    path, shape, direction, size, frames, seed = job
+    write_avi(path, render_clip(shape, direction, size, frames, np.random.default_rng(seed)))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("destination", type=Path, help="gets the folders train/ and test/")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
+    parser.add_argument("--train-clips", type=int, default=100, help="clips a class (default 100)")
+    parser.add_argument("--test-clips", type=int, default=10, help="clips a class (default 10)")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels, even (default 64)")
+    parser.add_argument("--frames", type=int, default=16, help="frames a clip (default 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.size < 16 or args.size % 2 or min(args.frames, args.train_clips) < 1 or args.test_clips < 0:
+        parser.error("--size must be even and at least 16, --frames and --train-clips at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    jobs = list(clip_jobs(args))
+    with ProcessPoolExecutor() as pool:
+        for _ in tqdm(pool.map(write_clip, jobs, chunksize=8), total=len(jobs), desc="rendering", unit="clip"):
+            pass
+    print(f"{len(jobs)} clips of {len(args.shapes) * len(args.directions)} classes in {args.destination}")
+
+
+if __name__ == "__main__":
+    main()
