@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/installed
+	PYTHON=$(RUN) bash datasets/demo.sh
+
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,66 @@
+"""Fixtures: a small set of moving shapes, a trained checkpoint, and the scripts as people run them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
+
+
+def run_command(*arguments: object, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess:
+    """Runs a command to its end, without the launcher's variables of an outer run."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def run_script(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script> with plain python."""
+    return run_command(sys.executable, ROOT / "EqM" / script, *arguments, cwd=cwd)
+
+
+def run_torchrun(processes: int, script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script> under torchrun, on a port of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run_command(*launcher, ROOT / "EqM" / script, *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class folders of real .avi files: two shapes, two directions, four clips each."""
+    folder = tmp_path_factory.mktemp("shapes")
+    script = ROOT / "datasets" / "make_moving_shapes.py"
+    options = "--shapes circle square --directions right up --train-clips 4 --test-clips 1 --size 32".split()
+    result = run_command(sys.executable, script, folder, *options, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "train"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of four steps on the shapes."""
+    folder = tmp_path_factory.mktemp("run")
+    result = run_script("train.py", "--data-path", shapes, *SMALL, "--max-steps", 4, "--num-workers", 0, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("results/000-EqM-Ti-4-Linear-velocity-None/checkpoints/0000004.pt")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """The folder of real clips (train/ and test/) that EQM_REAL_CLIPS names."""
+    if "EQM_REAL_CLIPS" not in os.environ:
+        pytest.skip("EQM_REAL_CLIPS does not name a folder of real clips")
+    return Path(os.environ["EQM_REAL_CLIPS"])
