@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
 
 
-def run_command(*arguments: object, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess:
+def run_command(*arguments: object, cwd: Path, threads: int = 1, timeout_s: float = 120) -> subprocess.CompletedProcess:
     """Runs a command to its end, without the launcher's variables of an outer run."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    environment["OMP_NUM_THREADS"] = "1"
+    environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.run(
         [str(argument) for argument in arguments],
         cwd=cwd,
@@ -42,7 +42,20 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of class folders of real .avi files: two shapes, two directions, four clips each."""
     folder = tmp_path_factory.mktemp("shapes")
     script = ROOT / "datasets" / "make_moving_shapes.py"
-    options = "--shapes circle square --directions right up --train-clips 4 --test-clips 1 --size 32".split()
+    options = [
+        "--shapes",
+        "circle",
+        "square",
+        "--directions",
+        "right",
+        "up",
+        "--train-clips",
+        "4",
+        "--test-clips",
+        "1",
+        "--size",
+        "32",
+    ]
     result = run_command(sys.executable, script, folder, *options, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "train"

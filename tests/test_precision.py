@@ -1,0 +1,97 @@
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from precision import Precision, add_precision_args, agree_on_precision, requested_precision, resolve_precision
+
+FP16 = Precision("fp16", "fp16", torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device_type", "capability", "name"),
+    [
+        ("fp32", "cpu", None, "fp32"),
+        ("fp16", "cpu", None, "fp32"),
+        ("bf16", "cpu", None, "fp32"),
+        ("bf16", "mps", None, "fp32"),
+        ("fp32", "cuda", (6, 1), "fp32"),
+        ("fp16", "cuda", (6, 1), "fp32"),
+        ("bf16", "cuda", (6, 1), "fp32"),
+        ("fp16", "cuda", (7, 0), "fp16"),
+        ("bf16", "cuda", (7, 0), "fp32"),
+        ("fp16", "cuda", (7, 5), "fp16"),
+        ("bf16", "cuda", (7, 5), "fp32"),
+        ("fp16", "cuda", (8, 0), "fp16"),
+        ("bf16", "cuda", (8, 0), "bf16"),
+        ("bf16", "cuda", (9, 0), "bf16"),
+        ("bf16", "cuda", (12, 0), "bf16"),
+    ],
+)
+def test_the_hardware_decides_and_a_fallback_has_a_reason(requested, device_type, capability, name):
+    precision = resolve_precision(requested, device_type, capability)
+    assert (precision.name, precision.requested) == (name, requested)
+    assert precision.dtype == {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    assert bool(precision.reason) == (name != requested)
+
+
+def test_the_reason_names_what_is_needed_and_what_is_there():
+    reason = resolve_precision("bf16", "cuda", (7, 5)).reason
+    assert "8.0" in reason
+    assert "7.5" in reason
+
+
+def test_the_current_device_is_asked_for_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert resolve_precision("bf16", "cuda").name == "fp32"
+    assert resolve_precision("fp16", "cuda").name == "fp16"
+
+
+def test_an_unknown_name_is_a_value_error():
+    with pytest.raises(ValueError, match="fp8"):
+        resolve_precision("fp8", "cuda", (9, 0))
+
+
+def test_flags_choose_the_precision_and_exclude_each_other(capsys):
+    parser = argparse.ArgumentParser()
+    add_precision_args(parser)
+    assert requested_precision(parser.parse_args([])) == "fp32"
+    assert requested_precision(parser.parse_args(["--use-amp"])) == "fp16"
+    assert requested_precision(parser.parse_args(["--use-bf16"])) == "bf16"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--use-amp", "--use-bf16"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_autocast_casts_in_low_precision_alone():
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with resolve_precision("fp32", "cpu").autocast("cpu"):
+        assert layer(x).dtype == torch.float32
+    with Precision("bf16", "bf16", torch.bfloat16).autocast("cpu"):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_the_scaler_is_on_for_fp16_alone():
+    assert FP16.grad_scaler("cpu").is_enabled()
+    assert not Precision("bf16", "bf16", torch.bfloat16).grad_scaler("cpu").is_enabled()
+    assert not resolve_precision("fp32", "cpu").grad_scaler("cpu").is_enabled()
+
+
+def agree(rank: int, folder: Path, capabilities: list[tuple[int, int]]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(capabilities))
+    precision = agree_on_precision("bf16", "cuda", capabilities[rank])
+    (folder / f"rank{rank}").write_text(f"{precision.name}: {precision.reason}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "name", "said"), [([(9, 0), (7, 0)], "fp32", "rank 1"), ([(9, 0), (8, 0)], "bf16", "")]
+)
+def test_one_rank_that_cannot_makes_all_fall_back(tmp_path, capabilities, name, said):
+    mp.spawn(agree, args=(tmp_path, capabilities), nprocs=2)
+    answers = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"{name}: {said}")

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+
+from sampling import gradient_descent, guided, sample_noise
+
+MINIMUM = torch.tensor([1.0, -2.0, 0.5])
+
+
+def towards_minimum(x: torch.Tensor) -> torch.Tensor:
+    """The field of the quadratic ½‖x − m‖²."""
+    return MINIMUM - x
+
+
+def test_gradient_descent_on_a_quadratic_shrinks_the_distance_by_the_same_factor_each_step():
+    start = torch.zeros(3)
+    end = gradient_descent(towards_minimum, start, 0.1, range(25))
+    torch.testing.assert_close(end, MINIMUM + 0.9**25 * (start - MINIMUM))
+
+
+@pytest.mark.parametrize("mu", [0.3, 0.9])
+def test_look_ahead_on_a_quadratic_follows_its_recurrence(mu):
+    eta, steps = 0.1, 25
+    # With e the distance from the minimum, e' = e − η·(e + μ·(e − e₋₁)), linear in (e, e₋₁).
+    one_step = np.array([[1 - eta - eta * mu, eta * mu], [1, 0]])
+    factor = (np.linalg.matrix_power(one_step, steps) @ [1, 1])[0]
+    end = gradient_descent(towards_minimum, torch.zeros(3), eta, range(steps), mu)
+    torch.testing.assert_close(end, MINIMUM * (1 - factor), rtol=1e-5, atol=1e-6)
+
+
+def test_as_many_updates_as_steps_are_made():
+    calls = []
+    gradient_descent(lambda x: calls.append(1) or x, torch.zeros(1), 0.1, range(7))
+    assert len(calls) == 7
+
+
+def test_x_stays_in_float32_under_a_low_precision_field():
+    end = gradient_descent(lambda x: x.to(torch.bfloat16), torch.ones(2), 1e-4, range(10))
+    assert end.dtype == torch.float32
+    assert end[0] > 1.0009
+
+
+def test_guidance_moves_away_from_the_null_class_in_one_call():
+    calls = []
+
+    def network(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(y.tolist())
+        return y.float()[:, None].expand_as(x)
+
+    y, x = torch.tensor([1, 2]), torch.zeros(2, 4)
+    field = guided(network, y, null_class=9, scale=1.5)
+    torch.testing.assert_close(field(x)[:, 0], torch.tensor([9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)]))
+    assert calls == [[1, 2, 9, 9]]
+    guided(network, y, null_class=9, scale=1.0)(x)
+    assert calls[1:] == [[1, 2]]
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    together = sample_noise(5, [0, 1, 2, 3], (3, 2, 4, 4))
+    torch.testing.assert_close(sample_noise(5, [2], (3, 2, 4, 4)), together[2:3], rtol=0, atol=0)
+    torch.testing.assert_close(sample_noise(5, [3, 1], (3, 2, 4, 4)), together[[3, 1]], rtol=0, atol=0)
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(sample_noise(6, [0], (3, 2, 4, 4)), together[:1])
+
+
+def test_noise_is_standard_normal():
+    noise = sample_noise(0, range(200), (3, 16, 16))
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)

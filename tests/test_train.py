@@ -1,0 +1,192 @@
+"""EqM/train.py as people run it."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from runs import create_run_folder
+
+NAME = "000-EqM-Ti-4-Linear-velocity-None"
+
+
+def trained(folder: Path, data: Path, *flags: object, processes: int = 0) -> Path:
+    """Trains in a folder, on clips of 16 pixels unless flags say otherwise, and returns the newest run's folder."""
+    arguments = ["train.py", "--data-path", data, *SMALL, "--num-workers", 0, *flags]
+    run = run_torchrun(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return max((folder / "results").iterdir())
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def load(run: Path, step: int) -> dict:
+    return torch.load(run / "checkpoints" / f"{step:07d}.pt", weights_only=True)
+
+
+def assert_same(a: object, b: object) -> None:
+    """Two nested structures of tensors and plain data are bitwise equal."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_a_run_leaves_log_metrics_config_and_checkpoints(shapes, tmp_path):
+    flags = ["--use-bf16", "--max-steps", 5, "--ckpt-every", 2, "--log-every", 2, "--image-size", 16]
+    run = trained(tmp_path, shapes, *flags)
+    assert run.name == NAME
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt", "0000005.pt"]
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 4, 5]
+    expected = {"step", "loss", "grad_norm", "lr", "samples_per_second", "memory_gb", "scaler_scale"}
+    assert all(expected <= row.keys() for row in rows)
+    assert json.loads((run / "config.json").read_text())["classes"] == [
+        "CircleRight",
+        "CircleUp",
+        "SquareRight",
+        "SquareUp",
+    ]
+
+
+def test_the_log_begins_with_what_a_person_needs_to_know_and_says_each_thing_once(checkpoint):
+    log = (checkpoint.parent.parent / "log.txt").read_text()
+    for said in ("device: CPU", "precision: fp32", "parameters", "16 clips, 4 classes", "tokens per sample: 32"):
+        assert log.count(said) == 1
+    assert "batch: 8 (the default on a CPU; on a GPU 256), 8 per rank" in log
+
+
+def test_a_fallback_is_a_warning_in_log_config_and_checkpoint(shapes, tmp_path):
+    run = trained(tmp_path, shapes, "--use-amp", "--max-steps", 1)
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "precision:" in line]
+    assert "WARNING precision: fp32 (fp16 requested: fp16 needs a CUDA GPU of capability 7.0 or higher" in line
+    saved = load(run, 1)["config"]["precision"]
+    assert (saved["name"], saved["requested"]) == ("fp32", "fp16")
+    assert "CPU" in saved["reason"]
+
+
+def test_a_checkpoint_is_plain_data_with_all_its_parts(checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)
+    assert {"model", "ema", "opt", "scaler", "step", "epoch", "samples", "config"} <= saved.keys()
+    assert saved["step"] == 4
+    assert (saved["samples"], saved["epoch"]) == (32, 2)
+    assert saved["config"]["frames_per_second"] == pytest.approx(25 / 3)
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in saved["model"])
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_bitwise_as_one_that_was_not(shapes, tmp_path):
+    straight = trained(tmp_path, shapes, "--max-steps", 5)
+    stopped = trained(tmp_path, shapes, "--max-steps", 3)
+    resumed = trained(tmp_path, shapes, "--max-steps", 5, "--ckpt", stopped / "checkpoints" / "0000003.pt")
+    assert resumed.name.startswith("002-")
+    expected, found = load(straight, 5), load(resumed, 5)
+    for key in expected.keys() - {"config"}:
+        assert_same(expected[key], found[key])
+    assert metrics(straight)[-1]["step"] == metrics(resumed)[-1]["step"] == 5
+
+
+def test_two_processes_share_the_batch_and_write_one_run(shapes, tmp_path):
+    run = trained(tmp_path, shapes, "--max-steps", 2, "--use-bf16", processes=2)
+    log = (run / "log.txt").read_text()
+    assert "8 (the default on a CPU; on a GPU 256), 4 per rank" in log
+    assert log.count("precision: fp32 (bf16 requested: rank 0:") == 1
+    saved = load(run, 2)
+    assert saved["samples"] == 16
+    assert not any(name.startswith("module.") for name in saved["model"])
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+def test_a_set_smaller_than_a_batch_goes_on_with_the_next_epoch(shapes, tmp_path):
+    run = trained(tmp_path, shapes, "--max-steps", 2, "--global-batch-size", 24)
+    saved = load(run, 2)
+    assert (saved["samples"], saved["epoch"]) == (48, 3)
+
+
+def test_epochs_end_a_run_without_max_steps(shapes, tmp_path):
+    run = trained(tmp_path, shapes, "--epochs", 1, "--global-batch-size", 6)
+    assert metrics(run)[-1]["step"] == 3  # 16 clips make two batches of 6 and one that ends in the next epoch
+
+
+def test_images_train_without_the_video_flag(tmp_path):
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20, 24), (level, level, i)).save(tmp_path / "images" / name / f"{i}.png")
+    flags = ["--data-path", "images", "--image-size", 16, "--model", "EqM-Ti/4", "--max-steps", 2, "--num-workers", 1]
+    run = run_script("train.py", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    saved = load(tmp_path / "results" / NAME, 2)
+    assert saved["config"]["network"]["input_size"] == 16
+    assert saved["config"]["classes"] == ["dark", "light"]
+
+
+def test_an_unreadable_clip_is_skipped_counted_and_named(shapes, tmp_path):
+    (tmp_path / "data").symlink_to(shapes.parent)
+    many = tmp_path / "many"
+    for i, clip in enumerate(sorted(shapes.glob("*/*.avi"))):
+        (many / clip.parent.name).mkdir(parents=True, exist_ok=True)
+        (many / clip.parent.name / clip.name).symlink_to(clip)
+        if i == 0:
+            (many / clip.parent.name / "v_Broken_g01_c01.avi").write_bytes(b"no video")
+    run = trained(tmp_path, many, "--max-steps", 1)
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "skipped unreadable" in line]
+    assert "v_Broken_g01_c01.avi" in line
+    assert "16 clips" in (run / "log.txt").read_text()
+
+
+def test_runs_that_start_at_once_never_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        folders = list(pool.map(lambda _: create_run_folder(tmp_path / "results", "EqM-S/4"), range(64)))
+    assert len(set(folders)) == 64
+    assert sorted(folder.name for folder in folders)[-1] == "063-EqM-S-4-Linear-velocity-None"
+
+
+def test_the_next_number_follows_the_largest_there(tmp_path):
+    (tmp_path / "026-EqM-B-2-Linear-velocity-None").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert create_run_folder(tmp_path, "EqM-S/4").name == "027-EqM-S-4-Linear-velocity-None"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "steps"), [("--use-bf16", 12), ("--use-amp", 2), ("", 2)])
+def test_the_guides_commands_work_as_written_on_real_clips(real_clips, tmp_path, precision, steps):
+    (tmp_path / "datasets" / "ucf-101").mkdir(parents=True)
+    (tmp_path / "datasets" / "ucf-101" / "train").symlink_to(real_clips / "train")
+    (tmp_path / "EqM").symlink_to(ROOT / "EqM")
+
+    def torchrun(command: str) -> str:
+        launcher = [Path(sys.executable).with_name("torchrun"), "--nproc_per_node=1"]
+        result = run_command(*launcher, *command.split(), cwd=tmp_path, threads=2, timeout_s=900)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    model = "--model EqM-S/4 --video --clip-len 4"
+    torchrun(f"EqM/train.py --data-path datasets/ucf-101/train {model} {precision} --max-steps {steps}")
+    run = tmp_path / "results" / "000-EqM-S-4-Linear-velocity-None"
+    rows = metrics(run)
+    assert rows[-1]["step"] == steps
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    checkpoint = f"{run.relative_to(tmp_path)}/checkpoints/{steps:07d}.pt"
+    said = torchrun(
+        f"EqM/sample_gd.py {model} --ckpt {checkpoint} --folder video_samples {precision} --num-fid-samples 1"
+    )
+    assert said.count("precision: fp32") == 1
+    assert said.count("WARNING") == bool(precision)
+    (video,) = (tmp_path / "video_samples").glob("*.mp4")
+    with av.open(str(video)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 4

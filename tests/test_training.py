@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+
+from models import EqM
+from precision import Precision, resolve_precision
+from training import Recipe, TrainingState, draw_random_numbers, train_step
+
+CPU = torch.device("cpu")
+FP32, FP16 = resolve_precision("fp32", "cpu"), Precision("fp16", "fp16", torch.float16)
+RECIPE = Recipe(lr=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.999)
+
+
+def new_state(precision: Precision = FP32) -> TrainingState:
+    torch.manual_seed(0)
+    network = EqM((4, 8, 8), 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=4, temporal_patch=2)
+    # Non-zero outputs, so that every weight has a gradient from the first step.
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+    return TrainingState(network, precision, CPU)
+
+
+def one_step(state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0) -> tuple:
+    x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    draws = draw_random_numbers(x, seed=0, samples=samples, rank=0)
+    return train_step(state, recipe, x, torch.arange(8) % 4, torch.full((8,), 0.1), draws)
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in module.state_dict().values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("precision", [FP32, FP16, Precision("bf16", "bf16", torch.bfloat16)], ids=lambda p: p.name)
+def test_the_loss_falls_on_one_batch_in_every_precision(precision):
+    state, recipe = new_state(precision), Recipe(lr=1e-2, warmup_steps=0, grad_clip=1.0, ema_decay=0.999)
+    losses = [one_step(state, recipe)[1].item() for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert state.step == 30
+
+
+def test_an_overflow_moves_neither_weights_nor_ema_nor_step_count():
+    state = new_state(FP16)
+    one_step(state)
+    before = weights(state.network), weights(state.ema), state.optimizer.state_dict()["state"][0]["step"].item()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    updated, _, grad_norm = one_step(state)
+    assert not updated
+    assert not math.isfinite(grad_norm.item())
+    assert same(before[0], weights(state.network))
+    assert same(before[1], weights(state.ema))
+    assert state.optimizer.state_dict()["state"][0]["step"].item() == before[2]
+    assert (state.step, state.skipped) == (1, 1)
+    assert state.scaler.get_scale() == 2.0**99
+
+
+def test_gradients_are_unscaled_before_they_are_measured_and_clipped():
+    exact, scaled = new_state(FP32), new_state(FP16)
+    recipe = Recipe(lr=1e-3, warmup_steps=0, grad_clip=0.5, ema_decay=0.999)
+    _, _, exact_norm = one_step(exact, recipe)
+    _, _, scaled_norm = one_step(scaled, recipe)
+    assert exact_norm > 0.5
+    assert scaled_norm.item() == pytest.approx(exact_norm.item(), rel=0.02)
+    clipped = torch.stack([p.grad.norm() for p in scaled.trained]).norm()
+    assert clipped.item() == pytest.approx(0.5, rel=0.01)
+
+
+def test_the_ema_is_warmed_up_and_follows_the_weights():
+    state = new_state()
+    start = weights(state.ema)
+    one_step(state)
+    # The first update's decay is 1/10: a tenth of the old average stays.
+    expected = [0.1 * a + 0.9 * b for a, b in zip(start, weights(state.network), strict=True)]
+    for ours, right in zip(weights(state.ema), expected, strict=True):
+        torch.testing.assert_close(ours, right)
+    assert RECIPE.ema_decay_at(10**6) == 0.999
+
+
+def test_the_learning_rate_warms_up_linearly_then_stays():
+    recipe = Recipe(lr=1.0, warmup_steps=4, grad_clip=0, ema_decay=0.9)
+    assert [recipe.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert RECIPE.lr_at(0) == 1e-3
+
+
+def test_random_numbers_repeat_for_the_same_place_and_differ_elsewhere():
+    x = torch.zeros(4, 3, 8, 8)
+    draws = draw_random_numbers(x, 0, 64, 0)
+    assert torch.equal(draws.noise, draw_random_numbers(x, 0, 64, 0).noise)
+    for place in [(1, 64, 0), (0, 72, 0), (0, 64, 1)]:
+        assert not torch.equal(draws.noise, draw_random_numbers(x, *place).noise)
+
+
+def test_a_state_saved_and_loaded_goes_on_as_if_uninterrupted():
+    straight, stopped = new_state(), new_state()
+    for samples in (0, 8, 16, 24):
+        one_step(straight, samples=samples)
+    for samples in (0, 8):
+        one_step(stopped, samples=samples)
+    torch.manual_seed(9)
+    resumed = TrainingState(EqM((4, 8, 8), 4, 3, 32, 2, 2, 4, temporal_patch=2), FP32, CPU)
+    resumed.load_state_dict(stopped.state_dict())
+    for samples in (16, 24):
+        one_step(resumed, samples=samples)
+    assert same(weights(straight.network), weights(resumed.network))
+    assert same(weights(straight.ema), weights(resumed.ema))
+    assert resumed.step == 4
+
+
+def test_a_checkpoint_of_one_precision_goes_on_in_another():
+    fp32, fp16 = new_state(FP32), new_state(FP16)
+    one_step(fp32)
+    one_step(fp16)
+    saved = {"fp32": fp32.state_dict(), "fp16": fp16.state_dict()}
+    into_fp16, into_fp32 = new_state(FP16), new_state(FP32)
+    into_fp16.load_state_dict(saved["fp32"])
+    into_fp32.load_state_dict(saved["fp16"])
+    assert one_step(into_fp16)[0]
+    assert one_step(into_fp32)[0]
+    assert into_fp16.scaler.get_scale() == 2.0**16
