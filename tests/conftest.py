@@ -42,20 +42,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of class folders of real .avi files: two shapes, two directions, four clips each."""
     folder = tmp_path_factory.mktemp("shapes")
     script = ROOT / "datasets" / "make_moving_shapes.py"
-    options = [
-        "--shapes",
-        "circle",
-        "square",
-        "--directions",
-        "right",
-        "up",
-        "--train-clips",
-        "4",
-        "--test-clips",
-        "1",
-        "--size",
-        "32",
-    ]
+    options = "--shapes circle square --directions right up --train-clips 4 --test-clips 1 --size 32".split()
     result = run_command(sys.executable, script, folder, *options, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "train"
