@@ -28,6 +28,8 @@ def start() -> torch.device:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+        # By default cuDNN rounds fp32 convolutions to TF32; fp32 means IEEE here, as in matrix products.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if gpus else "gloo")
     return device

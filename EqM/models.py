@@ -236,7 +236,7 @@ def sincos_positions(hidden_size: int, rows: int, columns: int) -> Tensor:
 
 
 EqM_sizes = {
-    "Ti": {"depth": 6, "hidden_size": 192, "num_heads": 3},
+    "Ti": {"depth": 6, "hidden_size": 128, "num_heads": 2},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import distributed
 from cli import UserError
+from precision import Precision
 
 log = logging.getLogger("EqM")
 
@@ -53,11 +54,16 @@ def start_log(file: Path | None = None) -> None:
         log.addHandler(handler)
 
 
+def log_precision(precision: Precision) -> None:
+    """Says what a run computes in: a warning, with the reason, where that is not what was asked for."""
+    log.log(logging.WARNING if precision.reason else logging.INFO, "precision: %s", precision)
+
+
 class Metrics:
     """Sums up the steps between two log lines, without waiting for the device, and writes the lines."""
 
     def __init__(self, folder: Path, device: torch.device):
-        self.path, self.device = folder / "metrics.jsonl", device
+        self.path, self.device, self.start = folder / "metrics.jsonl", device, time.perf_counter()
         self.restart()
 
     def restart(self) -> None:
@@ -70,17 +76,23 @@ class Metrics:
         self.grad_norms.append(grad_norm)
         self.samples += samples
 
-    def write(self, **counters: float) -> None:
+    def write(self, **counters: float) -> float:
         """Averages over the steps since the last line and over the ranks, and writes the result.
 
         Every rank must call it. `counters` (step, epoch, …) go into the line as they are.
+
+        Returns:
+            Minutes since the start, the same on all ranks.
         """
-        averages = torch.stack([torch.stack(self.losses).mean(), torch.stack(self.grad_norms).mean()])
-        loss, grad_norm = distributed.mean(averages).tolist()
+        now = time.perf_counter()
+        loss, grad_norm = torch.stack(self.losses).mean(), torch.stack(self.grad_norms).mean()
+        minutes = loss.new_tensor((now - self.start) / 60)
+        loss, grad_norm, minutes = distributed.mean(torch.stack([loss, grad_norm, minutes])).tolist()
         row = counters | {
+            "minutes": round(minutes, 3),
             "loss": loss,
             "grad_norm": grad_norm,
-            "samples_per_second": round(self.samples / (time.perf_counter() - self.since), 2),
+            "samples_per_second": round(self.samples / (now - self.since), 2),
             "memory_gb": round(peak_memory_gb(self.device), 3),
         }
         if distributed.is_main():
@@ -91,6 +103,7 @@ class Metrics:
             "{samples_per_second:.1f} samples/s, {memory_gb:.2f} GB".format(**row)
         )
         self.restart()
+        return minutes
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -23,7 +23,7 @@ from loader import to_pixels
 from models import EqM, EqM_models, build_network
 from pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
-from runs import log, start_log
+from runs import log, log_precision, start_log
 from sampling import gradient_descent, guided, sample_noise
 from video import write_video
 
@@ -244,7 +244,7 @@ def main() -> None:
     output = Output(args.folder, f".{args.video_format}" if network.is_video else ".png", frames_per_second)
     distributed.on_main(lambda: output.prepare(args.num_fid_samples))
 
-    (log.warning if precision.reason else log.info)("precision: %s", precision)
+    log_precision(precision)
     trained_in = saved["config"]["precision"]["name"]
     log.info("checkpoint: %s, %s, step %d, trained in %s", args.ckpt, settings["model"], saved["step"], trained_in)
     shown = write_samples(args, network, classes, output, device)

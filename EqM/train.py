@@ -22,10 +22,11 @@ from data import Found, scan_for_training
 from loader import EpochStream, Samples, UnreadableLog, make_loader, to_unit_range, window_length
 from models import EqM_models, build_network
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
-from runs import Metrics, create_run_folder, log, start_log
+from runs import Metrics, create_run_folder, log, log_precision, start_log
 from training import Recipe, TrainingState, draw_random_numbers, train_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
+DEFAULT_EPOCHS, NO_EPOCH_LIMIT = 80, 10**9
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,10 +50,11 @@ def parse_args() -> argparse.Namespace:
         "--temporal-patch", type=cli.positive_int, help="frames a token; default 2 where it divides the clip, else 1"
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=cli.positive_int, default=80)
+    training.add_argument("--epochs", type=cli.positive_int, help="default 80; no limit where --max-steps is given")
     training.add_argument(
         "--max-steps", type=cli.positive_int, help="stop at this step, counted from the first run's start"
     )
+    training.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
     training.add_argument("--global-batch-size", type=cli.positive_int, help="over all ranks; default 256, on a CPU 8")
     training.add_argument("--lr", type=cli.positive_float, default=1e-4)
     training.add_argument("--warmup-steps", type=cli.non_negative_int, default=0, help="steps of linear warm-up")
@@ -107,6 +109,12 @@ def global_batch(args: argparse.Namespace, device_type: str) -> int:
     return size
 
 
+def sample_limit(args: argparse.Namespace, found: Found) -> int:
+    """How many samples to draw at most, from the start of the first run."""
+    epochs = args.epochs or (NO_EPOCH_LIMIT if args.max_steps else DEFAULT_EPOCHS)
+    return epochs * len(found.items)
+
+
 def make_config(args: argparse.Namespace, settings: dict, found: Found, precision: Precision) -> dict:
     """What a checkpoint says of its run, as plain data."""
     rate = found.mean_frame_rate() / args.frame_interval if args.video else None
@@ -137,7 +145,7 @@ def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch
     device = state.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     log.info("device: %s, %d process(es), torch %s", name, distributed.world_size(), torch.__version__)
-    (log.warning if state.precision.reason else log.info)("precision: %s", state.precision)
+    log_precision(state.precision)
     parameters = sum(p.numel() for p in state.network.parameters())
     log.info("model: %s, %s parameters", args.model, f"{parameters:,}")
     kind = "clips" if args.video else "images"
@@ -163,17 +171,17 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
     rank, ranks = distributed.rank(), distributed.world_size()
     flip = not args.no_flip
     samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, args.global_seed)
-    num_batches = math.ceil((args.epochs * len(found.items) - state.samples) / batch)
+    num_batches = math.ceil((sample_limit(args, found) - state.samples) / batch)
     stream = EpochStream(len(found.items), batch, num_batches, args.global_seed, state.samples, rank, ranks)
     loader = make_loader(samples, stream, args.num_workers, pin_memory=state.device.type == "cuda")
-    last_step = min(args.max_steps or math.inf, state.step + num_batches)
+    last_step, max_minutes = min(args.max_steps or math.inf, state.step + num_batches), args.max_minutes or math.inf
     recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
     first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device)
 
-    def report() -> None:
+    def report() -> float:
         epoch, lr = state.samples // len(found.items), recipe.lr_at(state.step - 1)
         scale = state.scaler.get_scale()
-        metrics.write(step=state.step, epoch=epoch, lr=lr, scaler_scale=scale, skipped=state.skipped)
+        return metrics.write(step=state.step, epoch=epoch, lr=lr, scaler_scale=scale, skipped=state.skipped)
 
     def save() -> None:
         path = folder / "checkpoints" / f"{state.step:07d}.pt"
@@ -198,11 +206,10 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
         metrics.add(loss, grad_norm, batch)
         bar.update()
 
-        if state.step == first_step or state.step % args.log_every == 0:
-            report()
+        minutes = report() if state.step == first_step or state.step % args.log_every == 0 else 0
         if state.step % args.ckpt_every == 0:
             save()
-        if state.step == last_step:
+        if state.step == last_step or minutes >= max_minutes:
             break
     bar.close()
     if metrics.losses:
@@ -222,7 +229,7 @@ def main() -> None:
     settings = network_settings(args, check_classes(found, args.num_classes))
     config = make_config(args, settings, found, precision)
     if saved:
-        check_resumable(saved, config, args.epochs * len(found.items), args.max_steps or math.inf)
+        check_resumable(saved, config, sample_limit(args, found), args.max_steps or math.inf)
 
     torch.manual_seed(args.global_seed)
     state = TrainingState(build_network(settings), precision, device)

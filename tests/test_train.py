@@ -1,5 +1,6 @@
 """EqM/train.py as people run it."""
 
+import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from data import Found, Item
 from runs import create_run_folder
+from train import sample_limit
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 
@@ -120,6 +123,18 @@ def test_a_set_smaller_than_a_batch_goes_on_with_the_next_epoch(shapes, tmp_path
 def test_epochs_end_a_run_without_max_steps(shapes, tmp_path):
     run = trained(tmp_path, shapes, "--epochs", 1, "--global-batch-size", 6)
     assert metrics(run)[-1]["step"] == 3  # 16 clips make two batches of 6 and one that ends in the next epoch
+
+
+def test_max_steps_alone_lifts_the_default_limit_of_epochs():
+    found = Found("root", ("class",), (Item("clip", 0, None),) * 10, ())
+    assert sample_limit(argparse.Namespace(epochs=None, max_steps=None), found) == 800
+    assert sample_limit(argparse.Namespace(epochs=3, max_steps=10**6), found) == 30
+    assert sample_limit(argparse.Namespace(epochs=None, max_steps=10**6), found) > 10**9
+
+
+def test_max_minutes_end_a_run_with_a_checkpoint(shapes, tmp_path):
+    run = trained(tmp_path, shapes, "--max-minutes", 0.0001, "--log-every", 1, processes=2)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0000001.pt"]
 
 
 def test_images_train_without_the_video_flag(tmp_path):
