@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 # How long a rank other than 0 waits before it prints: when every rank meets the same error,
 # rank 0 says it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 3
+TOO_LARGE = 2**63  # what neither a seed nor a tensor's size can be
 
 
 class UserError(Exception):
@@ -24,7 +26,8 @@ def fail(message: str, status: int = 1) -> NoReturn:
     """Prints one line on stderr, once for all ranks, and exits."""
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(OTHER_RANKS_WAIT_S)
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    # Not print: a progress bar may stand on the line.
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -46,7 +49,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """True for Python's, CUDA's and the CPU allocator's ways of saying that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "DefaultCPUAllocator" in str(error) or "std::bad_alloc" in str(error)
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "std::bad_alloc", "CUDA error: out of memory"))
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -71,15 +74,15 @@ def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], w
             value = convert(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and accepts(value)):
+        if not (accepts(value) and abs(value) < math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wants}")
         return value
 
     return parse
 
 
-positive_int = checked(int, lambda v: v > 0, "a whole number above 0")
-non_negative_int = checked(int, lambda v: v >= 0, "a whole number, 0 or more")
+positive_int = checked(int, lambda v: 0 < v < TOO_LARGE, "a whole number above 0 and below 2^63")
+non_negative_int = checked(int, lambda v: 0 <= v < TOO_LARGE, "a whole number from 0 up to, but not including, 2^63")
 positive_float = checked(float, lambda v: v > 0, "a number above 0")
 non_negative_float = checked(float, lambda v: v >= 0, "a number, 0 or more")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")

@@ -112,19 +112,25 @@ def read_table(table: Path, root: Path) -> list[tuple[str, str]]:
     """(path, class name) for every row of a CSV.
 
     Raises:
-        UserError: columns that are not known, or no rows.
+        UserError: not a CSV, columns that are not known, or no rows.
     """
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = set(reader.fieldnames or ())
-        if {"video_name", "tag"} <= columns:
-            rows = [(row["video_name"], row["tag"]) for row in reader]
-        elif {"clip_name", "clip_path", "label"} <= columns:
-            rows = [(row["clip_path"], row["label"]) for row in reader]
-        else:
-            raise UserError(f"{table} needs the columns video_name,tag or clip_name,clip_path,label")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = set(reader.fieldnames or ())
+            if {"video_name", "tag"} <= columns:
+                rows = [(row["video_name"], row["tag"]) for row in reader]
+            elif {"clip_name", "clip_path", "label"} <= columns:
+                rows = [(row["clip_path"], row["label"]) for row in reader]
+            else:
+                raise UserError(f"{table} needs the columns video_name,tag or clip_name,clip_path,label")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} is not a CSV in UTF-8: {error}") from None
     if not rows:
         raise UserError(f"{table} has no rows")
+    incomplete = next((i for i, row in enumerate(rows) if not all(row)), None)
+    if incomplete is not None:
+        raise UserError(f"{table} names no file or no class in its row {incomplete + 1}: fill it in")
     return [(str(resolve(root, name)), label) for name, label in rows]
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 # FFmpeg gives up on a file that blocks for longer: seconds to open, seconds for one read.
 TIMEOUT_S = (10.0, 10.0)
+# Codecs whose reordered frames FFmpeg gives no right times where the container keeps none, as AVI.
+TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
 
 
 class UnreadableVideo(Exception):
@@ -23,11 +25,14 @@ class VideoInfo:
 
     `times` is a range where frames are evenly spaced, which keeps large sets small in memory.
     `seekable` is False where decoded frames do not carry these times (H.264 with B-frames in AVI).
+    `seek_margin`, in the stream's unit, is how far a frame is shown after its place in the file's
+    order: a seek so much earlier than a frame's time does not end behind it.
     """
 
     times: range | tuple[int, ...]
     frames_per_second: float
     seekable: bool = True
+    seek_margin: int = 0
 
 
 def open_video(path: Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
@@ -37,6 +42,9 @@ def open_video(path: Path) -> tuple[av.container.InputContainer, av.video.stream
         container.close()
         raise UnreadableVideo("it has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise UnreadableVideo("its codec is not known")
     stream.codec_context.thread_count = 1
     return container, stream
 
@@ -51,27 +59,30 @@ def probe_video(path: Path) -> VideoInfo:
         container, stream = open_video(path)
         with container:
             next(container.decode(stream))
-            reorders = stream.codec_context.has_b_frames
+            codec = stream.codec_context
+            untimed = codec.has_b_frames and codec.name in TIMES_FROM_CONTAINER
         container, stream = open_video(path)
         with container:
-            packets = [packet for packet in container.demux(stream) if packet.size]
+            # An edit list, as of a cut .mp4, discards frames that the file still holds.
+            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
             time_base, header_rate = stream.time_base, stream.average_rate
     except StopIteration:
         raise UnreadableVideo("it has no frames") from None
     except av.error.FFmpegError as error:
         raise UnreadableVideo(describe(error)) from None
     times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
-    if None in times:
+    if not times or None in times:
         raise UnreadableVideo("its frames carry no times")
     # Frames that come out of order have packets whose times do too, if the container knows them.
-    seekable = not (reorders and times == sorted(times))
+    seekable = not (untimed and times == sorted(times))
+    margin = max((packet.pts - packet.dts for packet in packets if None not in (packet.pts, packet.dts)), default=0)
     times = sorted(set(times))
     rate = float(header_rate or 0)
     if len(times) > 1:
         rate = (len(times) - 1) / float((times[-1] - times[0]) * time_base)
     if not rate:
         raise UnreadableVideo("it has one frame and no frame rate")
-    return VideoInfo(evenly_spaced(times), rate, seekable)
+    return VideoInfo(evenly_spaced(times), rate, seekable, max(margin, 0))
 
 
 def describe(error: Exception) -> str:
@@ -95,7 +106,8 @@ def read_frames(path: Path, info: VideoInfo, indices: Sequence[int], size: int) 
         UnreadableVideo: none of the frames decodes.
     """
     try:
-        frames = seek_and_decode(path, [info.times[i] for i in indices], size) if info.seekable else None
+        times = [info.times[i] for i in indices]
+        frames = seek_and_decode(path, times, info.seek_margin, size) if info.seekable else None
     except av.error.FFmpegError:
         frames = None
     if frames is None:
@@ -105,17 +117,18 @@ def read_frames(path: Path, info: VideoInfo, indices: Sequence[int], size: int) 
     return np.stack(frames + [frames[-1]] * (len(indices) - len(frames)))
 
 
-def seek_and_decode(path: Path, times: Sequence[int], size: int) -> list[np.ndarray] | None:
+def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: int) -> list[np.ndarray] | None:
     """The first frames at or after each time; None where the seek went past the first."""
     frames: list[np.ndarray] = []
+    reformatter = VideoReformatter()
     container, stream = open_video(path)
     with container:
-        container.seek(times[0], stream=stream)
+        container.seek(times[0] - seek_margin, stream=stream)
         for i, frame in enumerate(container.decode(stream)):
             if frame.pts is None or (i == 0 and frame.pts > times[0]):
                 return None
             while len(frames) < len(times) and frame.pts >= times[len(frames)]:
-                frames.append(square(frame, size))
+                frames.append(square(frame, size, reformatter))
             if len(frames) == len(times):
                 break
     return frames
@@ -124,12 +137,13 @@ def seek_and_decode(path: Path, times: Sequence[int], size: int) -> list[np.ndar
 def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.ndarray]:
     """The frames with these indices, counted as they are decoded."""
     frames: list[np.ndarray] = []
+    reformatter = VideoReformatter()
     try:
         container, stream = open_video(path)
         with container:
             for i, frame in enumerate(container.decode(stream)):
                 while len(frames) < len(indices) and i >= indices[len(frames)]:
-                    frames.append(square(frame, size))
+                    frames.append(square(frame, size, reformatter))
                 if len(frames) == len(indices):
                     break
     except av.error.FFmpegError as error:
@@ -138,12 +152,12 @@ def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.
     return frames
 
 
-def square(frame: av.VideoFrame, size: int) -> np.ndarray:
+def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
     """A frame resized so that its short side is `size`, and its centre: (size, size, 3) uint8 RGB."""
     scale = size / min(frame.height, frame.width)
     height, width = round(frame.height * scale), round(frame.width * scale)
     smooth = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    pixels = frame.reformat(width, height, format="rgb24", interpolation=smooth).to_ndarray()
+    pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation=smooth, threads=1).to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size]
 

@@ -59,7 +59,7 @@ def render_clip(shape: str, direction: str, size: int, num_frames: int, rng: np.
 def write_avi(path: Path, frames: np.ndarray) -> None:
     """Writes (T, H, W, 3) uint8 frames as MPEG-4 Part 2, a key frame every 12."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND, options={"qscale": "2", "g": "12"})
+        stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND, options={"qmin": "2", "qmax": "2", "g": "12"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
