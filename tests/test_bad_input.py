@@ -130,7 +130,7 @@ def test_a_sampling_number_out_of_its_range_is_named_with_its_value(run, checkpo
         (["--model", "EqM-Z/3"], ["--model", "'EqM-Z/3'", "EqM-S/4"]),
         (["--use-amp", "--use-bf16"], ["--use-amp", "--use-bf16", "not allowed"]),
         (["--learning-rate", "1"], ["--learning-rate"]),
-        (["--glob", "1"], ["--glob"]),  # not taken for --global-batch-size or --global-seed
+        (["--clip", "1"], ["--clip"]),  # not taken for --clip-len
     ],
 )
 def test_a_flag_that_cannot_be_meant_is_refused(run, script, flags, words):
