@@ -7,11 +7,11 @@ RUN := $(VENV)/bin/python
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --requirement requirements.txt
 	@touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(RUN) -m pip install --quiet --requirement requirements-dev.txt
+	$(RUN) -m pip install --requirement requirements-dev.txt
 	@touch $@
 
 demo: $(VENV)/installed

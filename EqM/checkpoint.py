@@ -2,15 +2,16 @@
 
 import argparse
 import os
-import pickle
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cli import UserError
+from cli import UserError, is_out_of_memory
 
-REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "epoch", "samples", "config"}
+REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
+REQUIRED_CONFIG = {"network", "classes", "frames_per_second", "precision"}
 # Prefixes that DistributedDataParallel and torch.compile put before parameter names.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -36,9 +37,12 @@ def load_file(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: give the path of a .pt file that EqM/train.py wrote")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the format of files that are refused below
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError):
+    except Exception as error:  # what a reader of any bytes may raise has no common type
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} is cut short or is no checkpoint: give another one") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(contents).__name__}")
@@ -52,7 +56,7 @@ def load_checkpoint(path: Path) -> dict:
         UserError: as `load_file`, and for a checkpoint of another program.
     """
     contents = load_file(path)
-    missing = REQUIRED_KEYS - contents.keys()
+    missing = REQUIRED_KEYS - contents.keys() or REQUIRED_CONFIG - set(contents["config"])
     if missing:
         raise UserError(f"{path} was not written by EqM/train.py: it has no {', '.join(sorted(missing))}")
     return contents
@@ -64,7 +68,7 @@ def network_weights(contents: dict) -> dict[str, Tensor]:
     return {strip_prefixes(name): tensor for name, tensor in weights.items()}
 
 
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Loads a state dict strictly.
 
     Raises:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 # How long a rank other than 0 waits before it prints: when every rank meets the same error,
 # rank 0 says it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 3
+MAX_SIDE = 16_384  # pixels or frames; more is a slip of the finger
 TOO_LARGE = 2**63  # what neither a seed nor a tensor's size can be
 
 
@@ -83,6 +84,7 @@ def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], w
 
 positive_int = checked(int, lambda v: 0 < v < TOO_LARGE, "a whole number above 0 and below 2^63")
 non_negative_int = checked(int, lambda v: 0 <= v < TOO_LARGE, "a whole number from 0 up to, but not including, 2^63")
+side = checked(int, lambda v: 0 < v <= MAX_SIDE, f"a whole number from 1 to {MAX_SIDE}")
 positive_float = checked(float, lambda v: v > 0, "a number above 0")
 non_negative_float = checked(float, lambda v: v >= 0, "a number, 0 or more")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")

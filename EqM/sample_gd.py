@@ -58,8 +58,8 @@ def parse_args() -> argparse.Namespace:
     known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
     known.add_argument("--video", action="store_true", default=None)
-    known.add_argument("--clip-len", type=cli.positive_int)
-    known.add_argument("--image-size", type=cli.positive_int)
+    known.add_argument("--clip-len", type=cli.side)
+    known.add_argument("--image-size", type=cli.side)
     known.add_argument("--num-classes", type=cli.positive_int)
     return parser.parse_args()
 

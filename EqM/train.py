@@ -7,7 +7,6 @@
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from runs import Metrics, create_run_folder, log, log_precision, start_log
 from training import Recipe, TrainingState, draw_random_numbers, train_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
+DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}
 DEFAULT_EPOCHS, NO_EPOCH_LIMIT = 80, 10**9
 
 
@@ -34,14 +34,14 @@ def parse_args() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", type=Path, required=True, help="class folders, or videos with a CSV")
     data.add_argument("--video", action="store_true", help="train on clips of videos, not on images")
-    data.add_argument("--image-size", type=cli.positive_int, default=64, help="height and width, pixels")
-    data.add_argument("--clip-len", type=cli.positive_int, default=16, help="frames of a clip")
+    data.add_argument("--image-size", type=cli.side, default=64, help="height and width, pixels")
+    data.add_argument("--clip-len", type=cli.side, default=16, help="frames of a clip")
     data.add_argument("--frame-interval", type=cli.positive_int, default=3, help="video frames from one to the next")
     data.add_argument(
         "--no-flip", action="store_true", help="no mirrored samples: for classes that tell left from right"
     )
     data.add_argument(
-        "--num-workers", type=cli.non_negative_int, default=min(4, os.cpu_count()), help="loading processes a rank"
+        "--num-workers", type=cli.non_negative_int, help="loading processes a rank; default 4, on a CPU 0"
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=EqM_models, default="EqM-XL/2", metavar="NAME", help="as EqM-S/4")
@@ -173,7 +173,9 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
     samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, args.global_seed)
     num_batches = math.ceil((sample_limit(args, found) - state.samples) / batch)
     stream = EpochStream(len(found.items), batch, num_batches, args.global_seed, state.samples, rank, ranks)
-    loader = make_loader(samples, stream, args.num_workers, pin_memory=state.device.type == "cuda")
+    # On a CPU, loading processes would take cores from the step, whose threads wait for one another.
+    workers = args.num_workers if args.num_workers is not None else DEFAULT_WORKERS[state.device.type]
+    loader = make_loader(samples, stream, workers, pin_memory=state.device.type == "cuda")
     last_step, max_minutes = min(args.max_steps or math.inf, state.step + num_batches), args.max_minutes or math.inf
     recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
     first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device)
@@ -234,7 +236,7 @@ def main() -> None:
     torch.manual_seed(args.global_seed)
     state = TrainingState(build_network(settings), precision, device)
     if saved:
-        state.load_state_dict(saved)
+        state.load_state_dict(saved, args.ckpt)
 
     folder = distributed.on_main(lambda: create_run_folder(args.results_dir, args.model))
     start_log(folder / "log.txt")

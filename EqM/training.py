@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import distributed
+from checkpoint import load_weights
 from objective import drop_labels, eqm_loss
 from precision import Precision
 
@@ -60,10 +62,14 @@ class TrainingState:
             "samples": self.samples,
         }
 
-    def load_state_dict(self, saved: dict) -> None:
-        """Takes back what `state_dict` gave, if the network is the same."""
-        self.network.load_state_dict(saved["model"])
-        self.ema.load_state_dict(saved["ema"])
+    def load_state_dict(self, saved: dict, source: str | Path) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            UserError: the weights, which came from `source`, are another network's.
+        """
+        load_weights(self.network, saved["model"], source)
+        load_weights(self.ema, saved["ema"], source)
         self.optimizer.load_state_dict(saved["opt"])
         # A scaler that was not on saved nothing, and one that is on refuses nothing.
         if self.scaler.is_enabled() and saved["scaler"]:

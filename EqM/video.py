@@ -107,18 +107,18 @@ def read_frames(path: Path, info: VideoInfo, indices: Sequence[int], size: int) 
     """
     try:
         times = [info.times[i] for i in indices]
-        frames = seek_and_decode(path, times, info.seek_margin, size) if info.seekable else None
+        frames = seek_and_decode(path, times, info.seek_margin, size) if info.seekable else []
     except av.error.FFmpegError:
-        frames = None
-    if frames is None:
+        frames = []
+    if not frames:
         frames = decode_from_start(path, indices, size)
     if not frames:
         raise UnreadableVideo("no frame decodes at the wanted place")
     return np.stack(frames + [frames[-1]] * (len(indices) - len(frames)))
 
 
-def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: int) -> list[np.ndarray] | None:
-    """The first frames at or after each time; None where the seek went past the first."""
+def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: int) -> list[np.ndarray]:
+    """The first frames at or after each time; none at all where the seek went past the first."""
     frames: list[np.ndarray] = []
     reformatter = VideoReformatter()
     container, stream = open_video(path)
@@ -126,7 +126,7 @@ def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: in
         container.seek(times[0] - seek_margin, stream=stream)
         for i, frame in enumerate(container.decode(stream)):
             if frame.pts is None or (i == 0 and frame.pts > times[0]):
-                return None
+                return []
             while len(frames) < len(times) and frame.pts >= times[len(frames)]:
                 frames.append(square(frame, size, reformatter))
             if len(frames) == len(times):

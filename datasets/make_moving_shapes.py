@@ -8,6 +8,7 @@ to clip. Every clip is an MPEG-4 .avi file, and the same seed renders the same p
 
 import argparse
 import colorsys
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -73,10 +74,8 @@ def clip_jobs(args: argparse.Namespace) -> Iterator[tuple]:
     for split, clips in (("train", args.train_clips), ("test", args.test_clips)):
         for class_index, (shape, direction) in enumerate((s, d) for s in args.shapes for d in args.directions):
             name = shape.title() + direction.title()
-            folder = args.destination / split / name
-            folder.mkdir(parents=True, exist_ok=True)
             for i in range(clips):
-                path = folder / f"v_{name}_g{i // 10 + 1:02d}_c{i % 10 + 1:02d}.avi"
+                path = args.destination / split / name / f"v_{name}_g{i // 10 + 1:02d}_c{i % 10 + 1:02d}.avi"
                 yield path, shape, direction, args.size, args.frames, (args.seed, split == "test", class_index, i)
 
 
@@ -96,14 +95,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16, help="frames a clip (default 16)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.shapes, args.directions = dict.fromkeys(args.shapes), dict.fromkeys(args.directions)  # each once
     if args.size < 16 or args.size % 2 or min(args.frames, args.train_clips) < 1 or args.test_clips < 0:
         parser.error("--size must be even and at least 16, --frames and --train-clips at least 1")
     return args
 
 
+def make_folders(destination: Path, paths: list[Path]) -> None:
+    """Makes the class folders, or exits with one line where they cannot be, or hold other clips."""
+    others = set(destination.glob("*/*/*.avi")) - set(paths)
+    if others:
+        sys.exit(f"make_moving_shapes.py: error: {min(others)} is of another set: empty or name another destination")
+    try:
+        for folder in {path.parent for path in paths}:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"make_moving_shapes.py: error: {destination} cannot be written: {error.strerror}")
+
+
 def main() -> None:
     args = parse_args()
     jobs = list(clip_jobs(args))
+    make_folders(args.destination, [path for path, *_ in jobs])
     with ProcessPoolExecutor() as pool:
         for _ in tqdm(pool.map(write_clip, jobs, chunksize=8), total=len(jobs), desc="rendering", unit="clip"):
             pass

@@ -132,3 +132,20 @@ def test_numbers_that_make_no_set_are_refused(tmp_path, monkeypatch, capsys, opt
         make_moving_shapes.main()
     assert "--size" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+def test_clips_of_another_set_are_not_mixed_in(made):
+    script = ROOT / "datasets" / "make_moving_shapes.py"
+    result = run_command(sys.executable, script, made, *SMALL_SET, "--shapes", "circle", cwd=made.parent)
+    assert result.returncode == 1
+    assert "v_SquareDown_g01_c01.avi is of another set" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_destination_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    script = ROOT / "datasets" / "make_moving_shapes.py"
+    result = run_command(sys.executable, script, tmp_path / "file" / "set", *SMALL_SET, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "file/set cannot be written: Not a directory" in result.stderr
+    assert result.stderr.count("\n") == 1
