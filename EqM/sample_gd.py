@@ -90,7 +90,8 @@ def choose_classes(asked: list[str] | None, names: list[str]) -> list[int]:
             return names.index(text)
         if text.isdecimal() and int(text) < len(names):
             return int(text)
-        raise UserError(f"--class {text} is unknown: the checkpoint has {', '.join(names)} (0 to {len(names) - 1})")
+        some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        raise UserError(f"--class {text} is unknown: the checkpoint has 0 to {len(names) - 1}: {some}")
 
     return [index(text) for text in asked] if asked else list(range(len(names)))
 
