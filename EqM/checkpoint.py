@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from cli import UserError, is_out_of_memory
 
 REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
 REQUIRED_CONFIG = {"network", "classes", "frames_per_second", "precision"}
-# Prefixes that DistributedDataParallel and torch.compile put before parameter names.
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# What DistributedDataParallel and torch.compile put before parameter names.
+WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 def save_checkpoint(path: Path, contents: dict) -> None:
@@ -65,7 +66,7 @@ def load_checkpoint(path: Path) -> dict:
 def network_weights(contents: dict) -> dict[str, Tensor]:
     """The EMA weights if there are any, else the model's, or the dict itself, without wrapper prefixes."""
     weights = contents.get("ema") or contents.get("model") or contents
-    return {strip_prefixes(name): tensor for name, tensor in weights.items()}
+    return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -81,9 +82,3 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | P
         if ours != theirs:
             raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
     network.load_state_dict(weights)
-
-
-def strip_prefixes(name: str) -> str:
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name

@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 # How long a rank other than 0 waits before it prints: when every rank meets the same error,
 # rank 0 says it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 3
 MAX_SIDE = 16_384  # pixels or frames; more is a slip of the finger
+OUT_OF_MEMORY_WORDS = (
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 TOO_LARGE = 2**63  # what neither a seed nor a tensor's size can be
 
 
@@ -39,9 +47,12 @@ def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
     except UserError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        fail(f"out of memory: {out_of_memory_advice}")
+        if is_out_of_memory(error):
+            fail(f"out of memory: {out_of_memory_advice}")
+        if is_lost_process(error):
+            time.sleep(2 * OTHER_RANKS_WAIT_S)  # the one that failed speaks first, and torchrun ends this one
+            fail("another process of this run has ended")
+        raise
     except KeyboardInterrupt:
         fail("interrupted", status=130)
 
@@ -50,7 +61,19 @@ def is_out_of_memory(error: Exception) -> bool:
     """True for Python's, CUDA's and the CPU allocator's ways of saying that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator", "std::bad_alloc", "CUDA error: out of memory"))
+    return any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def is_lost_process(error: Exception) -> bool:
+    """True where an exchange failed because another rank has gone."""
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -59,7 +82,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
 
@@ -85,6 +108,7 @@ def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], w
 positive_int = checked(int, lambda v: 0 < v < TOO_LARGE, "a whole number above 0 and below 2^63")
 non_negative_int = checked(int, lambda v: 0 <= v < TOO_LARGE, "a whole number from 0 up to, but not including, 2^63")
 side = checked(int, lambda v: 0 < v <= MAX_SIDE, f"a whole number from 1 to {MAX_SIDE}")
+frame_rate = checked(float, lambda v: 0.01 <= v <= 1000, "a number from 0.01 to 1000")
 positive_float = checked(float, lambda v: v > 0, "a number above 0")
 non_negative_float = checked(float, lambda v: v >= 0, "a number, 0 or more")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")

@@ -6,6 +6,7 @@
 import csv
 import os
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
 MAX_UNREADABLE = 0.1  # share of a set above which training does not go on
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
-# What the readers raise for a file that holds no video or no image; Pillow has SyntaxError for a broken PNG.
-UNREADABLE = (UnreadableVideo, OSError, SyntaxError, Image.DecompressionBombError)
+# What Pillow's readers raise for a file that holds no whole image.
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,14 @@ def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str
             raise UserError(f"{root} holds splits, not classes: give one of them, as {root / labelled[0][1]}")
         if labelled:
             return index_labels(labelled)
-    flat = sorted(path for path in root.iterdir() if path.suffix.lower() in extensions)
     if not video:
         raise UserError(f"no class folders of images in {root} (for videos add --video)")
     table = find_table(root)
-    if table:
-        return index_labels(read_table(table, root))
+    rows = read_table(table, root) if table else []
+    flat = sorted(path for path in root.iterdir() if path.suffix.lower() in extensions)
+    # A train.csv beside this folder may be about the training folder alone.
+    if any(Path(path).is_file() for path, _ in rows) or (rows and not flat):
+        return index_labels(rows)
     if not flat:
         raise UserError(f"no videos ({' '.join(VIDEO_EXTENSIONS)}) in {root} or its class folders")
     names = [(str(path), UCF_NAME.match(path.name)) for path in flat]
@@ -135,9 +138,12 @@ def read_table(table: Path, root: Path) -> list[tuple[str, str]]:
 
 
 def resolve(root: Path, name: str) -> Path:
-    """The file that a CSV names: below the folder, below its parent, or by its last part."""
+    """The file below the folder that a CSV names: from the folder, from its parent, or by its last part."""
     relative = name.lstrip("/")
-    places = [root / relative, root.resolve().parent / relative, root / Path(name).name]
+    from_parent = root.resolve().parent / relative
+    places = [root / relative, root / Path(name).name]
+    if from_parent.is_relative_to(root.resolve()):
+        places.insert(1, from_parent)
     return next((place for place in places if place.is_file()), places[0])
 
 
@@ -153,7 +159,7 @@ def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
         path, label = sample
         try:
             return Item(path, label, probe_video(path) if video else probe_image(path))
-        except UNREADABLE as error:
+        except unreadable_errors(video) as error:
             return path, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -170,8 +176,13 @@ def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
     return Found(str(root), classes, items, unreadable)
 
 
+def unreadable_errors(video: bool) -> tuple[type[Exception], ...]:
+    """What reading a file raises where it is no video, or no image."""
+    return (UnreadableVideo, OSError) if video else UNREADABLE_IMAGE
+
+
 def probe_image(path: str) -> None:
-    """Raises OSError where Pillow finds no whole image."""
+    """Checks an image's header and checksums, without decoding it; raises one of UNREADABLE_IMAGE."""
     with Image.open(path) as image:
         image.verify()
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +32,9 @@ def start() -> torch.device:
         # By default cuDNN rounds fp32 convolutions to TF32; fp32 means IEEE here, as in matrix products.
         torch.backends.cudnn.conv.fp32_precision = "ieee"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if gpus else "gloo")
+        # The others wait while rank 0 checks files or packs images, which may take long.
+        timeout = timedelta(hours=2)
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, device_id=device if gpus else None)
     return device
 
 
@@ -68,13 +71,15 @@ def on_main(function: Callable[[], T]) -> T:
 
     A UserError on rank 0 is raised on every rank, so that none waits for one that has gone.
     """
-    outcome: tuple = (None, None)
+    outcome: list[tuple] = [(None, None)]
     if is_main():
         try:
-            outcome = (function(), None)
+            outcome = [(function(), None)]
         except UserError as error:
-            outcome = (None, str(error))
-    result, problem = gather(outcome)[0]
+            outcome = [(None, str(error))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    result, problem = outcome[0]
     if problem is not None:
         raise UserError(problem)
     return result

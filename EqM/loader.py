@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as transforms
 
+import distributed
 from cli import UserError
-from data import MAX_UNREADABLE, UNREADABLE, Found, Item
+from data import MAX_UNREADABLE, Found, Item, unreadable_errors
 from video import read_frames
 
 MAX_TRIES = 20  # files tried in place of an unreadable one
@@ -39,7 +41,7 @@ class Samples(Dataset):
             try:
                 x, seconds_per_frame = self.read(item, rng)
                 break
-            except UNREADABLE:
+            except unreadable_errors(item.video is not None):
                 unreadable.append(item.path)
                 index = int(rng.integers(len(self.items)))
         else:
@@ -116,24 +118,39 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 class UnreadableLog:
-    """Counts the files that turned out unreadable while training."""
+    """Counts the files that cannot be read, those that the scan found included."""
 
     def __init__(self, found: Found):
-        self.total = len(found.items)
-        self.paths: set[str] = set()
+        self.total = len(found.items) + len(found.unreadable)
+        self.known = {path for path, _ in found.unreadable}
+        self.new: set[str] = set()
 
-    def add(self, reports: list[str]) -> list[str]:
-        """Takes a batch's `unreadable` and returns the paths not seen before.
+    def add(self, reports: list[str]) -> None:
+        """Takes a batch's `unreadable`.
+
+        Raises:
+            UserError: no file could be found in place of an unreadable one.
+        """
+        self.new |= {path for report in reports for path in report.split("\n") if path}
+        if any(report.count("\n") + 1 >= MAX_TRIES for report in reports):
+            self.give_up(self.new)
+
+    def share(self) -> list[str]:
+        """The paths that any rank met since the last call and none had met before; every rank must call it.
 
         Raises:
             UserError: too much of the set cannot be read any more.
         """
-        new = {path for report in reports for path in report.split("\n") if path} - self.paths
-        self.paths |= new
-        hopeless = any(report.count("\n") + 1 >= MAX_TRIES for report in reports)
-        if hopeless or len(self.paths) > MAX_UNREADABLE * self.total:
-            raise UserError(
-                f"{len(self.paths)} of {self.total} files cannot be read any more, as {min(self.paths)}:"
-                " check the disk, then go on from the last checkpoint with --ckpt"
-            )
+        new = set().union(*distributed.gather(self.new)) - self.known
+        self.known |= new
+        self.new = set()
+        if new and len(self.known) > MAX_UNREADABLE * self.total:
+            self.give_up(new)
         return sorted(new)
+
+    def give_up(self, paths: set[str]) -> NoReturn:
+        count = len(self.known | paths)
+        raise UserError(
+            f"{count} of {self.total} files cannot be read any more, as {min(paths)}:"
+            " check the disk, then go on from the last checkpoint with --ckpt"
+        )

@@ -6,6 +6,7 @@
 
 import argparse
 import csv
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,18 +43,16 @@ def parse_args() -> argparse.Namespace:
         metavar="CLASS",
         help="a name or an index; repeat it for more; default all in turn",
     )
-    parser.add_argument(
-        "--target-fps", type=cli.positive_float, help="frames a second; default the training clips' mean"
-    )
-    parser.add_argument("--video-format", choices=("mp4", "gif"), default="mp4")
+    parser.add_argument("--target-fps", type=cli.frame_rate, help="frames a second; default the training clips' mean")
+    parser.add_argument("--video-format", choices=("mp4", "gif"), default="mp4", help="of videos")
     parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
-    parser.add_argument("--global-seed", type=cli.non_negative_int, default=0)
+    parser.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of the noise")
     add_precision_args(parser)
     method = parser.add_argument_group("method")
     method.add_argument("--sampler", choices=("gd", "ngd"), default="ngd", help="ngd looks ahead, as Nesterov")
-    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017)
+    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field")
     method.add_argument("--mu", type=cli.fraction, default=0.3, help="look-ahead of ngd")
-    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250)
+    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250, help="updates a sample")
     method.add_argument("--cfg-scale", type=cli.non_negative_float, default=1.0, help="guidance; 1: none")
     known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
@@ -82,8 +81,8 @@ def check_flags(args: argparse.Namespace, network: dict) -> None:
             raise UserError(f"{flag} {asked} contradicts the checkpoint, which was trained with {value}: leave it out")
 
 
-def choose_classes(asked: list[str] | None, names: list[str]) -> list[int]:
-    """Class indices from names or indices; all of them where none is asked for."""
+def choose_classes(asked: list[str], names: list[str]) -> list[int]:
+    """Class indices from names or indices."""
 
     def index(text: str) -> int:
         if text in names:
@@ -93,7 +92,7 @@ def choose_classes(asked: list[str] | None, names: list[str]) -> list[int]:
         some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
         raise UserError(f"--class {text} is unknown: the checkpoint has 0 to {len(names) - 1}: {some}")
 
-    return [index(text) for text in asked] if asked else list(range(len(names)))
+    return [index(text) for text in asked]
 
 
 def class_names(config: dict) -> list[str]:
@@ -121,8 +120,8 @@ class Output:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".writable").touch()
-            (self.folder / ".writable").unlink()
+            for folder in (self.folder, self.folder.parent):  # the sheet and the .npz lie beside the samples
+                tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"--folder {self.folder} cannot be written: {error.strerror}") from None
         ours = {self.path(i).name for i in range(num_samples)}
@@ -234,7 +233,7 @@ def main() -> None:
     saved = load_checkpoint(args.ckpt)
     settings, names = saved["config"]["network"], class_names(saved["config"])
     check_flags(args, settings)
-    classes = choose_classes(args.classes, names)
+    classes = choose_classes(args.classes or saved["config"]["classes"], names)
     batches_of_rank(args.num_fid_samples, args.global_batch_size)
 
     network = build_network(settings)
@@ -242,7 +241,7 @@ def main() -> None:
     # Cast once: autocast would cast weights that need no gradient again at every call.
     network = network.requires_grad_(False).eval().to(device, precision.dtype)
     frames_per_second = (args.target_fps or saved["config"]["frames_per_second"]) if network.is_video else None
-    output = Output(args.folder, f".{args.video_format}" if network.is_video else ".png", frames_per_second)
+    output = Output(args.folder.resolve(), f".{args.video_format}" if network.is_video else ".png", frames_per_second)
     distributed.on_main(lambda: output.prepare(args.num_fid_samples))
 
     log_precision(precision)

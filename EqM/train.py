@@ -44,7 +44,13 @@ def parse_args() -> argparse.Namespace:
         "--num-workers", type=cli.non_negative_int, help="loading processes a rank; default 4, on a CPU 0"
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=EqM_models, default="EqM-XL/2", metavar="NAME", help="as EqM-S/4")
+    model.add_argument(
+        "--model",
+        choices=EqM_models,
+        default="EqM-XL/2",
+        metavar="NAME",
+        help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size and patch",
+    )
     model.add_argument("--num-classes", type=cli.positive_int, help="at least the data's count, the default")
     model.add_argument(
         "--temporal-patch", type=cli.positive_int, help="frames a token; default 2 where it divides the clip, else 1"
@@ -56,16 +62,16 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
     training.add_argument("--global-batch-size", type=cli.positive_int, help="over all ranks; default 256, on a CPU 8")
-    training.add_argument("--lr", type=cli.positive_float, default=1e-4)
+    training.add_argument("--lr", type=cli.positive_float, default=1e-4, help="AdamW's learning rate")
     training.add_argument("--warmup-steps", type=cli.non_negative_int, default=0, help="steps of linear warm-up")
     training.add_argument(
         "--grad-clip", type=cli.non_negative_float, default=0.0, help="largest gradient norm; 0: none"
     )
-    training.add_argument("--ema-decay", type=cli.fraction, default=0.9999)
-    training.add_argument("--global-seed", type=cli.non_negative_int, default=0)
+    training.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
+    training.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of all random choices")
     add_precision_args(parser)
     run = parser.add_argument_group("run")
-    run.add_argument("--results-dir", type=Path, default=Path("results"))
+    run.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
     run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     run.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
     run.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
@@ -115,7 +121,7 @@ def sample_limit(args: argparse.Namespace, found: Found) -> int:
     return epochs * len(found.items)
 
 
-def make_config(args: argparse.Namespace, settings: dict, found: Found, precision: Precision) -> dict:
+def make_config(args: argparse.Namespace, settings: dict, found: Found, precision: Precision, batch: int) -> dict:
     """What a checkpoint says of its run, as plain data."""
     rate = found.mean_frame_rate() / args.frame_interval if args.video else None
     return {
@@ -123,6 +129,8 @@ def make_config(args: argparse.Namespace, settings: dict, found: Found, precisio
         "classes": list(found.classes),
         "frames_per_second": rate,
         "precision": {"name": precision.name, "requested": precision.requested, "reason": precision.reason},
+        "global_batch_size": batch,
+        "processes": distributed.world_size(),
         "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
     }
 
@@ -166,12 +174,30 @@ def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
 
+def check_scale(state: TrainingState) -> None:
+    """Raises UserError where the fp16 scaler has halved its scale so often that the run cannot recover."""
+    if state.scaler.get_scale() < 1:
+        raise UserError(
+            f"gradients overflow at step {state.step} however small the fp16 scale, {state.skipped} batches skipped:"
+            " lower --lr, set --grad-clip, or train in bf16 or fp32"
+        )
+
+
+def check_finite(state: TrainingState, folder: Path) -> None:
+    """Raises UserError where weights are not finite: such a state is not worth a checkpoint."""
+    if not all(weight.isfinite().all() for weight in state.trained):
+        raise UserError(
+            f"weights are not finite at step {state.step} in {state.precision.name}, and were not saved: go on from the"
+            f" last checkpoint in {folder} with a lower --lr, or with --grad-clip"
+        )
+
+
 def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: int, config: dict, folder: Path) -> None:
     """The loop: data, step, log, save."""
     rank, ranks = distributed.rank(), distributed.world_size()
     flip = not args.no_flip
     samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, args.global_seed)
-    num_batches = math.ceil((sample_limit(args, found) - state.samples) / batch)
+    num_batches = -(-(sample_limit(args, found) - state.samples) // batch)
     stream = EpochStream(len(found.items), batch, num_batches, args.global_seed, state.samples, rank, ranks)
     # On a CPU, loading processes would take cores from the step, whose threads wait for one another.
     workers = args.num_workers if args.num_workers is not None else DEFAULT_WORKERS[state.device.type]
@@ -181,12 +207,22 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
     first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device)
 
     def report() -> float:
+        for path in unreadable.share():
+            log.warning("skipped unreadable %s", path)
         epoch, lr = state.samples // len(found.items), recipe.lr_at(state.step - 1)
         scale = state.scaler.get_scale()
-        return metrics.write(step=state.step, epoch=epoch, lr=lr, scaler_scale=scale, skipped=state.skipped)
+        return metrics.write(
+            step=state.step,
+            epoch=epoch,
+            lr=lr,
+            scaler_scale=scale,
+            skipped=state.skipped,
+            unreadable=len(unreadable.known),
+        )
 
     def save() -> None:
         path = folder / "checkpoints" / f"{state.step:07d}.pt"
+        check_finite(state, folder)
         if distributed.is_main() and not path.exists():
             epoch = state.samples // len(found.items)
             save_checkpoint(path, state.state_dict() | {"epoch": epoch, "config": config})
@@ -194,8 +230,7 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
 
     bar = tqdm(total=last_step, initial=state.step, unit="step", disable=not distributed.is_main())
     for inputs in loader:
-        for path in unreadable.add(inputs["unreadable"]):
-            log.warning("skipped unreadable %s", path)
+        unreadable.add(inputs["unreadable"])
         x = to_unit_range(inputs["x"].to(state.device, non_blocking=True))
         y = inputs["label"].to(state.device, non_blocking=True)
         seconds_per_frame = inputs["seconds_per_frame"].to(state.device, non_blocking=True)
@@ -204,6 +239,7 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
         updated, loss, grad_norm = train_step(state, recipe, x, y, seconds_per_frame, draws)
         state.samples += batch
         if not updated:
+            check_scale(state)
             continue
         metrics.add(loss, grad_norm, batch)
         bar.update()
@@ -229,7 +265,7 @@ def main() -> None:
 
     found = distributed.on_main(lambda: scan_for_training(args.data_path, args.video))
     settings = network_settings(args, check_classes(found, args.num_classes))
-    config = make_config(args, settings, found, precision)
+    config = make_config(args, settings, found, precision, batch)
     if saved:
         check_resumable(saved, config, sample_limit(args, found), args.max_steps or math.inf)
 
@@ -237,6 +273,7 @@ def main() -> None:
     state = TrainingState(build_network(settings), precision, device)
     if saved:
         state.load_state_dict(saved, args.ckpt)
+        del saved  # as large as the state itself
 
     folder = distributed.on_main(lambda: create_run_folder(args.results_dir, args.model))
     start_log(folder / "log.txt")

@@ -70,7 +70,13 @@ class TrainingState:
         """
         load_weights(self.network, saved["model"], source)
         load_weights(self.ema, saved["ema"], source)
+        fused = self.optimizer.defaults["fused"]
         self.optimizer.load_state_dict(saved["opt"])
+        # The saved groups carry the saving device's choice, which the scaler's step must not see.
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused
+        for values in self.optimizer.state.values():
+            values["step"] = values["step"].to(self.device if fused else "cpu")
         # A scaler that was not on saved nothing, and one that is on refuses nothing.
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -134,7 +140,8 @@ def train_step(
     scale_before = state.scaler.get_scale()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    updated = state.scaler.get_scale() >= scale_before  # the scale falls where an update was skipped
+    # The scale falls where an update was skipped, and cannot fall further at 0.
+    updated = state.scaler.get_scale() >= scale_before > 0
     if updated:
         state.update_ema(recipe.ema_decay_at(state.step))
         state.step += 1

@@ -64,18 +64,19 @@ def probe_video(path: Path) -> VideoInfo:
         container, stream = open_video(path)
         with container:
             # An edit list, as of a cut .mp4, discards frames that the file still holds.
-            packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+            shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+            stamps = [(packet.pts, packet.dts) for packet in shown]
             time_base, header_rate = stream.time_base, stream.average_rate
     except StopIteration:
         raise UnreadableVideo("it has no frames") from None
     except av.error.FFmpegError as error:
         raise UnreadableVideo(describe(error)) from None
-    times = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+    times = [dts if pts is None else pts for pts, dts in stamps]
     if not times or None in times:
         raise UnreadableVideo("its frames carry no times")
     # Frames that come out of order have packets whose times do too, if the container knows them.
     seekable = not (untimed and times == sorted(times))
-    margin = max((packet.pts - packet.dts for packet in packets if None not in (packet.pts, packet.dts)), default=0)
+    margin = max((pts - dts for pts, dts in stamps if None not in (pts, dts)), default=0)
     times = sorted(set(times))
     rate = float(header_rate or 0)
     if len(times) > 1:

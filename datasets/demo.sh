@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-data=datasets/moving-shapes
+data=datasets/moving-shapes-demo
 results=results/demo
 
 # Chosen by trial: on 2 cores, larger pictures, wider tokens, larger batches or more shapes come out worse in the time.

@@ -348,12 +348,32 @@ def test_training_ends_when_no_clip_can_be_read_any_more(tmp_path):
 
 
 def test_unreadable_clips_are_named_once_and_end_training_above_a_tenth():
-    found = Found("", ("A",), tuple(Item(str(i), 0, None) for i in range(20)), ())
+    found = Found("", ("A",), tuple(Item(str(i), 0, None) for i in range(29)), (("scanned", "broken"),))
     unreadable = UnreadableLog(found)
-    assert unreadable.add(["", "7\n3", "3"]) == ["3", "7"]
-    assert unreadable.add(["7", ""]) == []
-    with pytest.raises(UserError, match="3 of 20 files cannot be read any more, as 3"):
-        unreadable.add(["5"])
+    unreadable.add(["", "7\n3", "3"])
+    assert unreadable.share() == ["3", "7"]
+    unreadable.add(["7", ""])
+    assert unreadable.share() == []
+    assert unreadable.known == {"scanned", "3", "7"}
+    unreadable.add(["5"])
+    with pytest.raises(UserError, match="4 of 30 files cannot be read any more, as 5"):
+        unreadable.share()
+
+
+def test_a_table_of_another_split_beside_a_flat_folder_is_passed_over(tmp_path):
+    touch(tmp_path / "test" / "v_Swing_g01_c01.avi", tmp_path / "train" / "v_Dive_g08_c01.avi")
+    (tmp_path / "train.csv").write_text("clip_name,clip_path,label\nv,/train/v_Dive_g08_c01.avi,Dive\n")
+    assert labels(tmp_path / "test") == {"test/v_Swing_g01_c01.avi": "Swing"}
+    assert labels(tmp_path / "train") == {"train/v_Dive_g08_c01.avi": "Dive"}
+
+
+def test_a_broken_image_of_any_format_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.ppm").write_bytes(b"P6\nnot a number\n")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a" / "1.png")
+    (path, _), *others = scan(tmp_path, video=False, show_progress=False).unreadable
+    assert Path(path).name == "0.ppm"
+    assert not others
 
 
 def test_images_are_cropped_to_their_centre_and_share_the_keys(tmp_path):

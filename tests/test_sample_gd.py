@@ -137,6 +137,15 @@ def test_images_are_png_files_and_one_npz_beside_the_folder(image_checkpoint, tm
     assert np.array_equal(images[1], np.asarray(Image.open(folder / "000001.png")))
 
 
+def test_the_current_folder_can_take_the_samples(checkpoint, tmp_path):
+    (tmp_path / "here").mkdir()
+    flags = ["--ckpt", checkpoint, "--folder", ".", "--num-fid-samples", 1, *STEPS]
+    run = run_script("sample_gd.py", *flags, cwd=tmp_path / "here")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "here" / "000000.mp4").exists()
+    assert (tmp_path / "here-sheet.png").exists()
+
+
 def test_samples_that_are_not_finite_are_an_error(lively_checkpoint, tmp_path):
     flags = ["--ckpt", lively_checkpoint, "--num-fid-samples", 1, "--stepsize", 1e38, *STEPS]
     run = run_script("sample_gd.py", *flags, cwd=tmp_path)

@@ -10,11 +10,16 @@ import av
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from data import Found, Item
+from data import Found, Item, scan_for_training
+from loader import Samples, to_unit_range
+from models import build_network
+from objective import eqm_loss
 from runs import create_run_folder
 from train import sample_limit
+from training import draw_random_numbers
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 
@@ -177,6 +182,25 @@ def test_the_next_number_follows_the_largest_there(tmp_path):
     assert create_run_folder(tmp_path, "EqM-S/4").name == "027-EqM-S-4-Linear-velocity-None"
 
 
+def loss_on_clips(run: Path, real_clips: Path, step: int) -> float:
+    """The loss on fixed clips and random numbers; before the first step the network's output is zero."""
+    samples = Samples(scan_for_training(real_clips / "train", video=True), 64, 4, 3, flip=False, seed=0)
+    batch = default_collate([samples[0, i % 15] for i in range(30)])
+    x, seconds_per_frame = to_unit_range(batch["x"]), batch["seconds_per_frame"]
+    draws = draw_random_numbers(x, seed=99, samples=0, rank=0)
+    if step == 0:
+        return eqm_loss(lambda x_gamma, _: torch.zeros_like(x_gamma), x, draws.noise, draws.gamma).item()
+    saved = load(run, step)
+    network = build_network(saved["config"]["network"]).eval()
+    network.load_state_dict(saved["model"])
+
+    def field(x_gamma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        return network(x_gamma, gamma, batch["label"], seconds_per_frame)
+
+    with torch.no_grad():
+        return eqm_loss(field, x, draws.noise, draws.gamma).item()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "steps"), [("--use-bf16", 12), ("--use-amp", 2), ("", 2)])
 def test_the_guides_commands_work_as_written_on_real_clips(real_clips, tmp_path, precision, steps):
@@ -193,9 +217,8 @@ def test_the_guides_commands_work_as_written_on_real_clips(real_clips, tmp_path,
     model = "--model EqM-S/4 --video --clip-len 4"
     torchrun(f"EqM/train.py --data-path datasets/ucf-101/train {model} {precision} --max-steps {steps}")
     run = tmp_path / "results" / "000-EqM-S-4-Linear-velocity-None"
-    rows = metrics(run)
-    assert rows[-1]["step"] == steps
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert metrics(run)[-1]["step"] == steps
+    assert loss_on_clips(run, real_clips, steps) < loss_on_clips(run, real_clips, step=0)
     checkpoint = f"{run.relative_to(tmp_path)}/checkpoints/{steps:07d}.pt"
     said = torchrun(
         f"EqM/sample_gd.py {model} --ckpt {checkpoint} --folder video_samples {precision} --num-fid-samples 1"
@@ -205,3 +228,23 @@ def test_the_guides_commands_work_as_written_on_real_clips(real_clips, tmp_path,
     (video,) = (tmp_path / "video_samples").glob("*.mp4")
     with av.open(str(video)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 4
+
+
+def test_an_error_of_one_rank_ends_the_others_without_a_traceback(shapes, tmp_path):
+    script = tmp_path / "one_rank_fails.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'EqM')!r})\n"
+        "import torch, cli, distributed\n"
+        "def main():\n"
+        "    distributed.start()\n"
+        "    if distributed.rank() == int(sys.argv[1]):\n"
+        "        raise cli.UserError('this rank alone failed')\n"
+        "    distributed.mean(torch.zeros(1))\n"
+        "cli.run(main, '')\n"
+    )
+    for rank in (0, 1):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        result = run_command(*launcher, script, rank, cwd=tmp_path)
+        assert result.returncode != 0
+        assert result.stderr.count("one_rank_fails.py: error: this rank alone failed") == 1
+        assert "cli.py" not in result.stderr

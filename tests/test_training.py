@@ -1,10 +1,16 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+import distributed
+from cli import UserError
 from models import EqM
 from precision import Precision, resolve_precision
+from train import check_finite, check_scale
 from training import Recipe, TrainingState, draw_random_numbers, train_step
 
 CPU = torch.device("cpu")
@@ -12,12 +18,15 @@ FP32, FP16 = resolve_precision("fp32", "cpu"), Precision("fp16", "fp16", torch.f
 RECIPE = Recipe(lr=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.999)
 
 
-def new_state(precision: Precision = FP32) -> TrainingState:
+def new_state(precision: Precision = FP32, fused: bool = False) -> TrainingState:
     torch.manual_seed(0)
     network = EqM((4, 8, 8), 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=4, temporal_patch=2)
     # Non-zero outputs, so that every weight has a gradient from the first step.
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
-    return TrainingState(network, precision, CPU)
+    state = TrainingState(network, precision, CPU)
+    if fused:  # as on a GPU
+        state.optimizer = torch.optim.AdamW(state.trained, weight_decay=0, fused=True)
+    return state
 
 
 def one_step(state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0) -> tuple:
@@ -42,8 +51,9 @@ def test_the_loss_falls_on_one_batch_in_every_precision(precision):
     assert state.step == 30
 
 
-def test_an_overflow_moves_neither_weights_nor_ema_nor_step_count():
-    state = new_state(FP16)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_moves_neither_weights_nor_ema_nor_step_count(fused):
+    state = new_state(FP16, fused)
     one_step(state)
     before = weights(state.network), weights(state.ema), state.optimizer.state_dict()["state"][0]["step"].item()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
@@ -107,6 +117,59 @@ def test_a_state_saved_and_loaded_goes_on_as_if_uninterrupted():
     assert same(weights(straight.network), weights(resumed.network))
     assert same(weights(straight.ema), weights(resumed.ema))
     assert resumed.step == 4
+
+
+def test_a_scale_that_has_fallen_to_zero_never_counts_as_an_update():
+    state = new_state(FP16)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1e-45)
+    state.network.final_layer.linear.bias.data.fill_(float("nan"))
+    assert [one_step(state)[0] for _ in range(4)] == [False] * 4
+    assert (state.scaler.get_scale(), state.step) == (0, 0)
+    with pytest.raises(UserError, match="overflow at step 0 however small the fp16 scale, 4 batches skipped"):
+        check_scale(state)
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    state = new_state()
+    check_finite(state, Path("run"))
+    state.trained[3].data.view(-1)[0] = float("inf")
+    with pytest.raises(UserError, match="not finite at step 0 in fp32, and were not saved"):
+        check_finite(state, Path("run"))
+
+
+@pytest.mark.parametrize("fused_before", [False, True])
+def test_a_state_of_a_cpu_goes_on_in_fp16_on_a_gpu_and_back(fused_before):
+    before, after = new_state(FP32, fused_before), new_state(FP16, not fused_before)
+    one_step(before)
+    after.load_state_dict(before.state_dict(), "before.pt")
+    assert one_step(after)[0]
+    assert after.step == 2
+
+
+def shard_step(rank: int, folder: Path, ranks: int) -> None:
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    state = new_state()
+    x = torch.rand(4, 3, 4, 8, 8, generator=torch.Generator().manual_seed(rank)) * 2 - 1
+    draws = draw_random_numbers(x, seed=0, samples=0, rank=rank)
+    loss, _ = train_step(state, RECIPE, x, torch.arange(4), torch.full((4,), 0.1), draws)[1:]
+    gradients = [p.grad for p in state.trained]
+    saved = {"weights": weights(state.network), "gradients": gradients, "loss": distributed.mean(loss)}
+    torch.save(saved, folder / f"{ranks}-{rank}.pt")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_take_the_same_step_with_the_mean_of_their_gradients(tmp_path):
+    mp.spawn(shard_step, args=(tmp_path, 2), nprocs=2)
+    for rank in (0, 1):
+        shard_step(rank, tmp_path, 1)
+    both = [torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1)]
+    alone = [torch.load(tmp_path / f"1-{rank}.pt") for rank in (0, 1)]
+    assert same(both[0]["weights"], both[1]["weights"])
+    for shared, first, second in zip(*(run["gradients"] for run in (both[0], *alone)), strict=True):
+        torch.testing.assert_close(shared, (first + second) / 2)
+    torch.testing.assert_close(both[1]["loss"], (alone[0]["loss"] + alone[1]["loss"]) / 2)
 
 
 def test_a_checkpoint_of_one_precision_goes_on_in_another():
