@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -192,17 +193,22 @@ def check_finite(state: TrainingState, folder: Path) -> None:
         )
 
 
-def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: int, config: dict, folder: Path) -> None:
-    """The loop: data, step, log, save."""
-    rank, ranks = distributed.rank(), distributed.world_size()
-    flip = not args.no_flip
-    samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, args.global_seed)
+def open_data(args: argparse.Namespace, state: TrainingState, found: Found, batch: int) -> DataLoader:
+    """This rank's batches, from where the state has come to, up to the limit of epochs."""
+    flip, seed = not args.no_flip, args.global_seed
+    samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, seed)
     num_batches = -(-(sample_limit(args, found) - state.samples) // batch)
-    stream = EpochStream(len(found.items), batch, num_batches, args.global_seed, state.samples, rank, ranks)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    stream = EpochStream(len(found.items), batch, num_batches, seed, state.samples, rank, ranks)
     # On a CPU, loading processes would take cores from the step, whose threads wait for one another.
     workers = args.num_workers if args.num_workers is not None else DEFAULT_WORKERS[state.device.type]
-    loader = make_loader(samples, stream, workers, pin_memory=state.device.type == "cuda")
-    last_step, max_minutes = min(args.max_steps or math.inf, state.step + num_batches), args.max_minutes or math.inf
+    return make_loader(samples, stream, workers, pin_memory=state.device.type == "cuda")
+
+
+def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: int, config: dict, folder: Path) -> None:
+    """The loop: data, step, log, save."""
+    loader = open_data(args, state, found, batch)
+    last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
     recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
     first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device)
 
@@ -235,7 +241,7 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
         y = inputs["label"].to(state.device, non_blocking=True)
         seconds_per_frame = inputs["seconds_per_frame"].to(state.device, non_blocking=True)
 
-        draws = draw_random_numbers(x, args.global_seed, state.samples, rank)
+        draws = draw_random_numbers(x, args.global_seed, state.samples, distributed.rank())
         updated, loss, grad_norm = train_step(state, recipe, x, y, seconds_per_frame, draws)
         state.samples += batch
         if not updated:

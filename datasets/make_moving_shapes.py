@@ -96,8 +96,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.shapes, args.directions = dict.fromkeys(args.shapes), dict.fromkeys(args.directions)  # each once
-    if args.size < 16 or args.size % 2 or min(args.frames, args.train_clips) < 1 or args.test_clips < 0:
-        parser.error("--size must be even and at least 16, --frames and --train-clips at least 1")
+    if args.size < 16 or args.size % 2:
+        parser.error("--size must be even and at least 16")
+    if min(args.frames, args.train_clips) < 1 or min(args.test_clips, args.seed) < 0:
+        parser.error("--frames and --train-clips must be at least 1, --test-clips and --seed at least 0")
     return args
 
 

@@ -60,7 +60,7 @@ def checkpoint(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
-    """The folder of real clips (train/ and test/) that EQM_REAL_CLIPS names."""
+    """The training clips of the folder of real clips (train/ and test/) that EQM_REAL_CLIPS names."""
     if "EQM_REAL_CLIPS" not in os.environ:
         pytest.skip("EQM_REAL_CLIPS does not name a folder of real clips")
-    return Path(os.environ["EQM_REAL_CLIPS"])
+    return Path(os.environ["EQM_REAL_CLIPS"]) / "train"

@@ -412,7 +412,7 @@ def test_the_embedded_set_is_found_whole(shapes):
 
 
 def test_real_clips_are_found_and_read(real_clips):
-    found = scan_for_training(real_clips / "train", video=True, show_progress=False)
+    found = scan_for_training(real_clips, video=True, show_progress=False)
     assert not found.unreadable
     assert len(found.classes) >= 2
     samples = samples_of(found, image_size=64)
@@ -425,11 +425,11 @@ def test_real_clips_are_found_and_read(real_clips):
 
 
 def test_real_clips_beside_a_csv_are_found_as_in_class_folders(real_clips, tmp_path):
-    for path in (real_clips / "train").glob("*/*.avi"):
+    for path in real_clips.glob("*/*.avi"):
         touch(tmp_path / "train" / path.name)
         shutil.copy(path, tmp_path / "train" / path.name)
     by_name = labels(tmp_path / "train")
-    shutil.copy(real_clips / "train.csv", tmp_path / "train.csv")
+    shutil.copy(real_clips.parent / "train.csv", tmp_path / "train.csv")
     assert labels(tmp_path / "train") == by_name
-    in_folders = {f"train/{path.name}": path.parent.name for path in (real_clips / "train").glob("*/*.avi")}
+    in_folders = {f"train/{path.name}": path.parent.name for path in real_clips.glob("*/*.avi")}
     assert by_name == in_folders

@@ -182,10 +182,10 @@ def test_the_next_number_follows_the_largest_there(tmp_path):
     assert create_run_folder(tmp_path, "EqM-S/4").name == "027-EqM-S-4-Linear-velocity-None"
 
 
-def loss_on_clips(run: Path, real_clips: Path, step: int) -> float:
+def loss_on_clips(run: Path, clips: Path, step: int) -> float:
     """The loss on fixed clips and random numbers; before the first step the network's output is zero."""
-    samples = Samples(scan_for_training(real_clips / "train", video=True), 64, 4, 3, flip=False, seed=0)
-    batch = default_collate([samples[0, i % 15] for i in range(30)])
+    samples = Samples(scan_for_training(clips, video=True), 64, 4, 3, flip=False, seed=0)
+    batch = default_collate([samples[0, i % len(samples.items)] for i in range(30)])
     x, seconds_per_frame = to_unit_range(batch["x"]), batch["seconds_per_frame"]
     draws = draw_random_numbers(x, seed=99, samples=0, rank=0)
     if step == 0:
@@ -203,9 +203,11 @@ def loss_on_clips(run: Path, real_clips: Path, step: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "steps"), [("--use-bf16", 12), ("--use-amp", 2), ("", 2)])
-def test_the_guides_commands_work_as_written_on_real_clips(real_clips, tmp_path, precision, steps):
+@pytest.mark.parametrize("data", ["shapes", "real_clips"])
+def test_the_guides_commands_work_as_written(request, tmp_path, data, precision, steps):
+    clips = request.getfixturevalue(data)
     (tmp_path / "datasets" / "ucf-101").mkdir(parents=True)
-    (tmp_path / "datasets" / "ucf-101" / "train").symlink_to(real_clips / "train")
+    (tmp_path / "datasets" / "ucf-101" / "train").symlink_to(clips)
     (tmp_path / "EqM").symlink_to(ROOT / "EqM")
 
     def torchrun(command: str) -> str:
@@ -218,7 +220,7 @@ def test_the_guides_commands_work_as_written_on_real_clips(real_clips, tmp_path,
     torchrun(f"EqM/train.py --data-path datasets/ucf-101/train {model} {precision} --max-steps {steps}")
     run = tmp_path / "results" / "000-EqM-S-4-Linear-velocity-None"
     assert metrics(run)[-1]["step"] == steps
-    assert loss_on_clips(run, real_clips, steps) < loss_on_clips(run, real_clips, step=0)
+    assert loss_on_clips(run, clips, steps) < loss_on_clips(run, clips, step=0)
     checkpoint = f"{run.relative_to(tmp_path)}/checkpoints/{steps:07d}.pt"
     said = torchrun(
         f"EqM/sample_gd.py {model} --ckpt {checkpoint} --folder video_samples {precision} --num-fid-samples 1"
