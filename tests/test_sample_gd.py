@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+import distributed
 from conftest import run_script, run_torchrun
 from models import EqM
-from sample_gd import sample_batch
+from sample_gd import batches_of_rank, sample_batch
+from sampling import sample_noise
 
 STEPS = ["--num-sampling-steps", 3]
 
@@ -126,6 +128,29 @@ def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
     for i in range(4):
         torch.testing.assert_close(sample([i]), together[i : i + 1], atol=1e-4, rtol=0)
     assert (together[0] - together[3]).abs().max() > 0.1
+
+
+def test_as_many_updates_are_made_as_asked_for():
+    class ConstantField(EqM):
+        def forward(self, x: torch.Tensor, *condition: torch.Tensor) -> torch.Tensor:
+            return torch.ones_like(x)
+
+    network = ConstantField(8, 4, 3, hidden_size=32, depth=1, num_heads=2, num_classes=3)
+    args = argparse.Namespace(global_seed=3, cfg_scale=1.0, stepsize=0.01, mu=0.3, sampler="ngd")
+    x = sample_batch(args, network, torch.tensor([0]), [5], 0.1, range(7))
+    torch.testing.assert_close(x, sample_noise(3, [5], (3, 8, 8)) + 7 * 0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_ranks_share_the_samples_in_batches_of_their_part(monkeypatch, ranks):
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    done = []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        batches = batches_of_rank(num_samples=20, global_batch=6)
+        assert max(map(len, batches)) == 6 // ranks
+        done += [index for batch in batches for index in batch]
+    assert sorted(done) == list(range(20))
 
 
 def test_images_are_png_files_and_one_npz_beside_the_folder(image_checkpoint, tmp_path):

@@ -169,6 +169,21 @@ def test_an_unreadable_clip_is_skipped_counted_and_named(shapes, tmp_path):
     assert "16 clips" in (run / "log.txt").read_text()
 
 
+def test_a_file_that_only_training_finds_unreadable_is_named_and_counted_once(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    for i in range(15):
+        noise.save(tmp_path / "images" / "a" / f"{i:02d}.png")
+    noise.save(tmp_path / "whole.jpg")
+    cut = (tmp_path / "whole.jpg").read_bytes()[:900]  # its header is whole, which is what the scan looks at
+    (tmp_path / "images" / "a" / "cut.jpg").write_bytes(cut)
+    flags = ["--data-path", "images", "--image-size", 16, "--model", "EqM-Ti/4", "--max-steps", 2]
+    run = run_script("train.py", *flags, "--global-batch-size", 32, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("WARNING skipped unreadable images/a/cut.jpg") == 1
+    assert [row["unreadable"] for row in metrics(tmp_path / "results" / NAME)] == [1, 1]
+
+
 def test_runs_that_start_at_once_never_share_a_folder(tmp_path):
     with ThreadPoolExecutor(16) as pool:
         folders = list(pool.map(lambda _: create_run_folder(tmp_path / "results", "EqM-S/4"), range(64)))
