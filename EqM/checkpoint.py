@@ -57,7 +57,10 @@ def load_checkpoint(path: Path) -> dict:
         UserError: as `load_file`, and for a checkpoint of another program.
     """
     contents = load_file(path)
-    missing = REQUIRED_KEYS - contents.keys() or REQUIRED_CONFIG - set(contents["config"])
+    missing = REQUIRED_KEYS - contents.keys()
+    if not missing:
+        config = contents["config"]
+        missing = REQUIRED_CONFIG - (config.keys() if isinstance(config, dict) else set())
     if missing:
         raise UserError(f"{path} was not written by EqM/train.py: it has no {', '.join(sorted(missing))}")
     return contents

@@ -51,7 +51,7 @@ def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
             fail(f"out of memory: {out_of_memory_advice}")
         if is_lost_process(error):
             time.sleep(2 * OTHER_RANKS_WAIT_S)  # the one that failed speaks first, and torchrun ends this one
-            fail("another process of this run has ended")
+            fail(f"the exchange with the other processes failed: {str(error).splitlines()[0]}")
         raise
     except KeyboardInterrupt:
         fail("interrupted", status=130)
@@ -65,7 +65,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_lost_process(error: Exception) -> bool:
-    """True where an exchange failed because another rank has gone."""
+    """True where an exchange with other ranks failed, mostly because one has gone."""
     return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
 
 

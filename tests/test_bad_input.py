@@ -314,6 +314,10 @@ NO_CHECKPOINTS = {
     "another dict": (lambda path, whole: torch.save({"state_dict": {}, "epoch": 3}, path), "was not written by"),
     "a published one": (lambda path, whole: torch.save({"model": {}, "ema": {}, "opt": {}}, path), "has no config"),
     "one without config": (without("config"), "has no config"),
+    "a config of another kind": (
+        lambda path, whole: torch.save(torch.load(whole, weights_only=True) | {"config": 3}, path),
+        "has no classes",
+    ),
     "pickled code": (lambda path, whole: path.write_bytes(pickle.dumps(Trap(path.with_name("trap")))), "no checkpoint"),
     "saved code": (lambda path, whole: torch.save({"model": Trap(path.with_name("trap"))}, path), "no checkpoint"),
 }
