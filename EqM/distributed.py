@@ -29,8 +29,8 @@ def start() -> torch.device:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-        # By default cuDNN rounds fp32 convolutions to TF32; fp32 means IEEE here, as in matrix products.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        # All work goes to a stream of its own: the default one cannot be captured in CUDA graphs.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The others wait while rank 0 checks files or packs images, which may take long.
         timeout = timedelta(hours=2)
@@ -43,6 +43,11 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def is_group() -> bool:
+    """True where a launcher started several processes."""
+    return dist.is_initialized()
 
 
 def rank() -> int:
@@ -98,4 +103,4 @@ def data_parallel(network: nn.Module) -> nn.Module:
     """The network itself in one process, else one that averages gradients over the ranks."""
     if not dist.is_initialized():
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -41,17 +41,23 @@ def create_run_folder(results_dir: Path, model: str) -> Path:
         raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
 
 
-def start_log(file: Path | None = None) -> None:
+def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
     """Sends the log of rank 0 to the screen, and to a file if one is given; other ranks stay silent."""
     if not distributed.is_main():
         log.addHandler(logging.NullHandler())
         log.propagate = False
         return
-    log.setLevel(logging.INFO)
+    log.setLevel(level)
     handlers = [logging.StreamHandler(sys.stdout)] + ([logging.FileHandler(file)] if file else [])
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
 
 
 def log_precision(precision: Precision) -> None:
@@ -60,39 +66,30 @@ def log_precision(precision: Precision) -> None:
 
 
 class Metrics:
-    """Sums up the steps between two log lines, without waiting for the device, and writes the lines."""
+    """Writes the lines of metrics.jsonl and of the log."""
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.path, self.device, self.start = folder / "metrics.jsonl", device, time.perf_counter()
-        self.restart()
+    def __init__(self, folder: Path, device: torch.device, samples: int):
+        self.path, self.device = folder / "metrics.jsonl", device
+        self.start = self.since = time.perf_counter()
+        self.samples = samples
 
-    def restart(self) -> None:
-        self.losses: list[Tensor] = []
-        self.grad_norms: list[Tensor] = []
-        self.samples, self.since = 0, time.perf_counter()
+    def write(self, means: Tensor, samples: int, **counters: float) -> float:
+        """Averages over the ranks, and writes the result.
 
-    def add(self, loss: Tensor, grad_norm: Tensor, samples: int) -> None:
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
-        self.samples += samples
-
-    def write(self, **counters: float) -> float:
-        """Averages over the steps since the last line and over the ranks, and writes the result.
-
-        Every rank must call it. `counters` (step, epoch, …) go into the line as they are.
+        Every rank must call it. `means` (2,) is this rank's loss and gradient norm, `samples` those
+        of all ranks so far; `counters` (step, epoch, …) go into the line as they are.
 
         Returns:
             Minutes since the start, the same on all ranks.
         """
         now = time.perf_counter()
-        loss, grad_norm = torch.stack(self.losses).mean(), torch.stack(self.grad_norms).mean()
-        minutes = loss.new_tensor((now - self.start) / 60)
-        loss, grad_norm, minutes = distributed.mean(torch.stack([loss, grad_norm, minutes])).tolist()
+        minutes = means.new_tensor([(now - self.start) / 60])
+        loss, grad_norm, minutes = distributed.mean(torch.cat([means, minutes])).tolist()
         row = counters | {
             "minutes": round(minutes, 3),
             "loss": loss,
             "grad_norm": grad_norm,
-            "samples_per_second": round(self.samples / (now - self.since), 2),
+            "samples_per_second": round((samples - self.samples) / (now - self.since), 2),
             "memory_gb": round(peak_memory_gb(self.device), 3),
         }
         if distributed.is_main():
@@ -102,7 +99,7 @@ class Metrics:
             "step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3f}, "
             "{samples_per_second:.1f} samples/s, {memory_gb:.2f} GB".format(**row)
         )
-        self.restart()
+        self.samples, self.since = samples, now
         return minutes
 
 

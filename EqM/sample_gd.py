@@ -7,7 +7,7 @@
 import argparse
 import csv
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,13 @@ import cli
 import distributed
 from checkpoint import load_checkpoint, load_weights, network_weights
 from cli import UserError
+from fast import add_compile_arg, conditioned_field, is_fast
 from loader import to_pixels
 from models import EqM, EqM_models, build_network
 from pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
-from sampling import gradient_descent, guided, sample_noise
+from sampling import Field, gradient_descent, guided, sample_noise
 from video import write_video
 
 SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
     parser.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of the noise")
     add_precision_args(parser)
+    add_compile_arg(parser)
     method = parser.add_argument_group("method")
     method.add_argument("--sampler", choices=("gd", "ngd"), default="ngd", help="ngd looks ahead, as Nesterov")
     method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field")
@@ -141,28 +143,31 @@ class Output:
 
 
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
-    """The sample indices of this rank, cut into batches."""
+    """The sample indices of this rank, cut into batches of nearly the same size."""
     rank, ranks = distributed.rank(), distributed.world_size()
     if global_batch % ranks:
         raise UserError(f"--global-batch-size {global_batch} is not a multiple of the {ranks} processes")
-    indices, share = range(rank, num_samples, ranks), global_batch // ranks
-    return [indices[i : i + share] for i in range(0, len(indices), share)]
+    indices = range(rank, num_samples, ranks)
+    num_batches = -(-len(indices) * ranks // global_batch)
+    share = -(-len(indices) // max(num_batches, 1))
+    return [indices[i * share : (i + 1) * share] for i in range(num_batches)]
 
 
 def sample_batch(
-    args: argparse.Namespace, network: EqM, y: Tensor, indices: Sequence[int], seconds_per_frame: float, steps: Iterable
+    args: argparse.Namespace,
+    network: EqM,
+    conditioned: Callable[[Tensor], Field],
+    y: Tensor,
+    indices: Sequence[int],
+    steps: Iterable,
 ) -> Tensor:
     """Samples of the classes y (N,), in float32: (N, C, H, W) or (N, C, T, H, W)."""
     noise = sample_noise(args.global_seed, indices, network.input_shape).to(y.device)
-
-    def call(x: Tensor, labels: Tensor) -> Tensor:
-        return network(x, x.new_zeros(len(x)), labels, seconds_per_frame)
-
-    field = guided(call, y, network.num_classes, args.cfg_scale)
-    with torch.inference_mode():
-        return gradient_descent(field, noise, args.stepsize, steps, args.mu if args.sampler == "ngd" else 0.0)
+    field = guided(conditioned, y, network.num_classes, args.cfg_scale)
+    return gradient_descent(field, noise, args.stepsize, steps, args.mu if args.sampler == "ngd" else 0.0)
 
 
+@torch.no_grad()
 def write_samples(
     args: argparse.Namespace, network: EqM, classes: list[int], output: Output, device: torch.device
 ) -> dict[int, np.ndarray]:
@@ -171,9 +176,11 @@ def write_samples(
     Raises:
         UserError: samples that are not finite.
     """
-    seconds_per_frame = 1 / output.frames_per_second if output.frames_per_second else 0.0
     batches = batches_of_rank(args.num_fid_samples, args.global_batch_size)
-    shown = {}
+    size, shown = max(map(len, batches), default=1), {}
+    seconds_per_frame = 1 / output.frames_per_second if output.frames_per_second else 0.0
+    evaluations = size if args.cfg_scale == 1 else 2 * size  # in one call
+    conditioned = conditioned_field(network, evaluations, seconds_per_frame, is_fast(args, device))
     total = len(batches) * args.num_sampling_steps
     with tqdm(total=total, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
 
@@ -183,8 +190,10 @@ def write_samples(
                 bar.update()
 
         for indices in batches:
-            y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)  # (N,)
-            x = sample_batch(args, network, y, indices, seconds_per_frame, counted_steps())
+            # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
+            padded = [*indices, *[indices[-1]] * (size - len(indices))]
+            y = torch.tensor([classes[i % len(classes)] for i in padded], device=device)  # (N,)
+            x = sample_batch(args, network, conditioned, y, padded, counted_steps())[: len(indices)]
             if not x.isfinite().all():
                 raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
             clips = to_pixels(x if network.is_video else x[:, :, None]).permute(0, 2, 3, 4, 1)  # (N, T, H, W, C)
@@ -229,7 +238,7 @@ def main() -> None:
     args = parse_args()
     device = distributed.start()
     start_log()
-    precision = agree_on_precision(requested_precision(args), device.type)
+    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     saved = load_checkpoint(args.ckpt)
     settings, names = saved["config"]["network"], class_names(saved["config"])
     check_flags(args, settings)
@@ -238,7 +247,6 @@ def main() -> None:
 
     network = build_network(settings)
     load_weights(network, network_weights(saved), args.ckpt)
-    # Cast once: autocast would cast weights that need no gradient again at every call.
     network = network.requires_grad_(False).eval().to(device, precision.dtype)
     frames_per_second = (args.target_fps or saved["config"]["frames_per_second"]) if network.is_video else None
     output = Output(args.folder.resolve(), f".{args.video_format}" if network.is_video else ".png", frames_per_second)

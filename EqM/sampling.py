@@ -25,14 +25,17 @@ def gradient_descent(field: Field, x: Tensor, stepsize: float, steps: Iterable, 
     return x
 
 
-def guided(network: Callable[[Tensor, Tensor], Tensor], y: Tensor, null_class: int, scale: float) -> Field:
-    """The field of classes y (N,), with classifier-free guidance u + s·(c − u) in one batched call."""
+def guided(conditioned: Callable[[Tensor], Field], y: Tensor, null_class: int, scale: float) -> Field:
+    """The field of classes y (N,), with classifier-free guidance u + s·(c − u) in one batched call.
+
+    `conditioned` gives the field of the labels of a batch.
+    """
     if scale == 1:
-        return lambda x: network(x, y)
-    labels = torch.cat([y, torch.full_like(y, null_class)])  # (2N,)
+        return conditioned(y)
+    both = conditioned(torch.cat([y, torch.full_like(y, null_class)]))  # of a batch of 2N
 
     def field(x: Tensor) -> Tensor:
-        conditional, unconditional = network(torch.cat([x, x]), labels).float().chunk(2)  # (N, …) each
+        conditional, unconditional = both(torch.cat([x, x])).float().chunk(2)  # (N, …) each
         return unconditional + scale * (conditional - unconditional)
 
     return field

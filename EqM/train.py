@@ -19,11 +19,12 @@ import distributed
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
 from data import Found, scan_for_training
+from fast import add_compile_arg, is_fast, training_step
 from loader import EpochStream, Samples, UnreadableLog, make_loader, to_unit_range, window_length
 from models import EqM_models, build_network
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
-from runs import Metrics, create_run_folder, log, log_precision, start_log
-from training import Recipe, TrainingState, draw_random_numbers, train_step
+from runs import Metrics, create_run_folder, device_name, log, log_precision, start_log
+from training import Recipe, TrainingState, seed_draws
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
 DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}
@@ -63,6 +64,9 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
     training.add_argument("--global-batch-size", type=cli.positive_int, help="over all ranks; default 256, on a CPU 8")
+    training.add_argument(
+        "--micro-batch-size", type=cli.positive_int, help="samples at a time a rank; gradients add up; default all"
+    )
     training.add_argument("--lr", type=cli.positive_float, default=1e-4, help="AdamW's learning rate")
     training.add_argument("--warmup-steps", type=cli.non_negative_int, default=0, help="steps of linear warm-up")
     training.add_argument(
@@ -71,6 +75,9 @@ def parse_args() -> argparse.Namespace:
     training.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
     training.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of all random choices")
     add_precision_args(parser)
+    speed = parser.add_argument_group("speed and memory")
+    add_compile_arg(speed)
+    speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
     run = parser.add_argument_group("run")
     run.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
     run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
@@ -113,6 +120,8 @@ def global_batch(args: argparse.Namespace, device_type: str) -> int:
     size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
     if size % ranks:
         raise UserError(f"--global-batch-size {size} is not a multiple of the {ranks} processes")
+    if size // ranks % (args.micro_batch_size or 1):
+        raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide a rank's {size // ranks} samples")
     return size
 
 
@@ -129,7 +138,7 @@ def make_config(args: argparse.Namespace, settings: dict, found: Found, precisio
         "network": settings,
         "classes": list(found.classes),
         "frames_per_second": rate,
-        "precision": {"name": precision.name, "requested": precision.requested, "reason": precision.reason},
+        "precision": precision.as_dict(),
         "global_batch_size": batch,
         "processes": distributed.world_size(),
         "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -151,9 +160,8 @@ def check_resumable(saved: dict, config: dict, last_sample: int, last_step: floa
 
 def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch: int) -> None:
     """The log's first lines."""
-    device = state.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    log.info("device: %s, %d process(es), torch %s", name, distributed.world_size(), torch.__version__)
+    where = device_name(state.device)
+    log.info("device: %s, %d process(es), torch %s", where, distributed.world_size(), torch.__version__)
     log_precision(state.precision)
     parameters = sum(p.numel() for p in state.network.parameters())
     log.info("model: %s, %s parameters", args.model, f"{parameters:,}")
@@ -171,26 +179,8 @@ def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch
             len(found.items),
         )
     log.info("tokens per sample: %d", state.network.num_tokens)
-    note = "" if args.global_batch_size or device.type == "cuda" else " (the default on a CPU; on a GPU 256)"
+    note = "" if args.global_batch_size or state.device.type == "cuda" else " (the default on a CPU; on a GPU 256)"
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
-
-
-def check_scale(state: TrainingState) -> None:
-    """Raises UserError where the fp16 scaler has halved its scale so often that the run cannot recover."""
-    if state.scaler.get_scale() < 1:
-        raise UserError(
-            f"gradients overflow at step {state.step} however small the fp16 scale, {state.skipped} batches skipped:"
-            " lower --lr, set --grad-clip, or train in bf16 or fp32"
-        )
-
-
-def check_finite(state: TrainingState, folder: Path) -> None:
-    """Raises UserError where weights are not finite: such a state is not worth a checkpoint."""
-    if not all(weight.isfinite().all() for weight in state.trained):
-        raise UserError(
-            f"weights are not finite at step {state.step} in {state.precision.name}, and were not saved: go on from the"
-            f" last checkpoint in {folder} with a lower --lr, or with --grad-clip"
-        )
 
 
 def open_data(args: argparse.Namespace, state: TrainingState, found: Found, batch: int) -> DataLoader:
@@ -209,26 +199,28 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
     """The loop: data, step, log, save."""
     loader = open_data(args, state, found, batch)
     last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
-    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
-    first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device)
+    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size)
+    state.working.grad_checkpoint = args.grad_checkpoint
+    step = training_step(state, recipe, batch // distributed.world_size(), is_fast(args, state.device))
+    first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device, state.samples)
 
     def report() -> float:
         for path in unreadable.share():
             log.warning("skipped unreadable %s", path)
-        epoch, lr = state.samples // len(found.items), recipe.lr_at(state.step - 1)
-        scale = state.scaler.get_scale()
         return metrics.write(
+            state.take_means(),
+            state.samples,
             step=state.step,
-            epoch=epoch,
-            lr=lr,
-            scaler_scale=scale,
+            epoch=state.samples // len(found.items),
+            lr=state.lr.item(),
+            scaler_scale=state.scaler.get_scale(),
             skipped=state.skipped,
             unreadable=len(unreadable.known),
         )
 
     def save() -> None:
         path = folder / "checkpoints" / f"{state.step:07d}.pt"
-        check_finite(state, folder)
+        state.check_finite(folder)
         if distributed.is_main() and not path.exists():
             epoch = state.samples // len(found.items)
             save_checkpoint(path, state.state_dict() | {"epoch": epoch, "config": config})
@@ -241,22 +233,26 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
         y = inputs["label"].to(state.device, non_blocking=True)
         seconds_per_frame = inputs["seconds_per_frame"].to(state.device, non_blocking=True)
 
-        draws = draw_random_numbers(x, args.global_seed, state.samples, distributed.rank())
-        updated, loss, grad_norm = train_step(state, recipe, x, y, seconds_per_frame, draws)
+        seed_draws(state.generator, args.global_seed, state.samples, distributed.rank())
+        step(x, y, seconds_per_frame)
         state.samples += batch
-        if not updated:
-            check_scale(state)
-            continue
-        metrics.add(loss, grad_norm, batch)
-        bar.update()
+        state.step += 1
 
-        minutes = report() if state.step == first_step or state.step % args.log_every == 0 else 0
-        if state.step % args.ckpt_every == 0:
+        bar.update(state.step - bar.n)
+
+        log_due = state.step == first_step or state.step % args.log_every == 0
+        save_due, is_last = state.step % args.ckpt_every == 0, state.step == last_step
+        if (log_due or save_due or is_last) and state.read_counts():
+            state.check_scale()
+            continue  # updates were skipped, so that the step in question is still to come
+        minutes = report() if log_due else 0
+        if save_due:
             save()
-        if state.step == last_step or minutes >= max_minutes:
+        if is_last or minutes >= max_minutes:
             break
     bar.close()
-    if metrics.losses:
+    state.read_counts()
+    if state.sums[2] > 0:
         report()
     save()
 
@@ -264,7 +260,7 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
 def main() -> None:
     args = parse_args()
     device = distributed.start()
-    precision = agree_on_precision(requested_precision(args), device.type)
+    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     batch = global_batch(args, device.type)
     network_settings(args, num_classes=1)  # a wrong size ends the run before a long scan
     saved = load_checkpoint(args.ckpt) if args.ckpt else None

@@ -1,4 +1,10 @@
-"""One training step, and all that it changes: weights, their average, optimizer, scaler, counters."""
+"""One training step, and all that it changes: weights, their average, optimizer, scaler, counters.
+
+What the step does to all weights at once it does to one flat tensor, in one kernel: the
+optimizer's update, the average, the working copy in the training precision. The step reads
+nothing back from the device, so the host never waits for it, and a GPU can replay it as one
+CUDA graph.
+"""
 
 import copy
 from dataclasses import dataclass
@@ -10,8 +16,13 @@ from torch import Tensor, nn
 
 import distributed
 from checkpoint import load_weights
+from cli import UserError
 from objective import drop_labels, eqm_loss
 from precision import Precision
+
+# Elements to which each weight's place in a flat tensor is rounded up: 128 bytes in 16 bits,
+# so that matrix products find every weight aligned.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -22,40 +33,55 @@ class Recipe:
     warmup_steps: int
     grad_clip: float  # largest gradient norm; 0 clips nothing
     ema_decay: float
+    micro_batch: int | None = None  # samples of one forward and backward; None: the rank's whole batch
 
-    def lr_at(self, step: int) -> float:
+    def lr_at(self, step: Tensor) -> Tensor:
         """The learning rate of update `step` (the first is 0): linear warm-up, then constant."""
-        return self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        return self.lr * ((step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
 
-    def ema_decay_at(self, step: int) -> float:
+    def ema_decay_at(self, step: Tensor) -> Tensor:
         """Warmed up, so that a short run's average does not hold its initial weights."""
-        return min(self.ema_decay, (1 + step) / (10 + step))
+        return ((1 + step) / (10 + step)).clamp(max=self.ema_decay)
 
 
 class TrainingState:
     """Everything that a step changes and a checkpoint keeps.
 
-    `step` counts updates of the weights, `skipped` the batches whose update the fp16 scaler
-    skipped, `samples` the samples drawn by all ranks.
+    Attributes:
+        network: float32 weights, the masters.
+        working: what computes: the network itself, or its copy in the training precision.
+        ema: the network with averaged weights.
+        step: updates of the weights. Between calls of `read_counts` it counts batches instead:
+            only the device knows which updates the fp16 scaler has skipped.
+        skipped: batches whose update was skipped.
+        samples: samples drawn by all ranks.
     """
 
     def __init__(self, network: nn.Module, precision: Precision, device: torch.device):
         self.network = network.to(device)
-        self.parallel = distributed.data_parallel(self.network)
-        self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()
-        self.trained = [p for p in self.network.parameters() if p.requires_grad]
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.trained, weight_decay=0, fused=fused)
+        self.working = precision.working_copy(self.network)
+        self.ema = copy.deepcopy(self.network).eval()
+        self.ema_weights = flatten(trained(self.ema))  # (P,)
+        self.ema.requires_grad_(False)
+        self.weights = nn.Parameter(flatten(trained(self.network)))  # (P,)
+        self.working_weights = self.weights if self.working is network else flatten(trained(self.working))  # (P,)
+        self.parallel = distributed.data_parallel(self.working)
+        self.lr = torch.zeros((), device=device)
+        capturable = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW([self.weights], self.lr, weight_decay=0, fused=True, capturable=capturable)
         self.scaler = precision.grad_scaler(device.type)
+        self.generator = torch.Generator(device)
         self.precision, self.device = precision, device
         self.step = self.skipped = self.samples = 0
+        self.updates = torch.zeros((), device=device)
+        self.sums = torch.zeros(3, device=device)  # losses, gradient norms, updates since `take_means`
 
     def state_dict(self) -> dict:
         """The parts of a checkpoint that a step changes."""
         return {
-            "model": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "opt": self.optimizer.state_dict(),
+            "model": on_cpu(self.network.state_dict()),
+            "ema": on_cpu(self.ema.state_dict()),
+            "opt": on_cpu(self.optimizer.state[self.weights]),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "skipped": self.skipped,
@@ -66,55 +92,134 @@ class TrainingState:
         """Takes back what `state_dict` gave.
 
         Raises:
-            UserError: the weights, which came from `source`, are another network's.
+            UserError: the weights or the optimizer's state, which came from `source`, are another network's.
         """
         load_weights(self.network, saved["model"], source)
         load_weights(self.ema, saved["ema"], source)
-        fused = self.optimizer.defaults["fused"]
-        self.optimizer.load_state_dict(saved["opt"])
-        # The saved groups carry the saving device's choice, which the scaler's step must not see.
-        for group in self.optimizer.param_groups:
-            group["fused"] = fused
-        for values in self.optimizer.state.values():
-            values["step"] = values["step"].to(self.device if fused else "cpu")
+        for name in ("exp_avg", "exp_avg_sq") if saved["opt"] else ():
+            if getattr(saved["opt"].get(name), "shape", None) != self.weights.shape:
+                raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
+        self.optimizer.state[self.weights] = {name: value.to(self.device) for name, value in saved["opt"].items()}
         # A scaler that was not on saved nothing, and one that is on refuses nothing.
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.skipped, self.samples = saved["step"], saved["skipped"], saved["samples"]
+        self.updates.fill_(self.step)
+        self.refresh_working_copy()
 
     @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
+    def refresh_working_copy(self) -> None:
+        if self.working is not self.network:
+            self.working_weights.copy_(self.weights)
+
+    def take_gradients(self) -> Tensor:
+        """The working copy's gradients, in float32 and in one tensor, (P,); it keeps none."""
+        weights = trained(self.working)
+        flat = torch.empty_like(self.weights)
+        gradients, gaps = pieces(flat, weights)
+        torch._foreach_copy_(gradients, [weight.grad for weight in weights])
+        for gap in gaps:
+            gap.zero_()
+        self.working.zero_grad(set_to_none=True)
+        return flat
+
+    @torch.no_grad()
+    def finish_update(self, decay: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
+        """Follows the optimizer: the average, the working copy and the counters, unless it skipped."""
+        updates = self.optimizer.state[self.weights]["step"]
+        updated = updates > self.updates
+        self.ema_weights.lerp_(self.weights, (1 - decay) * updated)
+        self.refresh_working_copy()
+        self.sums += torch.where(updated, torch.stack([loss, grad_norm, torch.ones_like(loss)]), 0)
+        self.updates.copy_(updates)
+
+    def read_counts(self) -> int:
+        """Waits for the device, makes `step` the number of updates, and returns how many were skipped since last."""
+        skipped = self.step - int(self.updates)
+        self.step -= skipped
+        self.skipped += skipped
+        return skipped
+
+    def take_means(self) -> Tensor:
+        """This rank's mean loss and gradient norm over the updates since the last call, (2,)."""
+        means = self.sums[:2] / self.sums[2]
+        self.sums.zero_()
+        return means
+
+    def check_scale(self) -> None:
+        """Raises UserError where the fp16 scaler has halved its scale so often that the run cannot recover."""
+        if self.scaler.get_scale() < 1:
+            raise UserError(
+                f"gradients overflow at step {self.step} however small the fp16 scale, {self.skipped} batches skipped:"
+                " lower --lr, set --grad-clip, or train in bf16 or fp32"
+            )
+
+    def check_finite(self, folder: Path) -> None:
+        """Raises UserError where weights are not finite: such a state is not worth a checkpoint in `folder`."""
+        if not self.weights.isfinite().all():
+            raise UserError(
+                f"weights are not finite at step {self.step} in {self.precision.name}, and were not saved: go on from"
+                f" the last checkpoint in {folder} with a lower --lr, or with --grad-clip"
+            )
 
 
-@dataclass(frozen=True)
-class Draws:
-    """A step's random numbers: noise in x's shape, γ (N,) and a uniform draw per label (N,)."""
-
-    noise: Tensor
-    gamma: Tensor
-    label_uniform: Tensor
+def trained(network: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in network.parameters() if weight.requires_grad]
 
 
-def draw_random_numbers(x: Tensor, seed: int, samples: int, rank: int) -> Draws:
-    """A step's random numbers, from (seed, samples drawn before, rank) alone: a resumed run repeats them."""
-    state = np.random.SeedSequence([seed, samples, rank]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(x.device).manual_seed(int(state))
+def pieces(flat: Tensor, weights: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of a flat tensor (P,): one in the shape of each weight, and the gaps between them."""
+    sizes = [size for weight in weights for size in (weight.numel(), -weight.numel() % ALIGNMENT)]
+    parts = flat.split(sizes)
+    views = [part.view(weight.shape) for part, weight in zip(parts[::2], weights, strict=True)]
+    return views, [gap for gap in parts[1::2] if len(gap)]
+
+
+@torch.no_grad()
+def flatten(weights: list[nn.Parameter]) -> Tensor:
+    """Moves weights into one flat tensor, (P,), of which they become views."""
+    flat = weights[0].new_zeros(sum(weight.numel() + -weight.numel() % ALIGNMENT for weight in weights))
+    for weight, view in zip(weights, pieces(flat, weights)[0], strict=True):
+        weight.data = view.copy_(weight)
+    return flat
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, each with memory of its own: a view would be saved with all of its flat tensor."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def seed_draws(generator: torch.Generator, seed: int, samples: int, rank: int) -> None:
+    """Sets a step's random numbers by (seed, samples drawn before, rank) alone: a resumed run repeats them."""
+    generator.manual_seed(int(np.random.SeedSequence([seed, samples, rank]).generate_state(1, np.uint64)[0]))
+
+
+def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's noise in x's shape, γ (N,), and a uniform number per label (N,)."""
     n = x.shape[0]
-    return Draws(
+    return (
         torch.randn(x.shape, device=x.device, generator=generator),
         torch.rand(n, device=x.device, generator=generator),
         torch.rand(n, device=x.device, generator=generator),
     )
 
 
-def train_step(
-    state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, seconds_per_frame: Tensor, draws: Draws
-) -> tuple[bool, Tensor, Tensor]:
-    """One forward, backward and update; reads the same in every precision.
+def network_loss(
+    network: nn.Module, x: Tensor, noise: Tensor, gamma: Tensor, y: Tensor, seconds_per_frame: Tensor
+) -> Tensor:
+    """The loss of a network on x, a float32 scalar."""
+
+    def field(x_gamma: Tensor, gamma: Tensor) -> Tensor:
+        return network(x_gamma, gamma, y, seconds_per_frame)
+
+    return eqm_loss(field, x, noise, gamma)
+
+
+def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
+    """One forward, backward and update; reads the same in every precision, and never waits for the device.
 
     An update that the fp16 scaler skips, because gradients overflowed, leaves weights, EMA and
-    step count as they were.
+    the count of updates as they were.
 
     Args:
         x: data in [−1, 1], (N, C, H, W) or (N, C, T, H, W).
@@ -122,29 +227,26 @@ def train_step(
         seconds_per_frame: (N,).
 
     Returns:
-        Whether the weights were updated; this rank's loss and the gradients' norm before
-        clipping, scalars.
+        This rank's loss and the gradients' norm before clipping, (2,).
     """
-    y = drop_labels(y, draws.label_uniform, state.network.num_classes)  # (N,)
+    noise, gamma, label_uniform = draw_random_numbers(x, state.generator)
+    y = drop_labels(y, label_uniform, state.network.num_classes)  # (N,)
+    micro_batch = recipe.micro_batch or len(x)
+    loss, state.weights.grad = torch.zeros_like(state.lr), None
+    for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):
+        part_loss = network_loss(state.parallel, *part) * (micro_batch / len(x))
+        state.scaler.scale(part_loss).backward()
+        gradients = state.take_gradients()  # (P,)
+        state.weights.grad = gradients if state.weights.grad is None else state.weights.grad.add_(gradients)
+        loss += part_loss.detach()
 
-    def field(x_gamma: Tensor, gamma: Tensor) -> Tensor:
-        with state.precision.autocast(state.device.type):
-            return state.parallel(x_gamma, gamma, y, seconds_per_frame)
-
-    loss = eqm_loss(field, x, draws.noise, draws.gamma)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(state.trained, recipe.grad_clip or float("inf"))
-    state.optimizer.param_groups[0]["lr"] = recipe.lr_at(state.step)
-    scale_before = state.scaler.get_scale()
+    grad_norm = torch.linalg.vector_norm(state.weights.grad)
+    if recipe.grad_clip:
+        nn.utils.clip_grads_with_norm_([state.weights], recipe.grad_clip, grad_norm)
+    state.lr.copy_(recipe.lr_at(state.updates))
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    # The scale falls where an update was skipped, and cannot fall further at 0.
-    updated = state.scaler.get_scale() >= scale_before > 0
-    if updated:
-        state.update_ema(recipe.ema_decay_at(state.step))
-        state.step += 1
-    else:
-        state.skipped += 1
-    return updated, loss.detach(), grad_norm
+    state.weights.grad = None
+    state.finish_update(recipe.ema_decay_at(state.updates), loss, grad_norm)
+    return torch.stack([loss, grad_norm])

@@ -66,12 +66,36 @@ def test_flags_choose_the_precision_and_exclude_each_other(capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-def test_autocast_casts_in_low_precision_alone():
-    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
-    with resolve_precision("fp32", "cpu").autocast("cpu"):
-        assert layer(x).dtype == torch.float32
-    with Precision("bf16", "bf16", torch.bfloat16).autocast("cpu"):
-        assert layer(x).dtype == torch.bfloat16
+def test_the_working_copy_is_in_low_precision_and_fp32_needs_none():
+    network = torch.nn.Linear(4, 4)
+    assert resolve_precision("fp32", "cpu").working_copy(network) is network
+    working = FP16.working_copy(network)
+    assert {weight.dtype for weight in working.parameters()} == {torch.float16}
+    assert all(weight.requires_grad for weight in working.parameters())
+    assert network.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted", "said"),
+    [
+        ((9, 0), False, "fp32 IEEE"),
+        ((9, 0), True, "fp32 TF32"),
+        ((7, 5), True, "fp32 IEEE (TF32 needs a CUDA GPU of capability 8.0 or higher, and this GPU has 7.5)"),
+    ],
+)
+def test_what_fp32_means_is_said(capability, wanted, said):
+    assert str(resolve_precision("fp32", "cuda", capability, wanted)) == said
+
+
+def test_tf32_changes_how_fp32_products_are_computed_until_the_next_choice():
+    before = torch.get_float32_matmul_precision()
+    try:
+        agree_on_precision("fp32", "cuda", (9, 0), tf32=True)
+        assert torch.get_float32_matmul_precision() == "high"
+        agree_on_precision("fp32", "cuda", (9, 0))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_the_scaler_is_on_for_fp16_alone():

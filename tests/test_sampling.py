@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -43,15 +45,18 @@ def test_x_stays_in_float32_under_a_low_precision_field():
 def test_guidance_moves_away_from_the_null_class_in_one_call():
     calls = []
 
-    def network(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        calls.append(y.tolist())
-        return y.float()[:, None].expand_as(x)
+    def conditioned(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def field(x: torch.Tensor) -> torch.Tensor:
+            calls.append(y.tolist())
+            return y.float()[:, None].expand_as(x)
+
+        return field
 
     y, x = torch.tensor([1, 2]), torch.zeros(2, 4)
-    field = guided(network, y, null_class=9, scale=1.5)
+    field = guided(conditioned, y, null_class=9, scale=1.5)
     torch.testing.assert_close(field(x)[:, 0], torch.tensor([9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)]))
     assert calls == [[1, 2, 9, 9]]
-    guided(network, y, null_class=9, scale=1.0)(x)
+    guided(conditioned, y, null_class=9, scale=1.0)(x)
     assert calls[1:] == [[1, 2]]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +18,10 @@ from data import Found, Item, scan_for_training
 from loader import Samples, to_unit_range
 from models import build_network
 from objective import eqm_loss
+from precision import Precision
 from runs import create_run_folder
-from train import sample_limit
-from training import draw_random_numbers
+from train import network_settings, parse_args, sample_limit, train
+from training import TrainingState, draw_random_numbers, seed_draws
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 
@@ -82,7 +84,7 @@ def test_the_log_begins_with_what_a_person_needs_to_know_and_says_each_thing_onc
 def test_a_fallback_is_a_warning_in_log_config_and_checkpoint(shapes, tmp_path):
     run = trained(tmp_path, shapes, "--use-amp", "--max-steps", 1)
     (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "precision:" in line]
-    assert "WARNING precision: fp32 (fp16 requested: fp16 needs a CUDA GPU of capability 7.0 or higher" in line
+    assert "WARNING precision: fp32 IEEE (fp16 requested: fp16 needs a CUDA GPU of capability 7.0 or higher" in line
     saved = load(run, 1)["config"]["precision"]
     assert (saved["name"], saved["requested"]) == ("fp32", "fp16")
     assert "CPU" in saved["reason"]
@@ -112,7 +114,7 @@ def test_two_processes_share_the_batch_and_write_one_run(shapes, tmp_path):
     run = trained(tmp_path, shapes, "--max-steps", 2, "--use-bf16", processes=2)
     log = (run / "log.txt").read_text()
     assert "8 (the default on a CPU; on a GPU 256), 4 per rank" in log
-    assert log.count("precision: fp32 (bf16 requested: rank 0:") == 1
+    assert log.count("precision: fp32 IEEE (bf16 requested: rank 0:") == 1
     saved = load(run, 2)
     assert saved["samples"] == 16
     assert not any(name.startswith("module.") for name in saved["model"])
@@ -135,6 +137,27 @@ def test_max_steps_alone_lifts_the_default_limit_of_epochs():
     assert sample_limit(argparse.Namespace(epochs=None, max_steps=None), found) == 800
     assert sample_limit(argparse.Namespace(epochs=3, max_steps=10**6), found) == 30
     assert sample_limit(argparse.Namespace(epochs=None, max_steps=10**6), found) > 10**9
+
+
+def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(shapes, tmp_path, monkeypatch):
+    flags = [*SMALL, "--max-steps", 5, "--log-every", 2, "--ckpt-every", 3, "--global-batch-size", 4]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", *map(str, [shapes, *flags])])
+    args, found = parse_args(), scan_for_training(shapes, video=True)
+    settings = network_settings(args, len(found.classes))
+    state = TrainingState(build_network(settings), Precision("fp16", "fp16", torch.float16), torch.device("cpu"))
+    torch.nn.init.normal_(state.network.final_layer.linear.weight, std=0.1)
+    state.refresh_working_copy()
+    # Half the batches overflow: after each update the scale is doubled, over what fp16 can hold.
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1)
+    (tmp_path / "checkpoints").mkdir()
+    train(args, state, found, 4, {}, tmp_path)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 4, 5]
+    assert lines[-1]["skipped"] == state.skipped >= 3
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000003.pt", "0000005.pt"]
+    assert (state.step, state.updates.item(), state.samples) == (5, 5, 4 * (5 + state.skipped))
+    assert load(tmp_path, 3)["opt"]["step"] == 3
 
 
 def test_max_minutes_end_a_run_with_a_checkpoint(shapes, tmp_path):
@@ -202,9 +225,11 @@ def loss_on_clips(run: Path, clips: Path, step: int) -> float:
     samples = Samples(scan_for_training(clips, video=True), 64, 4, 3, flip=False, seed=0)
     batch = default_collate([samples[0, i % len(samples.items)] for i in range(30)])
     x, seconds_per_frame = to_unit_range(batch["x"]), batch["seconds_per_frame"]
-    draws = draw_random_numbers(x, seed=99, samples=0, rank=0)
+    generator = torch.Generator()
+    seed_draws(generator, seed=99, samples=0, rank=0)
+    noise, gamma, _ = draw_random_numbers(x, generator)
     if step == 0:
-        return eqm_loss(lambda x_gamma, _: torch.zeros_like(x_gamma), x, draws.noise, draws.gamma).item()
+        return eqm_loss(lambda x_gamma, _: torch.zeros_like(x_gamma), x, noise, gamma).item()
     saved = load(run, step)
     network = build_network(saved["config"]["network"]).eval()
     network.load_state_dict(saved["model"])
@@ -213,7 +238,7 @@ def loss_on_clips(run: Path, clips: Path, step: int) -> float:
         return network(x_gamma, gamma, batch["label"], seconds_per_frame)
 
     with torch.no_grad():
-        return eqm_loss(field, x, draws.noise, draws.gamma).item()
+        return eqm_loss(field, x, noise, gamma).item()
 
 
 @pytest.mark.slow

@@ -1,0 +1,181 @@
+"""The fast way to run a network: its blocks compiled, and whole calls replayed as CUDA graphs.
+
+A small network's step on a GPU is spent launching kernels. Compilation makes them fewer, and a
+graph launches all of them at once. What cannot be compiled or captured runs eagerly instead, on
+every rank, with one warning that says why. Nothing here changes what is computed.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor
+
+import distributed
+from cli import is_out_of_memory
+from models import EqM
+from runs import log
+from sampling import Field
+from training import Recipe, TrainingState, train_step
+
+# Of what a block would keep for going backward: below 1, GELU and LayerNorms are computed again, which
+# takes 6 of 17 activations' memory away for 1.5% of the time.
+MEMORY_BUDGET = 0.8
+# Calls before a capture: kernels are compiled and chosen, and lasting tensors allocated.
+WARMUP_CALLS = 3
+# DistributedDataParallel rebuilds its buckets and times itself in its first ten.
+WARMUP_CALLS_DISTRIBUTED = 11
+
+
+def add_compile_arg(parser: argparse._ActionsContainer) -> None:
+    """Adds --compile and --no-compile."""
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compiled network and CUDA graphs; default on a GPU"
+    )
+
+
+def is_fast(args: argparse.Namespace, device: torch.device) -> bool:
+    """What --compile says; by default only on a GPU: on a CPU a minute of compiling makes steps 1.3 times as fast."""
+    return device.type == "cuda" if args.compile is None else args.compile
+
+
+def training_step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) -> Callable[..., Tensor]:
+    """`train_step` as a function of x, y and seconds_per_frame, for batches of one size."""
+    step = partial(train_step, state, recipe)
+    if fast:
+        compile_network(state.working, recipe.micro_batch or batch, training=True)
+    return Graphed(step, state.generator, together=True) if fast and state.device.type == "cuda" else step
+
+
+def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> Callable[[Tensor], Field]:
+    """The network as labels (N,) ↦ field, for batches of one size."""
+    field = partial(network.field, seconds_per_frame=seconds_per_frame)
+    if fast:
+        compile_network(network, batch, training=False)
+    if fast and network.pos_embed.is_cuda:
+        field = Graphed(field)
+
+    def conditioned(labels: Tensor) -> Field:
+        # The same in every step of sampling.
+        blocks, final = network.modulations(torch.zeros_like(labels, dtype=torch.float32), labels)
+        blocks = torch.stack(blocks)  # (depth, N, 6D)
+        return lambda x: field(x, blocks, final)
+
+    return conditioned
+
+
+def compile_network(network: EqM, batch: int, training: bool) -> None:
+    """Compiles the network's repeated parts, in place, for batches of one size.
+
+    One block stands for all, so that the wait does not grow with depth. It is tried at once:
+    forward and, for training, backward.
+    """
+    log.info("compiling the network: the first step waits for this, up to a minute")
+    start = time.perf_counter()
+    functorch_config.activation_memory_budget = MEMORY_BUDGET
+    for part in (*network.blocks, network.final_layer):
+        part.compile(dynamic=False)
+    if attempt(partial(try_out, network, batch, training), "running eagerly: the network cannot be compiled", training):
+        log.info("compiled in %.0f s", time.perf_counter() - start)
+        torch._dynamo.config.suppress_errors = True  # what must be compiled again for other inputs may run eagerly
+    else:
+        torch.compiler.set_stance("force_eager")
+
+
+def try_out(network: EqM, batch: int, training: bool) -> None:
+    """Runs a block and the last layer once, on zeros; leaves no gradients."""
+    weight = network.final_layer.linear.weight
+    width = weight.shape[1]
+    with torch.set_grad_enabled(training):
+        tokens = weight.new_zeros(batch, network.num_tokens, width, requires_grad=training)  # (N, L, D)
+        for part, parts in ((network.blocks[0], 6), (network.final_layer, 2)):
+            modulation = weight.new_zeros(batch, parts * width, requires_grad=training)
+            out = part(tokens, modulation)
+            if training:
+                used = [tokens, modulation, *(w for name, w in part.named_parameters() if "adaLN" not in name)]
+                torch.autograd.grad(out, used, torch.ones_like(out))
+
+
+def attempt(function: Callable[[], None], consequence: str, together: bool) -> bool:
+    """Calls the function, and returns whether it worked: if not, warns of the consequence and says why.
+
+    Args:
+        together: all ranks call this, and it works on none if it fails on one.
+
+    Raises:
+        Exception: memory ran out, which eager execution would not mend.
+    """
+    problem = ""
+    try:
+        function()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    problems = [problem for problem in (distributed.gather(problem) if together else [problem]) if problem]
+    if problems:
+        log.warning("%s: %s", consequence, problems[0])
+    return not problems
+
+
+class Graphed:
+    """A function of tensors on the GPU, recorded as CUDA graphs, one for each set of shapes, and replayed.
+
+    The first calls run as they are, the next one is recorded. The function must not wait for the
+    device, and must keep on the device whatever changes from call to call. What it returns is
+    overwritten by the next call.
+
+    Args:
+        function: from tensors to a tensor.
+        generator: where the function's random numbers come from, if it draws any.
+        together: all ranks make the same calls, and replay either on all or on none.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], generator: torch.Generator | None = None, together: bool = False
+    ):
+        self.function, self.generator, self.together = function, generator, together
+        self.calls: Counter[tuple] = Counter()
+        self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.warmup_calls = WARMUP_CALLS_DISTRIBUTED if distributed.is_group() else WARMUP_CALLS
+        self.works = True
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self.recordings:
+            self.calls[shapes] += 1
+            if not self.works or self.calls[shapes] <= self.warmup_calls:
+                return self.function(*inputs)
+            problem = "running without CUDA graphs: the step cannot be captured"
+            self.works = attempt(partial(self.record, shapes, inputs), problem, self.together)
+            if not self.works:
+                return self.function(*inputs)
+        graph, own_inputs, output = self.recordings[shapes]
+        for own, value in zip(own_inputs, inputs, strict=True):
+            own.copy_(value)
+        graph.replay()
+        return output
+
+    def record(self, shapes: tuple, inputs: tuple[Tensor, ...]) -> None:
+        own_inputs = [value.clone() for value in inputs]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        generators = [torch.cuda.default_generators[stream.device_index]]
+        if self.generator:
+            graph.register_generator_state(self.generator)
+            generators.append(self.generator)
+        states = [generator.get_state() for generator in generators]
+        try:
+            # Other threads, as the loader's that pins memory, go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                output = self.function(*own_inputs)
+        except Exception:
+            # A generator whose capture broke off would wait for its end for ever.
+            for generator, state in zip(generators, states, strict=True):
+                generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+                generator.set_state(state)
+            raise
+        self.recordings[shapes] = graph, own_inputs, output

@@ -1,0 +1,328 @@
+"""Fast and eager do the same, alone and in every combination; what cannot be fast runs eagerly and says so."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from fast import Graphed, conditioned_field, training_step
+from models import EqM
+from precision import Precision
+from sampling import guided
+from training import Recipe, TrainingState, seed_draws
+
+CPU = torch.device("cpu")
+PRECISIONS = {
+    "fp32": Precision("fp32", "fp32", torch.float32),
+    "bf16": Precision("bf16", "bf16", torch.bfloat16),
+    "fp16": Precision("fp16", "fp16", torch.float16),
+}
+# After 20 steps: of losses near 20, and of the way that the weights have gone. Adam enlarges differences in small
+# gradients.
+TOLERANCES = {
+    "fp32": {"loss": 1e-3, "weights": 1e-3},
+    "fp16": {"loss": 2e-2, "weights": 0.05},
+    "bf16": {"loss": 0.1, "weights": 0.2},
+}
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def new_network() -> EqM:
+    torch.manual_seed(0)
+    network = EqM((4, 8, 8), 4, 3, hidden_size=32, depth=3, num_heads=2, num_classes=4, temporal_patch=2)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+    return network
+
+
+class Trained:
+    """Twenty steps on one batch: the losses, (20,), and the state after them."""
+
+    def __init__(
+        self,
+        fast: bool,
+        precision: str = "fp32",
+        device: torch.device = CPU,
+        grad_checkpoint: bool = False,
+        grad_clip: float = 0.5,
+        micro_batch: int | None = None,
+    ):
+        torch._dynamo.reset()
+        self.state = TrainingState(new_network(), PRECISIONS[precision], device)
+        self.state.working.grad_checkpoint = grad_checkpoint
+        recipe = Recipe(1e-3, warmup_steps=10, grad_clip=grad_clip, ema_decay=0.999, micro_batch=micro_batch)
+        x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
+        y, seconds = torch.arange(8, device=device) % 4, torch.full((8,), 0.1, device=device)
+
+        self.step, self.inputs = training_step(self.state, recipe, 8, fast), (x, y, seconds)
+        losses = []
+        for _ in range(20):
+            losses.append(self.advance()[0].clone())
+        self.losses = torch.stack(losses)
+        self.skipped = self.state.read_counts()
+
+    def advance(self) -> torch.Tensor:
+        state = self.state
+        seed_draws(state.generator, 0, state.samples, 0)
+        state.samples += 8
+        state.step += 1
+        return self.step(*self.inputs)
+
+
+def assert_same(ours: Trained, reference: Trained, loss: float, weights: float) -> None:
+    """The losses differ by at most `loss`, and the weights by that share of the way that they have gone."""
+    torch.testing.assert_close(ours.losses, reference.losses, atol=loss, rtol=0)
+    start = TrainingState(new_network(), PRECISIONS["fp32"], ours.state.device).weights
+    for name in ("weights", "ema_weights"):
+        ended, right = getattr(ours.state, name), getattr(reference.state, name)
+        assert (ended - right).norm() <= weights * (right - start).norm()
+    assert ours.state.updates == reference.state.updates
+
+
+@pytest.fixture(scope="module")
+def eager() -> Trained:
+    return Trained(fast=False)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_gradients_added_up_over_micro_batches_are_those_of_the_whole_batch(eager, micro_batch):
+    assert_same(Trained(fast=False, micro_batch=micro_batch), eager, loss=1e-4, weights=1e-3)
+
+
+def test_blocks_computed_again_give_the_same_weights(eager):
+    again = Trained(fast=False, grad_checkpoint=True)
+    assert torch.equal(again.state.weights, eager.state.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grad_clip": 0.0},
+        {"micro_batch": 4},
+        {"grad_checkpoint": True},
+        {"micro_batch": 4, "grad_checkpoint": True},
+    ],
+    ids=str,
+)
+def test_compiled_and_eager_give_the_same_losses_and_weights_over_20_steps(options):
+    ours = Trained(fast=True, **options)
+    assert_same(ours, Trained(fast=False, **options), **TOLERANCES["fp32"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.slow
+def test_one_compilation_serves_all_blocks():
+    torch._dynamo.utils.counters.clear()
+    Trained(fast=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def losses(folder: Path) -> list[float]:
+    (path,) = folder.glob("results/*/metrics.jsonl")
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+TRAIN = [*SMALL, "--max-steps", 3, "--log-every", 1, "--lr", 1e-3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [[], ["--micro-batch-size", 2, "--grad-clip", 1, "--grad-checkpoint"]], ids=["", "all"]
+)
+def test_two_ranks_compiled_train_as_they_do_eagerly(shapes, tmp_path, flags):
+    for name, compiled in (("fast", ["--compile"]), ("eager", [])):
+        (tmp_path / name).mkdir()
+        run = run_torchrun(2, "train.py", "--data-path", shapes, *TRAIN, *flags, *compiled, cwd=tmp_path / name)
+        assert run.returncode == 0, run.stderr
+        assert ("compiled in" in run.stdout) == bool(compiled)
+        assert "WARNING" not in run.stdout
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "eager"), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_samples_are_the_eager_ones(checkpoint, tmp_path):
+    flags = ["--ckpt", checkpoint, "--num-fid-samples", 3, "--global-batch-size", 2, "--num-sampling-steps", 3]
+    for name, compiled in (("fast", "--compile"), ("eager", "--no-compile")):
+        run = run_script("sample_gd.py", *flags, compiled, "--folder", name, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert ("compiled in" in run.stdout) == (name == "fast")
+    for i in range(3):
+        assert (tmp_path / f"fast/{i:06d}.mp4").read_bytes() == (tmp_path / f"eager/{i:06d}.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_network_that_cannot_be_compiled_trains_eagerly_and_says_why_once(shapes, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for name, compiled in (("fast", ["--compile"]), ("eager", [])):
+        (tmp_path / name).mkdir()
+        arguments = ["train.py", "--data-path", shapes, *TRAIN, *compiled]
+        cwd = tmp_path / name
+        run = run_script(*arguments, cwd=cwd) if processes == 1 else run_torchrun(processes, *arguments, cwd=cwd)
+        assert run.returncode == 0, run.stderr
+        warnings = [line for line in run.stdout.splitlines() if "WARNING" in line]
+        assert len(warnings) == len(compiled)
+        assert all("running eagerly: the network cannot be compiled" in line for line in warnings)
+        assert all("no-such-compiler" in line for line in warnings)
+    assert losses(tmp_path / "fast") == losses(tmp_path / "eager")
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_is_an_error(shapes, tmp_path):
+    run = run_script("train.py", "--data-path", shapes, *SMALL, "--micro-batch-size", 3, cwd=tmp_path)
+    assert run.returncode != 0
+    assert "error: --micro-batch-size 3 does not divide a rank's 8 samples" in run.stderr
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4, "grad_checkpoint": True}], ids=["plain", "all"])
+def test_captured_and_eager_steps_are_the_same_on_a_gpu(gpu_stream, precision, options):
+    fast = Trained(True, precision, gpu_stream, **options)
+    assert len(fast.step.recordings) == 1
+    assert_same(fast, Trained(False, precision, gpu_stream, **options), **TOLERANCES[precision])
+    # The warm-up's last learning rate, which a frozen number would not have reached.
+    assert fast.state.lr.item() == pytest.approx(1e-3)
+    assert fast.state.step == 20
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_no_step_waits_for_the_gpu(gpu_stream, precision, fast):
+    run = Trained(fast, precision, gpu_stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.advance()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_a_replayed_step_skips_an_overflow_on_the_gpu(gpu_stream):
+    run = Trained(True, "fp16", gpu_stream)
+    run.state.scaler._scale.fill_(2.0**100)
+    before = run.state.weights.clone(), run.state.ema_weights.clone(), run.state.sums.clone()
+    run.advance()
+    assert run.state.read_counts() == 1
+    assert (run.state.step, run.state.skipped) == (20, run.skipped + 1)
+    assert torch.equal(before[0], run.state.weights)
+    assert torch.equal(before[1], run.state.ema_weights)
+    assert torch.equal(before[2], run.state.sums)
+    assert run.state.scaler.get_scale() == 2.0**99
+
+
+@on_gpu
+def test_a_function_that_waits_for_the_gpu_is_not_captured_but_still_called(gpu_stream, caplog):
+    caplog.set_level(logging.WARNING, logger="EqM")
+    graphed = Graphed(lambda x: x * x.sum().item())
+    x = torch.arange(4.0, device=gpu_stream)
+    for _ in range(6):
+        torch.testing.assert_close(graphed(x), x * 6)
+    (record,) = caplog.records
+    assert "running without CUDA graphs: the step cannot be captured" in record.message
+
+
+@on_gpu
+def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_be_captured(
+    gpu_stream, caplog, monkeypatch
+):
+    caplog.set_level(logging.WARNING, logger="EqM")
+    right = Trained(False, "fp16", gpu_stream)
+    take_gradients = TrainingState.take_gradients
+
+    def waiting(state: TrainingState) -> torch.Tensor:
+        gradients = take_gradients(state)
+        gradients.sum().item()
+        return gradients
+
+    monkeypatch.setattr(TrainingState, "take_gradients", waiting)
+    ours = Trained(True, "fp16", gpu_stream)
+    assert not ours.step.recordings
+    assert len(caplog.records) == 1
+    assert_same(ours, right, **TOLERANCES["fp16"])
+    torch.randn(1, device=gpu_stream)
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_captured_sampling_is_the_eager_one_for_every_batch_shape(gpu_stream, precision):
+    network = new_network().requires_grad_(False).to(gpu_stream, PRECISIONS[precision].dtype)
+    eager = conditioned_field(network, 4, 0.1, fast=False)
+    with torch.no_grad():
+        for n in (2, 5, 2):
+            torch._dynamo.reset()
+            fast, y = conditioned_field(network, 2 * n, 0.1, fast=True), torch.arange(n, device=gpu_stream) % 4
+            for _ in range(6):
+                x = torch.randn(n, 3, 4, 8, 8, device=gpu_stream)
+                ours, right = (guided(conditioned, y, 4, 1.5)(x).clone() for conditioned in (fast, eager))
+                torch.testing.assert_close(ours, right, atol=1e-5 if precision == "fp32" else 5e-2, rtol=0)
+
+
+@on_gpu
+def test_each_set_of_shapes_has_a_graph_of_its_own(gpu_stream):
+    graphed = Graphed(lambda x: x + 1)
+    for n in (2, 3, 2, 3):
+        for _ in range(5):
+            x = torch.randn(n, device=gpu_stream)
+            assert torch.equal(graphed(x), x + 1)
+    assert len(graphed.recordings) == 2
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_distributed_data_parallel_is_captured_with_its_exchange(gpu_stream, tmp_path, precision):
+    alone = Trained(True, precision, gpu_stream)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=gpu_stream)
+    try:
+        ours = Trained(True, precision, gpu_stream)
+        assert isinstance(ours.state.parallel, torch.nn.parallel.DistributedDataParallel)
+        assert len(ours.step.recordings) == 1
+    finally:
+        dist.destroy_process_group()
+    assert_same(ours, alone, **TOLERANCES[precision])
+
+
+@pytest.fixture
+def gpu_stream():
+    """The GPU, with a stream current that can be captured."""
+    before = torch.cuda.current_stream()
+    torch.cuda.set_stream(torch.cuda.Stream())
+    yield torch.device("cuda", 0)
+    torch.cuda.set_stream(before)
+
+
+@pytest.mark.slow
+def test_the_comparison_of_fast_and_eager_runs_and_finds_a_difference(tmp_path):
+    command = [sys.executable, ROOT / "EqM" / "compare.py", "--steps", 10, "--sampling-steps", 3]
+    run = run_command(*command, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "fast and eager agree" in run.stdout
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_writes_every_row_and_ratio_within_two_minutes(tmp_path):
+    cores = os.cpu_count() or 1
+    run = run_command(
+        sys.executable, ROOT / "EqM" / "benchmark.py", "--quick", cwd=tmp_path, threads=min(cores, 2), timeout_s=120
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "results" / "benchmark.json").read_text())
+    assert [(row["precision"], row["mode"]) for row in report["rows"]] == 2 * [
+        ("fp32 IEEE", "eager"),
+        ("fp32 IEEE", "fast"),
+    ]
+    for row in report["rows"]:
+        assert row["ms"] * row["samples_per_second"] == pytest.approx(1000 * row["batch"])
+        assert row["of_product"] == pytest.approx(row["tflops"] / report["product_tflops"])
+        assert f"| {row['ms']:.2f} |" in run.stdout
+    first, second = report["rows"][:2]
+    ratio = report["ratios"]["Ti/2, 4 frames of 16 px, batch 16: speed, fast over eager, fp32 IEEE"]
+    assert ratio == pytest.approx(first["ms"] / second["ms"], abs=0.01)
