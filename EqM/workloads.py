@@ -1,0 +1,108 @@
+"""Networks with random inputs, to measure and to compare: one training or sampling step after another."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import distributed
+from fast import conditioned_field, training_step
+from models import EqM, build_network
+from precision import Precision
+from sampling import gradient_descent, guided
+from training import Recipe, TrainingState, seed_draws
+
+NUM_CLASSES = 101
+GUIDANCE, STEPSIZE = 1.5, 0.0017
+
+
+FAST = (("fp32", "fast"), ("tf32", "fast"), ("bf16", "fast"), ("fp16", "fast"))
+FAST_AND_EAGER = (("fp32", "eager"), ("bf16", "eager"), *FAST)
+FP32_AND_BF16 = (("fp32", "fast"), ("bf16", "fast"))
+ON_CPU = (("fp32", "eager"), ("fp32", "fast"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network and a batch, for training or for guided sampling; `ways` are the precisions and modes to measure."""
+
+    name: str
+    kind: str  # "train" or "sample"
+    model: str
+    input_size: int | tuple[int, int, int]
+    batch: int
+    in_channels: int = 4
+    temporal_patch: int = 1
+    grad_checkpoint: bool = False
+    ways: tuple[tuple[str, str], ...] = FAST
+
+    def build(self, device: torch.device | str) -> EqM:
+        torch.manual_seed(0)
+        names = ("model", "input_size", "in_channels", "temporal_patch")
+        with torch.device(device):
+            return build_network({name: getattr(self, name) for name in names} | {"num_classes": NUM_CLASSES})
+
+
+LATENT_CLIP = (4, 32, 32)
+GUIDE = Work("guide's command: S/4, 4 frames of 64 px", "train", "EqM-S/4", (4, 64, 64), 256, 3, 2)
+SMALL = Work("S/4, 4 frames, 64 tokens", "train", "EqM-S/4", LATENT_CLIP, 64, temporal_patch=4, ways=FAST_AND_EAGER)
+BASE = Work("B/2, 16 frames, 2,048 tokens", "train", "EqM-B/2", (16, 32, 32), 8, temporal_patch=2)
+LARGE = Work("XL/2, 256 tokens", "train", "EqM-XL/2", 32, 64, ways=FAST_AND_EAGER)
+SAMPLE = Work("sampling XL/2, 256 tokens", "sample", "EqM-XL/2", 32, 1)
+CLIPS = [
+    Work(f"S/4, {t} frames, {32 * t} tokens", "train", "EqM-S/4", (t, 32, 32), 64, temporal_patch=2, ways=FP32_AND_BF16)
+    for t in (4, 8, 16, 32)
+]
+FULL = {
+    "guide": [GUIDE],
+    "small": [SMALL, replace(SMALL, batch=256)],
+    "base": [BASE],
+    "large": [LARGE],
+    "sampling": [SAMPLE, replace(SAMPLE, batch=32)],
+    "clips": [*CLIPS, replace(CLIPS[-1], name=CLIPS[-1].name + ", --grad-checkpoint", grad_checkpoint=True)],
+}
+TINY = Work("Ti/2, 4 frames of 16 px", "train", "EqM-Ti/2", (4, 16, 16), 16, 3, 4, ways=FAST_AND_EAGER)
+QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frames of 16 px", kind="sample", batch=4)]}
+
+
+class Training:
+    """Training on always the same random batch; each call is a step, and returns loss and gradient norm, (2,)."""
+
+    def __init__(
+        self, work: Work, precision: Precision, fast: bool, device: torch.device, seed: int = 0, lr: float = 1e-4
+    ):
+        self.seed = seed
+        self.state = TrainingState(work.build(device), precision, device)
+        self.state.working.grad_checkpoint = work.grad_checkpoint
+        recipe = Recipe(lr, warmup_steps=0, grad_clip=0, ema_decay=0.9999)
+        self.step = training_step(self.state, recipe, work.batch, fast)
+        self.x = torch.randn(work.batch, *self.state.network.input_shape, device=device)
+        self.y = torch.arange(work.batch, device=device) % NUM_CLASSES
+        self.seconds_per_frame = torch.full((work.batch,), 0.1, device=device)
+
+    def __call__(self) -> Tensor:
+        state = self.state
+        seed_draws(state.generator, self.seed, state.samples, distributed.rank())
+        state.samples += len(self.x) * distributed.world_size()
+        state.step += 1
+        return self.step(self.x, self.y, self.seconds_per_frame)
+
+
+class Sampling:
+    """Guided gradient descent from random noise, x; each call is a step."""
+
+    def __init__(self, work: Work, precision: Precision, fast: bool, device: torch.device, network: EqM | None = None):
+        network = copy.deepcopy(network) if network else work.build(device)
+        network = network.requires_grad_(False).eval().to(precision.dtype)
+
+        conditioned = conditioned_field(network, 2 * work.batch, 0.1, fast)
+        y = torch.arange(work.batch, device=device) % NUM_CLASSES
+        self.field = guided(conditioned, y, network.num_classes, GUIDANCE)
+        generator = torch.Generator(device).manual_seed(1)
+        self.x = torch.randn(work.batch, *network.input_shape, device=device, generator=generator)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        self.x = gradient_descent(self.field, self.x, STEPSIZE, range(1))
+        return self.x
