@@ -23,7 +23,7 @@ from sampling import Field
 from training import Recipe, TrainingState, train_step
 
 # Of what a block would keep for going backward: below 1, GELU and LayerNorms are computed again, which
-# takes 6 of 17 activations' memory away for 1.5% of the time.
+# takes 6 of 17 activations' memory away for 2% of the time.
 MEMORY_BUDGET = 0.8
 # Calls before a capture: kernels are compiled and chosen, and lasting tensors allocated.
 WARMUP_CALLS = 3

@@ -225,8 +225,10 @@ class EqM(nn.Module):
         """The field at x under the modulations of the blocks and of the last layer."""
         tokens = self.embed(x)  # (N, T'h'w', D)
         if self.is_video:
-            seconds = torch.as_tensor(seconds_per_frame, dtype=torch.float32, device=x.device).expand(len(x))
-            times = self.time_positions(seconds)  # (N, T', D)
+            # A number is written by the device itself: a copy from the host cannot be captured in a CUDA graph.
+            given = isinstance(seconds_per_frame, Tensor)
+            seconds = seconds_per_frame if given else torch.full((), seconds_per_frame, device=x.device)
+            times = self.time_positions(seconds.expand(len(x)))  # (N, T', D)
             tokens = tokens + times.repeat_interleave(self.pos_embed.shape[1], dim=1).to(tokens.dtype)
         for block, modulation in zip(self.blocks, blocks, strict=True):
             if self.grad_checkpoint:

@@ -3,6 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from checkpoint import load_file, load_weights, network_weights
 from cli import UserError
@@ -146,3 +149,23 @@ def test_a_network_cast_to_bf16_takes_float32_and_stays_close():
 def test_sizes_that_do_not_divide_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         EqM(**{**SMALL, "input_size": 8, **changes})
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses every operation that touches a tensor of the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, result)):
+            assert not isinstance(value, torch.Tensor) or value.device.type == "cuda", f"{func} on the host"
+        return result
+
+
+@pytest.mark.parametrize("frames", [None, 4])
+def test_a_field_on_a_gpu_copies_nothing_from_the_host_so_that_it_can_be_captured(frames):
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        network = EqM((frames, 8, 8) if frames else 8, 4, 3, 32, 2, 2, num_classes=4, temporal_patch=2 if frames else 1)
+        x, y = torch.empty(2, *network.input_shape), torch.zeros(2, dtype=torch.long)
+        blocks, final = network.modulations(torch.zeros(2), y)
+        with NothingFromTheHost():
+            assert network.field(x, torch.stack(blocks), final, 0.1).shape == x.shape

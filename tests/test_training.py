@@ -95,6 +95,15 @@ def test_the_learning_rate_warms_up_linearly_then_stays():
     assert RECIPE.lr_at(torch.tensor(0)).item() == pytest.approx(1e-3)
 
 
+def test_a_step_moves_the_weights_by_the_learning_rate_of_its_place_in_the_warm_up():
+    state, recipe = new_state(), Recipe(lr=1e-3, warmup_steps=4, grad_clip=0.0, ema_decay=0.999)
+    for step in range(3):
+        before = state.weights.clone()
+        one_step(state, recipe, samples=8 * step)
+        # Adam's first updates are as long as the learning rate, in every weight that has a gradient.
+        assert (state.weights - before).abs().max().item() == pytest.approx(2.5e-4 * (step + 1), rel=0.05)
+
+
 def test_random_numbers_repeat_for_the_same_place_and_differ_elsewhere():
     x, generator = torch.zeros(4, 3, 8, 8), torch.Generator()
 
