@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cli
 import distributed
 from cli import is_out_of_memory
+from loader_rates import loader_rates
 from precision import Precision, agree_on_precision
 from runs import device_name, start_log
 from workloads import FULL, LARGE, ON_CPU, QUICK, Sampling, Training, Work
@@ -55,12 +56,13 @@ class Row:
         return [self.work, str(self.batch), self.precision, self.mode, *speeds, memory, *rates]
 
 
+PARTS = [*FULL, "largest", "loader"]
+
+
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Measures training and sampling on random inputs.")
     parser.add_argument("--quick", action="store_true", help="a small network, for a CPU or a first look")
-    parser.add_argument(
-        "--only", nargs="+", choices=[*FULL, "largest"], metavar="PART", help=f"of {', '.join([*FULL, 'largest'])}"
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark.json"), help="gets the rows as JSON")
     return parser.parse_args()
 
@@ -196,7 +198,7 @@ def main() -> None:
     parts = QUICK if args.quick else FULL
     product = product_flops(device)
     where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
-    report = where | {"product_tflops": product / 1e12, "rows": [], "ratios": {}, "largest_batch": {}}
+    report = where | {"product_tflops": product / 1e12, "rows": [], "ratios": {}, "largest_batch": {}, "loader": {}}
     print(", ".join(where.values()))
     print(f"a dense bf16 product of side {PRODUCT_SIDE[device.type]} runs at {product / 1e12:.3g} TFLOP/s\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -229,6 +231,14 @@ def main() -> None:
         for precision in ("fp32", "bf16"):
             report["largest_batch"][precision] = batch = largest_batch(LARGE, precision, device)
             print(f"largest batch that fits, {LARGE.name}, fast, {precision}: {batch}", flush=True)
+            save()
+    if "loader" in (args.only or ["loader"]):
+        print()
+        print_row(("loader, 4 frames of 320×240 sources, 2 workers", "clips/s", "times decoding"))
+        print_row(["---"] * 3)
+        for name, rate in loader_rates():
+            report["loader"][name] = rate
+            print_row((name, f"{rate:,.0f}", f"{rate / next(iter(report['loader'].values())):.1f}"))
             save()
     distributed.stop()
 

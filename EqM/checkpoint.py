@@ -62,7 +62,9 @@ def load_checkpoint(path: Path) -> dict:
         config = contents["config"]
         missing = REQUIRED_CONFIG - (config.keys() if isinstance(config, dict) else set())
     if missing:
-        raise UserError(f"{path} was not written by EqM/train.py: it has no {', '.join(sorted(missing))}")
+        missing = ", ".join(sorted(missing))
+        advice = "to sample a published one, give --model and --vae"
+        raise UserError(f"{path} was not written by EqM/train.py: it has no {missing} ({advice})")
     return contents
 
 

@@ -1,5 +1,6 @@
 """Batches in an order and with random choices that follow from (seed, epoch, index) alone."""
 
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NoReturn
@@ -115,6 +116,63 @@ def to_unit_range(x: Tensor) -> Tensor:
 def to_pixels(x: Tensor) -> Tensor:
     """Values in [−1, 1], clipped, to uint8 pixels, any shape."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+class DeviceLoader:
+    """A loader's batches with their tensors on the device, which copies the next while it computes.
+
+    It also measures for how long the device has stood idle between one batch's work and the next's.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, self.device = loader, device
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.gaps: list[tuple] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        batches, ended = iter(self.loader), self.now()
+        while (batch := next(batches, None)) is not None:
+            batch = self.move(batch)
+            self.gaps.append((ended, self.now()))
+            yield batch
+            ended = self.now()
+
+    def move(self, batch: dict) -> dict:
+        """Copies a batch's tensors in a stream of their own, for which the current one waits."""
+        if not self.copies:
+            return batch
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(self.copies):
+            moved = {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+        current.wait_stream(self.copies)
+        for value in moved.values():
+            if isinstance(value, Tensor):
+                value.record_stream(current)
+        return moved
+
+    def now(self) -> float | torch.cuda.Event:
+        """The host's clock in seconds, or, on a GPU, the moment at which it gets here."""
+        if not self.copies:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take_idle_seconds(self) -> float:
+        """Seconds of waiting since the last call; waits for the device."""
+        if self.copies:
+            torch.cuda.synchronize(self.device)
+            gaps = [ended.elapsed_time(began) / 1000 for ended, began in self.gaps]
+        else:
+            gaps = [began - ended for ended, began in self.gaps]
+        self.gaps = []
+        return sum(gaps)
 
 
 class UnreadableLog:

@@ -73,23 +73,25 @@ class Metrics:
         self.start = self.since = time.perf_counter()
         self.samples = samples
 
-    def write(self, means: Tensor, samples: int, **counters: float) -> float:
+    def write(self, means: Tensor, samples: int, waiting_s: float, **counters: float) -> float:
         """Averages over the ranks, and writes the result.
 
         Every rank must call it. `means` (2,) is this rank's loss and gradient norm, `samples` those
-        of all ranks so far; `counters` (step, epoch, …) go into the line as they are.
+        of all ranks so far, `waiting_s` how long this rank has waited for data since the last line;
+        `counters` (step, epoch, …) go into the line as they are.
 
         Returns:
             Minutes since the start, the same on all ranks.
         """
         now = time.perf_counter()
-        minutes = means.new_tensor([(now - self.start) / 60])
-        loss, grad_norm, minutes = distributed.mean(torch.cat([means, minutes])).tolist()
+        times = means.new_tensor([(now - self.start) / 60, waiting_s / (now - self.since)])
+        loss, grad_norm, minutes, waiting = distributed.mean(torch.cat([means, times])).tolist()
         row = counters | {
             "minutes": round(minutes, 3),
             "loss": loss,
             "grad_norm": grad_norm,
             "samples_per_second": round((samples - self.samples) / (now - self.since), 2),
+            "waiting_for_data": round(waiting, 4),
             "memory_gb": round(peak_memory_gb(self.device), 3),
         }
         if distributed.is_main():

@@ -18,9 +18,11 @@ from tqdm import tqdm
 
 import cli
 import distributed
-from checkpoint import load_checkpoint, load_weights, network_weights
+from checkpoint import load_checkpoint, load_file, load_weights, network_weights
 from cli import UserError
+from config import check_flags, class_names, published_config
 from fast import add_compile_arg, conditioned_field, is_fast
+from latents import VAE, load_vae
 from loader import to_pixels
 from models import EqM, EqM_models, build_network
 from pictures import contact_sheet, read_png, write_gif, write_png
@@ -50,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of the noise")
     add_precision_args(parser)
     add_compile_arg(parser)
+    parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default the training's")
     method = parser.add_argument_group("method")
     method.add_argument("--sampler", choices=("gd", "ngd"), default="ngd", help="ngd looks ahead, as Nesterov")
     method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field")
@@ -65,22 +68,26 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_flags(args: argparse.Namespace, network: dict) -> None:
-    """Raises UserError, with both values, where a flag contradicts the checkpoint."""
-    size = network["input_size"]
-    video = not isinstance(size, int)
-    trained = {
-        "model": network["model"],
-        "video": video,
-        "clip_len": size[0] if video else 1,
-        "image_size": size[-1] if video else size,
-        "num_classes": network["num_classes"],
-    }
-    for name, value in trained.items():
-        asked = getattr(args, name)
-        if asked is not None and asked != value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {asked} contradicts the checkpoint, which was trained with {value}: leave it out")
+def load(args: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[dict, dict, VAE | None]:
+    """The checkpoint's weights, its config, and the VAE that decodes its samples if they are latents.
+
+    Raises:
+        UserError: no checkpoint, or the VAE is missing or another one than the network was trained on.
+    """
+    contents = load_file(args.ckpt)
+    weights = network_weights(contents)
+    table = weights.get("y_embedder.embedding_table.weight")
+    published = "config" not in contents and args.model and args.vae and table is not None
+    config = None if published else load_checkpoint(args.ckpt)["config"]
+    trained_on = (config.get("vae") or {}) if config else {}
+    name = args.vae or trained_on.get("name", "none")
+    if (name == "none") == bool(published or trained_on):
+        wants = f"latents of {trained_on['name']}" if trained_on else "pixels"
+        raise UserError(f"{args.ckpt} was trained on {wants}, and --vae says {name}: leave it out")
+    vae = load_vae(name, device, precision.name == "bf16") if name != "none" else None
+    if trained_on and vae.space.fingerprint != trained_on["fingerprint"]:
+        raise UserError(f"--vae {name} is another VAE than the one that {args.ckpt} was trained on")
+    return weights, config or published_config(args, len(table) - 1, vae.space), vae
 
 
 def choose_classes(asked: list[str], names: list[str]) -> list[int]:
@@ -95,12 +102,6 @@ def choose_classes(asked: list[str], names: list[str]) -> list[int]:
         raise UserError(f"--class {text} is unknown: the checkpoint has 0 to {len(names) - 1}: {some}")
 
     return [index(text) for text in asked]
-
-
-def class_names(config: dict) -> list[str]:
-    """The names of all classes that the network knows; those without data are called by their index."""
-    names = config["classes"]
-    return names + [str(i) for i in range(len(names), config["network"]["num_classes"])]
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def sample_batch(
 
 @torch.no_grad()
 def write_samples(
-    args: argparse.Namespace, network: EqM, classes: list[int], output: Output, device: torch.device
+    args: argparse.Namespace, network: EqM, vae: VAE | None, classes: list[int], output: Output, device: torch.device
 ) -> dict[int, np.ndarray]:
     """Makes and writes this rank's samples; returns those for the contact sheet, by index.
 
@@ -196,6 +197,7 @@ def write_samples(
             x = sample_batch(args, network, conditioned, y, padded, counted_steps())[: len(indices)]
             if not x.isfinite().all():
                 raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
+            x = vae.decode(x) if vae else x
             clips = to_pixels(x if network.is_video else x[:, :, None]).permute(0, 2, 3, 4, 1)  # (N, T, H, W, C)
             for index, frames in zip(indices, clips.cpu().numpy(), strict=True):
                 output.write(index, frames)
@@ -239,23 +241,22 @@ def main() -> None:
     device = distributed.start()
     start_log()
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
-    saved = load_checkpoint(args.ckpt)
-    settings, names = saved["config"]["network"], class_names(saved["config"])
-    check_flags(args, settings)
-    classes = choose_classes(args.classes or saved["config"]["classes"], names)
+    weights, config, vae = load(args, device, precision)
+    settings, names = config["network"], class_names(config)
+    check_flags(args, config)
+    classes = choose_classes(args.classes or config["classes"], names)
     batches_of_rank(args.num_fid_samples, args.global_batch_size)
 
     network = build_network(settings)
-    load_weights(network, network_weights(saved), args.ckpt)
+    load_weights(network, weights, args.ckpt)
     network = network.requires_grad_(False).eval().to(device, precision.dtype)
-    frames_per_second = (args.target_fps or saved["config"]["frames_per_second"]) if network.is_video else None
+    frames_per_second = (args.target_fps or config["frames_per_second"]) if network.is_video else None
     output = Output(args.folder.resolve(), f".{args.video_format}" if network.is_video else ".png", frames_per_second)
     distributed.on_main(lambda: output.prepare(args.num_fid_samples))
 
     log_precision(precision)
-    trained_in = saved["config"]["precision"]["name"]
-    log.info("checkpoint: %s, %s, step %d, trained in %s", args.ckpt, settings["model"], saved["step"], trained_in)
-    shown = write_samples(args, network, classes, output, device)
+    log.info("checkpoint: %s, %s, trained in %s", args.ckpt, settings["model"], config["precision"]["name"])
+    shown = write_samples(args, network, vae, classes, output, device)
     shown = {index: frames for part in distributed.gather(shown) for index, frames in part.items()}
     if distributed.is_main():
         write_table(args, output, classes, names, precision)

@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -18,12 +17,14 @@ import cli
 import distributed
 from checkpoint import load_checkpoint, save_checkpoint
 from cli import UserError
-from data import Found, scan_for_training
+from config import check_classes, check_resumable, make_config, network_settings
+from data import Found
 from fast import add_compile_arg, is_fast, training_step
-from loader import EpochStream, Samples, UnreadableLog, make_loader, to_unit_range, window_length
+from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader, window_length
 from models import EqM_models, build_network
-from precision import Precision, add_precision_args, agree_on_precision, requested_precision
+from precision import add_precision_args, agree_on_precision, requested_precision
 from runs import Metrics, create_run_folder, device_name, log, log_precision, start_log
+from source import Source, open_source
 from training import Recipe, TrainingState, seed_draws
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
@@ -36,7 +37,8 @@ def parse_args() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", type=Path, required=True, help="class folders, or videos with a CSV")
     data.add_argument("--video", action="store_true", help="train on clips of videos, not on images")
-    data.add_argument("--image-size", type=cli.side, default=64, help="height and width, pixels")
+    data.add_argument("--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
+    data.add_argument("--vae", metavar="NAME", help="none (pixels), ema, mse, or a folder: train on its latents")
     data.add_argument("--clip-len", type=cli.side, default=16, help="frames of a clip")
     data.add_argument("--frame-interval", type=cli.positive_int, default=3, help="video frames from one to the next")
     data.add_argument(
@@ -86,35 +88,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def network_settings(args: argparse.Namespace, num_classes: int) -> dict:
-    """The network's settings, as checkpoints keep them.
-
-    Raises:
-        UserError: sizes that do not divide.
-    """
-    clip = (args.clip_len, args.image_size, args.image_size)
-    settings = {
-        "model": args.model,
-        "input_size": clip if args.video else args.image_size,
-        "in_channels": 3,
-        "num_classes": num_classes,
-        "temporal_patch": (args.temporal_patch or (1 if args.clip_len % 2 else 2)) if args.video else 1,
-    }
-    try:
-        with torch.device("meta"):
-            build_network(settings)
-    except ValueError as error:
-        raise UserError(f"{args.model}: {error}") from None
-    return settings
-
-
-def check_classes(found: Found, asked: int | None) -> int:
-    """The number of classes to build the network for."""
-    if asked and asked < len(found.classes):
-        raise UserError(f"--num-classes {asked} is less than the data's {len(found.classes)} classes")
-    return asked or len(found.classes)
-
-
 def global_batch(args: argparse.Namespace, device_type: str) -> int:
     """Samples a step over all ranks, which it must divide into."""
     size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
@@ -131,42 +104,16 @@ def sample_limit(args: argparse.Namespace, found: Found) -> int:
     return epochs * len(found.items)
 
 
-def make_config(args: argparse.Namespace, settings: dict, found: Found, precision: Precision, batch: int) -> dict:
-    """What a checkpoint says of its run, as plain data."""
-    rate = found.mean_frame_rate() / args.frame_interval if args.video else None
-    return {
-        "network": settings,
-        "classes": list(found.classes),
-        "frames_per_second": rate,
-        "precision": precision.as_dict(),
-        "global_batch_size": batch,
-        "processes": distributed.world_size(),
-        "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-
-
-def check_resumable(saved: dict, config: dict, last_sample: int, last_step: float) -> None:
-    """Raises UserError, with both values, where a checkpoint does not fit the flags or the data."""
-    ours = {**config["network"], "classes": config["classes"]}
-    theirs = {**saved["config"]["network"], "classes": saved["config"]["classes"]}
-    for key, value in ours.items():
-        if theirs.get(key) != value:
-            raise UserError(f"--ckpt was trained with {key} {theirs.get(key)}, and this run has {value}")
-    if saved["step"] >= last_step:
-        raise UserError(f"--ckpt is at step {saved['step']} and --max-steps is {last_step}: raise it to train on")
-    if saved["samples"] >= last_sample:
-        raise UserError(f"--ckpt has seen the {last_sample} samples of all --epochs: raise it to train on")
-
-
-def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch: int) -> None:
+def announce(args: argparse.Namespace, state: TrainingState, source: Source, batch: int) -> None:
     """The log's first lines."""
+    found = source.found
     where = device_name(state.device)
     log.info("device: %s, %d process(es), torch %s", where, distributed.world_size(), torch.__version__)
     log_precision(state.precision)
     parameters = sum(p.numel() for p in state.network.parameters())
     log.info("model: %s, %s parameters", args.model, f"{parameters:,}")
     kind = "clips" if args.video else "images"
-    log.info("data: %s, %d %s, %d classes", found.root, len(found.items), kind, len(found.classes))
+    log.info("data: %s, %d %s, %d classes", source, len(found.items), kind, len(found.classes))
     for path, reason in found.unreadable:
         log.warning("skipped unreadable %s: %s", path, reason)
     if args.video:
@@ -183,21 +130,22 @@ def announce(args: argparse.Namespace, state: TrainingState, found: Found, batch
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
 
-def open_data(args: argparse.Namespace, state: TrainingState, found: Found, batch: int) -> DataLoader:
+def open_data(args: argparse.Namespace, state: TrainingState, source: Source, batch: int) -> DeviceLoader:
     """This rank's batches, from where the state has come to, up to the limit of epochs."""
-    flip, seed = not args.no_flip, args.global_seed
-    samples = Samples(found, args.image_size, args.clip_len, args.frame_interval, flip, seed)
-    num_batches = -(-(sample_limit(args, found) - state.samples) // batch)
-    rank, ranks = distributed.rank(), distributed.world_size()
-    stream = EpochStream(len(found.items), batch, num_batches, seed, state.samples, rank, ranks)
+    num_batches = -(-(sample_limit(args, source.found) - state.samples) // batch)
+    rank, ranks, items = distributed.rank(), distributed.world_size(), len(source.found.items)
+    stream = EpochStream(items, batch, num_batches, args.global_seed, state.samples, rank, ranks)
     # On a CPU, loading processes would take cores from the step, whose threads wait for one another.
     workers = args.num_workers if args.num_workers is not None else DEFAULT_WORKERS[state.device.type]
-    return make_loader(samples, stream, workers, pin_memory=state.device.type == "cuda")
+    loader = make_loader(source.dataset(args), stream, workers, pin_memory=state.device.type == "cuda")
+    return DeviceLoader(loader, state.device)
 
 
-def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: int, config: dict, folder: Path) -> None:
+def train(
+    args: argparse.Namespace, state: TrainingState, source: Source, batch: int, config: dict, folder: Path
+) -> None:
     """The loop: data, step, log, save."""
-    loader = open_data(args, state, found, batch)
+    loader, found = open_data(args, state, source, batch), source.found
     last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
     recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size)
     state.working.grad_checkpoint = args.grad_checkpoint
@@ -210,6 +158,7 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
         return metrics.write(
             state.take_means(),
             state.samples,
+            loader.take_idle_seconds(),
             step=state.step,
             epoch=state.samples // len(found.items),
             lr=state.lr.item(),
@@ -226,18 +175,16 @@ def train(args: argparse.Namespace, state: TrainingState, found: Found, batch: i
             save_checkpoint(path, state.state_dict() | {"epoch": epoch, "config": config})
             log.info("saved %s", path)
 
+    generator, rank = torch.Generator(state.device), distributed.rank()
     bar = tqdm(total=last_step, initial=state.step, unit="step", disable=not distributed.is_main())
     for inputs in loader:
         unreadable.add(inputs["unreadable"])
-        x = to_unit_range(inputs["x"].to(state.device, non_blocking=True))
-        y = inputs["label"].to(state.device, non_blocking=True)
-        seconds_per_frame = inputs["seconds_per_frame"].to(state.device, non_blocking=True)
+        x = source.to_input(inputs["x"], generator, args.global_seed, state.samples, rank)
 
-        seed_draws(state.generator, args.global_seed, state.samples, distributed.rank())
-        step(x, y, seconds_per_frame)
+        seed_draws(state.generator, args.global_seed, state.samples, rank)
+        step(x, inputs["label"], inputs["seconds_per_frame"])
         state.samples += batch
         state.step += 1
-
         bar.update(state.step - bar.n)
 
         log_due = state.step == first_step or state.step % args.log_every == 0
@@ -262,12 +209,12 @@ def main() -> None:
     device = distributed.start()
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     batch = global_batch(args, device.type)
-    network_settings(args, num_classes=1)  # a wrong size ends the run before a long scan
     saved = load_checkpoint(args.ckpt) if args.ckpt else None
 
-    found = distributed.on_main(lambda: scan_for_training(args.data_path, args.video))
-    settings = network_settings(args, check_classes(found, args.num_classes))
-    config = make_config(args, settings, found, precision, batch)
+    source = open_source(args, device, precision)
+    found = source.found
+    settings = network_settings(args, source.image_size, check_classes(found, args.num_classes), source.space)
+    config = make_config(args, settings, found, precision, batch, source.space)
     if saved:
         check_resumable(saved, config, sample_limit(args, found), args.max_steps or math.inf)
 
@@ -279,11 +226,11 @@ def main() -> None:
 
     folder = distributed.on_main(lambda: create_run_folder(args.results_dir, args.model))
     start_log(folder / "log.txt")
-    announce(args, state, found, batch)
+    announce(args, state, source, batch)
     if distributed.is_main():
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     with logging_redirect_tqdm([log]):
-        train(args, state, found, batch, config, folder)
+        train(args, state, source, batch, config, folder)
     log.info("done: %s", folder)
     distributed.stop()
 

@@ -189,9 +189,9 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def seed_draws(generator: torch.Generator, seed: int, samples: int, rank: int) -> None:
-    """Sets a step's random numbers by (seed, samples drawn before, rank) alone: a resumed run repeats them."""
-    generator.manual_seed(int(np.random.SeedSequence([seed, samples, rank]).generate_state(1, np.uint64)[0]))
+def seed_draws(generator: torch.Generator, *place: int) -> None:
+    """Sets the next random numbers by (seed, samples drawn before, rank) alone: a resumed run repeats them."""
+    generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
 
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

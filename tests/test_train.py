@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+from config import network_settings
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data import Found, Item, scan_for_training
 from loader import Samples, to_unit_range
@@ -20,7 +21,8 @@ from models import build_network
 from objective import eqm_loss
 from precision import Precision
 from runs import create_run_folder
-from train import network_settings, parse_args, sample_limit, train
+from source import Source
+from train import parse_args, sample_limit, train
 from training import TrainingState, draw_random_numbers, seed_draws
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
@@ -143,14 +145,14 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     flags = [*SMALL, "--max-steps", 5, "--log-every", 2, "--ckpt-every", 3, "--global-batch-size", 4]
     monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", *map(str, [shapes, *flags])])
     args, found = parse_args(), scan_for_training(shapes, video=True)
-    settings = network_settings(args, len(found.classes))
+    settings = network_settings(args, args.image_size, len(found.classes), None)
     state = TrainingState(build_network(settings), Precision("fp16", "fp16", torch.float16), torch.device("cpu"))
     torch.nn.init.normal_(state.network.final_layer.linear.weight, std=0.1)
     state.refresh_working_copy()
     # Half the batches overflow: after each update the scale is doubled, over what fp16 can hold.
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1)
     (tmp_path / "checkpoints").mkdir()
-    train(args, state, found, 4, {}, tmp_path)
+    train(args, state, Source(args.image_size, found, None, None, None), 4, {}, tmp_path)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
     assert lines[-1]["skipped"] == state.skipped >= 3

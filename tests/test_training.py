@@ -104,6 +104,13 @@ def test_a_step_moves_the_weights_by_the_learning_rate_of_its_place_in_the_warm_
         assert (state.weights - before).abs().max().item() == pytest.approx(2.5e-4 * (step + 1), rel=0.05)
 
 
+def test_means_are_over_the_updates_since_the_last_time():
+    state = new_state()
+    for samples in (0, 8):
+        _, loss, grad_norm = one_step(state, samples=samples)
+        assert state.take_means().tolist() == pytest.approx([loss, grad_norm])
+
+
 def test_random_numbers_repeat_for_the_same_place_and_differ_elsewhere():
     x, generator = torch.zeros(4, 3, 8, 8), torch.Generator()
 

@@ -1,0 +1,133 @@
+"""The latent space of a Stable Diffusion VAE: loading it, encoding, drawing from the posterior, decoding.
+
+Source: Rombach et al. 2022, arXiv 2112.10752. The VAE is diffusers' AutoencoderKL, an optional
+package (requirements-latent.txt).
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cli import UserError
+from loader import to_unit_range
+
+PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+IMAGE_SIZE = 256  # the default where there is a VAE
+CHUNK_PIXELS = 8 * 256 * 256  # of the frames that the VAE sees at once: the memory that it takes grows with them
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What training and sampling need to know of a VAE: its name or folder, its weights' checksum, its geometry."""
+
+    name: str
+    fingerprint: str
+    scale: float  # latents times this have about unit variance
+    channels: int
+    downsampling: int  # pixels a latent, in each direction
+
+    def as_dict(self) -> dict:
+        """As plain data, for configs and packs."""
+        return asdict(self)
+
+    def side(self, image_size: int) -> int:
+        """Latents in each direction.
+
+        Raises:
+            UserError: the VAE does not divide the image.
+        """
+        if image_size % self.downsampling:
+            raise UserError(f"--image-size {image_size} is not a multiple of the VAE's {self.downsampling} pixels")
+        return image_size // self.downsampling
+
+
+class VAE:
+    """A frozen VAE on a device, in float32 or bfloat16; frames go through it in chunks that fit."""
+
+    def __init__(self, network: nn.Module, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
+        config = network.config
+        self.space = LatentSpace(
+            name,
+            fingerprint(network),
+            float(config.scaling_factor),
+            config.latent_channels,
+            2 ** (len(config.block_out_channels) - 1),
+        )
+        # Not the package's own `to`, which warns of parts that this network does not have.
+        self.network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
+        self.device, self.dtype = device, dtype
+
+    def chunks(self, frames: Tensor, pixels_a_number: int) -> Iterator[Tensor]:
+        size = max(1, CHUNK_PIXELS // (frames.shape[-1] * frames.shape[-2] * pixels_a_number))
+        return (chunk.to(self.device) for chunk in frames.split(size))
+
+    @torch.no_grad()
+    def moments(self, frames: Tensor) -> Tensor:
+        """Mean and standard deviation of the latents of pixels in [−1, 1]: (N, 3, H, W) → (N, 2, C, h, w) float32."""
+        posteriors = [self.network.encode(chunk.to(self.dtype)).latent_dist for chunk in self.chunks(frames, 1)]
+        return torch.cat([torch.stack([p.mean, p.std], dim=1) for p in posteriors]).float()
+
+    def encode_moments(self, frames: np.ndarray) -> np.ndarray:
+        """`moments` of uint8 frames (N, H, W, 3), in float16, for packs."""
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
+        return self.moments(pixels).half().cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of scaled latents: (N, C, h, w) → (N, 3, H, W) float32, or (N, C, T, h, w) → (N, 3, T, H, W)."""
+        if latents.dim() == 5:
+            flat = self.decode(latents.transpose(1, 2).flatten(0, 1))  # (NT, 3, H, W)
+            return flat.unflatten(0, (len(latents), -1)).transpose(1, 2)
+        chunks = self.chunks(latents / self.space.scale, self.space.downsampling**2)
+        return torch.cat([self.network.decode(chunk.to(self.dtype)).sample.float() for chunk in chunks])
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A checksum over all weights."""
+    checksum = 0
+    for weight in network.state_dict().values():
+        checksum = zlib.crc32(weight.detach().cpu().float().contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
+
+
+def load_vae(name: str, device: torch.device, bf16: bool = False) -> VAE:
+    """The published VAE "ema" or "mse", or one that diffusers saved to a folder.
+
+    It computes in bf16 or in float32; fp16 would overflow.
+
+    Raises:
+        UserError: the package diffusers, or the weights, are missing.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError("--vae needs diffusers: pip install -r requirements-latent.txt") from None
+    source = PUBLISHED.get(name, name)
+    if name not in PUBLISHED and not Path(name).is_dir():
+        raise UserError(f"--vae {name} is neither none, ema nor mse, nor a folder that diffusers saved a VAE to")
+    try:
+        network = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {source}, give a folder with its weights as --vae DIR: {reason}") from None
+    return VAE(network, name, device, torch.bfloat16 if bf16 else torch.float32)
+
+
+def batch_moments(vae: VAE, x: Tensor) -> Tensor:
+    """`VAE.moments` of uint8 images (N, 3, H, W), → (N, 2, C, h, w), or clips (N, 3, T, H, W), → (N, 2, C, T, h, w)."""
+    if x.dim() == 4:
+        return vae.moments(to_unit_range(x))
+    moments = vae.moments(to_unit_range(x.transpose(1, 2).flatten(0, 1)))  # (NT, 2, C, h, w)
+    return moments.unflatten(0, (len(x), -1)).permute(0, 2, 3, 1, 4, 5)
+
+
+def draw(moments: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    """Scaled latents from the posterior: mean and standard deviation (N, 2, …), in any precision, → (N, …) float32."""
+    mean, std = moments.float().unbind(1)
+    noise = torch.randn(mean.shape, device=mean.device, generator=generator)
+    return (mean + std * noise) * scale

@@ -1,0 +1,85 @@
+"""How many clips a second the loader gives: decoded from files, and from packs of pixels and of latents."""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+from loader import EpochStream, make_loader
+from precision import Precision
+from source import open_source
+
+WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 50, 25  # of the source videos, which are MPEG-4 in AVI as UCF-101's
+CLIP_LEN, FRAME_INTERVAL = 4, 3
+WORKERS, BATCH = 2, 64
+WARMUP_BATCHES = 4
+SECONDS = 3.0  # for each rate
+
+
+def write_sources(folder: Path, videos: int) -> None:
+    """Videos of a drifting pattern in two class folders."""
+    rng = np.random.default_rng(0)
+    for i in range(videos):
+        path = folder / f"class{i % 2}" / f"{i}.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=RATE)
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for t in range(FRAMES):
+                frame = av.VideoFrame.from_ndarray(np.roll(picture, 2 * t, axis=1), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+
+def write_vae(folder: Path) -> bool:
+    """A small random VAE of the geometry of the Stable Diffusion VAE; False without diffusers."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        return False
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    AutoencoderKL(block_out_channels=[4] * 4, layers_per_block=1, norm_num_groups=2, **blocks).save_pretrained(folder)
+    return True
+
+
+def clips_per_second(data: Path, image_size: int) -> float:
+    """The loader's rate on a folder of videos or a pack, with workers that have started."""
+    args = argparse.Namespace(
+        data_path=data, video=True, vae=None, image_size=image_size, clip_len=CLIP_LEN, frame_interval=FRAME_INTERVAL
+    )
+    args.model, args.temporal_patch, args.no_flip, args.global_seed = "EqM-S/4", None, False, 0
+    source = open_source(args, torch.device("cpu"), Precision("fp32", "fp32", torch.float32))
+    stream = EpochStream(len(source.found.items), BATCH, 10**6, 0, 0, 0, 1)
+    batches = iter(make_loader(source.dataset(args), stream, WORKERS, pin_memory=False))
+    for _ in range(WARMUP_BATCHES):
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        next(batches)
+        count += BATCH
+    return count / (time.perf_counter() - start)
+
+
+def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
+    """Names and clips a second, one after another."""
+    prepare = Path(__file__).with_name("prepare.py")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_sources(folder / "videos", videos)
+        yield "decoding, 64 px", clips_per_second(folder / "videos", 64)
+        packs = [("pixel pack, 64 px", 64, [])]
+        if write_vae(folder / "vae"):
+            packs.append(("latent pack, 32×32×4", 256, ["--vae", folder / "vae"]))
+        for title, size, flags in packs:
+            pack = folder / f"pack{size}"
+            command = [sys.executable, prepare, folder / "videos", pack, "--video", "--image-size", size, *flags]
+            subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+            yield title, clips_per_second(pack, size)
