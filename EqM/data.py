@@ -1,6 +1,6 @@
 """Data sets of videos or images in folders: finding and checking the files.
 
-`python EqM/data.py PATH [--video]` prints what training would find there.
+`python EqM/data.py PATH [--video]` prints what training would find there, in a pack too.
 """
 
 import csv
@@ -194,18 +194,23 @@ def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Fo
         UserError: also where nothing, or too little of it, can be read.
     """
     found = scan(root, video, show_progress)
-    kind = "clip" if video else "image"
-    if found.unreadable:
-        path, reason = found.unreadable[0]
-        if not found.items:
-            raise UserError(f"no readable {kind} in {root}: {path}: {reason}")
-        total = len(found.items) + len(found.unreadable)
-        if len(found.unreadable) > MAX_UNREADABLE * total:
-            raise UserError(
-                f"{len(found.unreadable)} of {total} files in {root} cannot be read, as {path}: {reason}"
-                " (python EqM/data.py lists them)"
-            )
+    check_readable(found, video)
     return found
+
+
+def check_readable(found: Found, video: bool) -> None:
+    """Raises UserError where nothing, or too little, can be read."""
+    if not found.unreadable:
+        return
+    path, reason = found.unreadable[0]
+    if not found.items:
+        raise UserError(f"no readable {'clip' if video else 'image'} in {found.root}: {path}: {reason}")
+    total = len(found.items) + len(found.unreadable)
+    if len(found.unreadable) > MAX_UNREADABLE * total:
+        raise UserError(
+            f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, as {path}: {reason}"
+            " (python EqM/data.py lists them)"
+        )
 
 
 def summary(found: Found, video: bool) -> Iterator[str]:
@@ -228,10 +233,18 @@ def summary(found: Found, video: bool) -> Iterator[str]:
 
 def main() -> None:
     parser = cli.ArgumentParser("Prints what training would find in a folder.")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--video", action="store_true", help="look for videos, not images")
+    parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
+    parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
     args = parser.parse_args()
-    for line in summary(scan(args.path, args.video), args.video):
+    from pack import is_pack, open_pack  # which imports this file
+
+    if is_pack(args.path):
+        pack = open_pack(args.path)
+        print(pack.describe())
+        found, video = pack.found(), pack.settings.video
+    else:
+        found, video = scan(args.path, args.video), args.video
+    for line in summary(found, video):
         print(line)
 
 

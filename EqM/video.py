@@ -1,6 +1,6 @@
 """Video files through PyAV: what a file holds, chosen frames of it, and new files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -151,6 +151,42 @@ def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.
         if not frames:
             raise UnreadableVideo(describe(error)) from None
     return frames
+
+
+def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarray]:
+    """All frames in display order, each (size, size, 3) uint8, as `read_frames` gives them one by one.
+
+    Decodes from the start, one frame in memory at a time. What does not decode is passed over.
+
+    Raises:
+        UnreadableVideo: before the first frame, where none decodes.
+    """
+    shown, timed = 0, info.seekable
+    reformatter = VideoReformatter()
+    try:
+        container, stream = open_video(path)
+        with container:
+            for i, frame in enumerate(decodable(container, stream)):
+                # The rules of the two ways to read: by time, or where times are wrong by count.
+                timed = timed and frame.pts is not None and (i > 0 or frame.pts <= info.times[0])
+                while shown < len(info.times) and (frame.pts >= info.times[shown] if timed else i >= shown):
+                    yield square(frame, size, reformatter)
+                    shown += 1
+    except av.error.FFmpegError as error:
+        if not shown:
+            raise UnreadableVideo(describe(error)) from None
+    if not shown:
+        raise UnreadableVideo("it has no frame that decodes")
+
+
+def decodable(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
+    """The frames of the packets that decode."""
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            continue
+        yield from frames
 
 
 def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:

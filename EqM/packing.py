@@ -1,0 +1,136 @@
+"""Packing shards in worker processes, which the main process gives work and, on a GPU, encodes for."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cli import UserError
+from data import unreadable_errors
+from loader import read_image
+from pack import Encode, Settings
+from shards import ShardWriter
+from video import iterate_frames, probe_video
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to pack, the same on every rank: files as (path, class index), a shard's one after another."""
+
+    folder: Path
+    settings: Settings
+    samples: list[tuple[str, int]]
+
+    def shard(self, number: int) -> list[tuple[str, int]]:
+        count = self.settings.items_per_shard
+        return self.samples[number * count : (number + 1) * count]
+
+
+def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.ndarray]]:
+    """A file's frames a second, 0 for an image, and its frames, (size, size, 3) uint8 each."""
+    if not video:
+        return 0.0, iter([read_image(path, size).permute(1, 2, 0).numpy()])
+    info = probe_video(path)
+    return info.frames_per_second, iterate_frames(path, info, size)
+
+
+def pack_shard(plan: Plan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> None:
+    """Decodes the files of one shard and writes it; files that cannot be read are noted in it."""
+    video, size = plan.settings.video, plan.settings.image_size
+    with ShardWriter(plan.folder, number, plan.settings, encode) as writer:
+        for path, label in plan.shard(number):
+            name = os.path.relpath(path, plan.settings.source)
+            try:
+                rate, frames = read_source(path, video, size)
+                first = next(frames)
+            except unreadable_errors(video) as error:
+                writer.add_unreadable(name, str(error))
+            else:
+                writer.add_item(name, label, rate, chain([first], frames))
+            item_done()
+
+
+def work(main: Connection, others: list[Connection], plan: Plan, encode: Encode | None, encode_in_main: bool) -> None:
+    """A worker process: packs the shards whose numbers come from the main process, until None comes."""
+    torch.set_num_threads(1)  # the workers are as many as the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C, and ends this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by way of the writer, which clears up
+    # Copies of the main process's ends: with them open, its death would go unseen.
+    for connection in others:
+        connection.close()
+
+    def ask_main(frames: np.ndarray) -> np.ndarray:
+        main.send(("encode", frames))
+        return main.recv()
+
+    try:
+        while (number := main.recv()) is not None:
+            pack_shard(plan, number, ask_main if encode_in_main else encode, lambda: main.send(("item", None)))
+            main.send(("shard", None))
+    except UserError as error:
+        main.send(("error", str(error)))
+    except (EOFError, ConnectionError):
+        pass  # the main process has gone
+
+
+def pack_shards(
+    plan: Plan, shards: list[int], num_workers: int, encode: Encode | None, encode_in_main: bool, bar: tqdm
+) -> None:
+    """Packs shards in worker processes; with `encode_in_main` they only decode, and this process encodes.
+
+    Raises:
+        UserError: the disk is full, or a process has ended.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting = shards[::-1]
+    workers: dict[Connection, BaseProcess] = {}
+    try:
+        for _ in range(min(num_workers, len(shards))):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, [*workers, ours], plan, encode, encode_in_main)
+            workers[ours] = context.Process(target=work, args=arguments, daemon=True)
+            workers[ours].start()
+            theirs.close()
+            ours.send(waiting.pop())
+        while workers:
+            for connection in wait(list(workers)):
+                if not answer(connection, workers[connection], waiting, encode, bar):
+                    workers.pop(connection).join()
+    finally:
+        for process in workers.values():
+            process.terminate()
+        for process in workers.values():
+            process.join()
+
+
+def answer(connection: Connection, process: BaseProcess, waiting: list[int], encode: Encode | None, bar: tqdm) -> bool:
+    """Does what a worker asks for; False where there is no more work for it."""
+    try:
+        kind, value = connection.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        raise UserError(
+            f"a packing process ended with status {process.exitcode}: run the same command again,"
+            " with fewer --num-workers if memory ran out"
+        ) from None
+    if kind == "error":
+        raise UserError(value)
+    if kind == "item":
+        bar.update()
+    elif kind == "encode":
+        connection.send(encode(value))
+    elif kind == "shard":
+        number = waiting.pop() if waiting else None
+        connection.send(number)
+        return number is not None
+    return True
