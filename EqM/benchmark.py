@@ -234,7 +234,7 @@ def main() -> None:
             save()
     if "loader" in (args.only or ["loader"]):
         print()
-        print_row(("loader, 4 frames of 320×240 sources, 2 workers", "clips/s", "times decoding"))
+        print_row(("loader, 4 frames of 320×240 sources", "clips/s", "times decoding"))
         print_row(["---"] * 3)
         for name, rate in loader_rates():
             report["loader"][name] = rate

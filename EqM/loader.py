@@ -8,14 +8,13 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as transforms
 
 import distributed
 from cli import UserError
 from data import MAX_UNREADABLE, Found, Item, unreadable_errors
-from pack import Pack
 from video import read_frames
 
 MAX_TRIES = 20  # files tried in place of an unreadable one
@@ -35,109 +34,61 @@ class Samples(Dataset):
         self.flip, self.seed = flip, seed
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        _, index = key
+        place, mirror = keyed_uniforms(self.seed, [key])[0]
         unreadable = []
         for _ in range(MAX_TRIES):
             item = self.items[index]
             try:
-                x, seconds_per_frame = self.read(item, rng)
+                x, seconds_per_frame = self.read(item, place)
                 break
             except unreadable_errors(item.video is not None):
                 unreadable.append(item.path)
-                index = int(rng.integers(len(self.items)))
+                index = int(np.random.default_rng((self.seed, *key, len(unreadable))).integers(len(self.items)))
         else:
             # Not for training: `UnreadableLog` ends the run when it reads this many names.
             frames = (self.clip_len,) if item.video else ()
             x, seconds_per_frame = torch.zeros(3, *frames, self.image_size, self.image_size).byte(), 0.0
-        if self.flip and rng.random() < 0.5:
+        if self.flip and mirror < 0.5:
             x = x.flip(-1)
         seconds = np.float32(seconds_per_frame)
         return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": "\n".join(unreadable)}
 
-    def read(self, item: Item, rng: np.random.Generator) -> tuple[Tensor, float]:
-        """One file's sample, (3, [T,] size, size) uint8, and its seconds per frame."""
+    def read(self, item: Item, place: float) -> tuple[Tensor, float]:
+        """One file's sample, (3, [T,] size, size) uint8, and its seconds per frame; `place` in [0, 1) tells where."""
         if item.video is None:
             return read_image(item.path, self.image_size), 0.0
         available = len(item.video.times)
-        start = choose_start(available, window_length(self.clip_len, self.frame_interval), rng)
-        places = clip_places(start, available, self.clip_len, self.frame_interval)
+        start = int(place * (max(available - window_length(self.clip_len, self.frame_interval), 0) + 1))
+        places = [min(start + i * self.frame_interval, available - 1) for i in range(self.clip_len)]
         frames = torch.from_numpy(read_frames(item.path, item.video, places, self.image_size))  # (T, H, W, 3)
         return frames.permute(3, 0, 1, 2).contiguous(), self.frame_interval / item.video.frames_per_second
 
 
-class PackedSamples(Dataset):
-    """`Samples` of a pack, a whole batch at a time: the same keys give the same windows, flips and pixels.
+def keyed_uniforms(seed: int, keys: list[tuple[int, int]]) -> np.ndarray:
+    """Two uniform numbers in [0, 1) for each key (epoch, index), (N, 2), from the seed and the key alone.
 
-    Of latents, `x` is float16, (2, C, T, h, w) for videos and (2, C, h, w) for images: the mean and
-    the standard deviation, of the mirrored frames where the sample is flipped.
+    SplitMix64's mixing function (Steele, Lea & Flood 2014) over seed, epoch and index: a generator
+    for each sample would take longer than reading it from a pack.
     """
+    golden, shifts = np.array([0x9E3779B97F4A7C15], np.uint64), [np.uint64(shift) for shift in (30, 27, 31, 11)]
+    factors = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
-    def __init__(self, pack: Pack, clip_len: int, frame_interval: int, flip: bool, seed: int):
-        self.pack, self.video, self.pixels = pack, pack.settings.video, pack.settings.values == "pixels"
-        self.clip_len, self.frame_interval = clip_len if self.video else 1, frame_interval
-        self.flip, self.seed = flip, seed
+    def mix(z: np.ndarray) -> np.ndarray:
+        z = (z ^ (z >> shifts[0])) * factors[0]
+        z = (z ^ (z >> shifts[1])) * factors[1]
+        return z ^ (z >> shifts[2])
 
-    def __len__(self) -> int:
-        return len(self.pack)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return {name: values[0] for name, values in self.__getitems__([key]).items()}
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
-        """The samples of many keys, as the batch that `collate` would make of them."""
-        indices = np.array([index for _, index in keys])  # (B,)
-        clips = [self.read(epoch, index) for epoch, index in keys]
-        x = empty_batch((len(keys), *clips[0].shape), clips[0].dtype)  # (B, 3, T, H, W) or (B, 2, C, T, h, w)
-        for place, clip in zip(x.numpy(), clips, strict=True):
-            place[:] = clip
-        seconds = self.frame_interval / self.pack.rates[indices] if self.video else np.zeros(len(keys))  # (B,)
-        return {
-            "x": x if self.video else x.squeeze(-3),
-            "label": torch.from_numpy(self.pack.labels[indices]),
-            "seconds_per_frame": torch.from_numpy(seconds.astype(np.float32)),
-            "unreadable": [""] * len(keys),
-        }
-
-    def read(self, epoch: int, index: int) -> np.ndarray:
-        """One sample's clip as a view where the item is long enough: (3, T, H, W) or (2, C, T, h, w)."""
-        rng = np.random.default_rng((self.seed, epoch, index))
-        frames, window = self.pack.frames(index), window_length(self.clip_len, self.frame_interval)
-        start = choose_start(len(frames), window, rng) if self.video else 0
-        if len(frames) >= window:
-            clip = frames[start : start + window : self.frame_interval]
-        else:
-            clip = frames[clip_places(start, len(frames), self.clip_len, self.frame_interval)]
-        flipped = self.flip and rng.random() < 0.5
-        if self.pixels:
-            clip = clip[:, :, ::-1] if flipped else clip  # (T, H, W, 3)
-            return clip.transpose(3, 0, 1, 2)
-        return clip[:, int(flipped)].transpose(1, 2, 0, 3, 4)
-
-
-def empty_batch(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """A tensor of undefined values; in a loading process one that the main process sees without a copy."""
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=kind)
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.empty(0, dtype=kind).set_(torch.UntypedStorage._new_shared(num_bytes)).resize_(shape)
+    state = np.array([seed], np.uint64)
+    for part in np.array(keys, np.uint64).T:
+        state = mix(state + golden) ^ part  # (N,)
+    return np.stack([(mix(state + golden * np.uint64(i)) >> shifts[3]) * 2.0**-53 for i in (1, 2)], axis=1)
 
 
 def read_image(path: str, size: int) -> Tensor:
     """An image resized so that its short side is `size`, and its centre: (3, size, size) uint8."""
     image = transforms.resize(default_loader(path), [size], antialias=True)
     return transforms.pil_to_tensor(transforms.center_crop(image, [size]))
-
-
-def choose_start(available: int, window: int, rng: np.random.Generator) -> int:
-    """A clip's first frame, of a video with so many."""
-    return int(rng.integers(max(available - window, 0) + 1))
-
-
-def clip_places(start: int, available: int, clip_len: int, frame_interval: int) -> list[int]:
-    """A clip's frames; where the video ends within it, its last frame is held."""
-    return [min(start + i * frame_interval, available - 1) for i in range(clip_len)]
 
 
 def window_length(clip_len: int, frame_interval: int) -> int:
@@ -176,11 +127,9 @@ class EpochStream(Sampler[list[tuple[int, int]]]):
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
 
 
-def make_loader(
-    samples: Samples | PackedSamples, stream: EpochStream, num_workers: int, pin_memory: bool
-) -> DataLoader:
+def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of batches as dicts of tensors, in the stream's order."""
-    collate = as_it_is if isinstance(samples, PackedSamples) else None
+    collate = as_it_is if hasattr(samples, "__getitems__") else None
     return DataLoader(samples, batch_sampler=stream, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate)
 
 

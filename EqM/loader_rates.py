@@ -50,7 +50,7 @@ def write_vae(folder: Path) -> bool:
     return True
 
 
-def clips_per_second(data: Path, image_size: int) -> float:
+def clips_per_second(data: Path, image_size: int, workers: int) -> float:
     """The loader's rate on a folder of videos or a pack, with workers that have started."""
     args = argparse.Namespace(
         data_path=data, video=True, vae=None, image_size=image_size, clip_len=CLIP_LEN, frame_interval=FRAME_INTERVAL
@@ -58,7 +58,7 @@ def clips_per_second(data: Path, image_size: int) -> float:
     args.model, args.temporal_patch, args.no_flip, args.global_seed = "EqM-S/4", None, False, 0
     source = open_source(args, torch.device("cpu"), Precision("fp32", "fp32", torch.float32))
     stream = EpochStream(len(source.found.items), BATCH, 10**6, 0, 0, 0, 1)
-    batches = iter(make_loader(source.dataset(args), stream, WORKERS, pin_memory=False))
+    batches = iter(make_loader(source.dataset(args), stream, workers, pin_memory=False))
     for _ in range(WARMUP_BATCHES):
         next(batches)
     start, count = time.perf_counter(), 0
@@ -74,7 +74,7 @@ def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sources(folder / "videos", videos)
-        yield "decoding, 64 px", clips_per_second(folder / "videos", 64)
+        yield f"decoding, 64 px, {WORKERS} workers", clips_per_second(folder / "videos", 64, WORKERS)
         packs = [("pixel pack, 64 px", 64, [])]
         if write_vae(folder / "vae"):
             packs.append(("latent pack, 32×32×4", 256, ["--vae", folder / "vae"]))
@@ -82,4 +82,5 @@ def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
             pack = folder / f"pack{size}"
             command = [sys.executable, prepare, folder / "videos", pack, "--video", "--image-size", size, *flags]
             subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
-            yield title, clips_per_second(pack, size)
+            for workers in (0, WORKERS):
+                yield f"{title}, {workers} workers", clips_per_second(pack, size, workers)

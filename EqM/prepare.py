@@ -54,14 +54,14 @@ def vae_settings(args: argparse.Namespace, vae: Any) -> dict:
     Raises:
         UserError: an image size that the VAE cannot halve so often.
     """
-    if args.image_size % vae.downsampling:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of the VAE's {vae.downsampling}")
+    if args.image_size % vae.space.downsampling:
+        raise UserError(f"--image-size {args.image_size} is not a multiple of the VAE's {vae.space.downsampling}")
     return {
         "name": args.vae,
-        "fingerprint": vae.fingerprint,
-        "scale": vae.scale,
-        "channels": vae.channels,
-        "side": args.image_size // vae.downsampling,
+        "fingerprint": vae.space.fingerprint,
+        "scale": vae.space.scale,
+        "channels": vae.space.channels,
+        "side": args.image_size // vae.space.downsampling,
     }
 
 

@@ -4,7 +4,6 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from pack import Pack, is_pack, open_pack
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -13,7 +12,9 @@ from cli import UserError
 from config import network_settings
 from data import Found, scan_for_training
 from latents import IMAGE_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae
-from loader import PackedSamples, Samples, to_unit_range
+from loader import Samples, to_unit_range
+from pack import Pack, is_pack, open_pack
+from packed_samples import PackedSamples, unpack
 from precision import Precision
 from training import seed_draws
 
@@ -42,12 +43,12 @@ class Source:
             return PackedSamples(self.pack, args.clip_len, args.frame_interval, flip, seed)
         return Samples(self.found, self.image_size, args.clip_len, args.frame_interval, flip, seed)
 
-    def to_input(self, x: Tensor, generator: torch.Generator, *place: int) -> Tensor:
+    def to_input(self, batch: dict, generator: torch.Generator, *place: int) -> Tensor:
         """A batch on the device as the network's input, (N, C, H, W) or (N, C, T, H, W) float32.
 
-        Pixels come as uint8 in that shape, packed latents as float16 (N, 2, C, …) moments. Draws
-        from the posterior follow from the place alone, as (seed, samples drawn before, rank).
+        Draws from the posterior follow from the place alone, as (seed, samples drawn before, rank).
         """
+        x = unpack(batch["x"], batch["flip"], self.pack.settings.video) if self.pack else batch["x"]
         if not self.space:
             return to_unit_range(x)
         seed_draws(generator, *place, POSTERIOR)

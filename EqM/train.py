@@ -45,7 +45,9 @@ def parse_args() -> argparse.Namespace:
         "--no-flip", action="store_true", help="no mirrored samples: for classes that tell left from right"
     )
     data.add_argument(
-        "--num-workers", type=cli.non_negative_int, help="loading processes a rank; default 4, on a CPU 0"
+        "--num-workers",
+        type=cli.non_negative_int,
+        help="processes a rank; default 4, on a CPU and for a pack 0",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -135,8 +137,10 @@ def open_data(args: argparse.Namespace, state: TrainingState, source: Source, ba
     num_batches = -(-(sample_limit(args, source.found) - state.samples) // batch)
     rank, ranks, items = distributed.rank(), distributed.world_size(), len(source.found.items)
     stream = EpochStream(items, batch, num_batches, args.global_seed, state.samples, rank, ranks)
-    # On a CPU, loading processes would take cores from the step, whose threads wait for one another.
-    workers = args.num_workers if args.num_workers is not None else DEFAULT_WORKERS[state.device.type]
+    # On a CPU, loading processes would take cores from the step, whose threads wait for one another. What a
+    # pack gives takes longer to hand from a process to another than to gather.
+    default = 0 if source.pack else DEFAULT_WORKERS[state.device.type]
+    workers = args.num_workers if args.num_workers is not None else default
     loader = make_loader(source.dataset(args), stream, workers, pin_memory=state.device.type == "cuda")
     return DeviceLoader(loader, state.device)
 
@@ -179,7 +183,7 @@ def train(
     bar = tqdm(total=last_step, initial=state.step, unit="step", disable=not distributed.is_main())
     for inputs in loader:
         unreadable.add(inputs["unreadable"])
-        x = source.to_input(inputs["x"], generator, args.global_seed, state.samples, rank)
+        x = source.to_input(inputs, generator, args.global_seed, state.samples, rank)
 
         seed_draws(state.generator, args.global_seed, state.samples, rank)
         step(x, inputs["label"], inputs["seconds_per_frame"])

@@ -1,0 +1,72 @@
+"""Batches from a pack: the samples that the files would give, gathered without decoding."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from loader import keyed_uniforms, window_length
+from pack import Pack
+
+
+class PackedSamples(Dataset):
+    """`Samples` of a pack, a whole batch at a time: the same keys give the same windows, flips and pixels.
+
+    What takes the host long is left to the device: `x` is as the pack has it, (N, T, H, W, 3) uint8,
+    or of latents (N, T, 2, C, h, w) float16, and `flip` (N,) says which pixels are still to be
+    mirrored. `unpack` does both.
+    """
+
+    def __init__(self, pack: Pack, clip_len: int, frame_interval: int, flip: bool, seed: int):
+        self.pack, self.video, self.pixels = pack, pack.settings.video, pack.settings.values == "pixels"
+        self.clip_len, self.frame_interval = (clip_len, frame_interval) if self.video else (1, 1)
+        self.flip, self.seed = flip, seed
+
+    def __len__(self) -> int:
+        return len(self.pack)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return {name: values[0] for name, values in self.__getitems__([key]).items()}
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """The samples of many keys, as one batch."""
+        indices = np.array([index for _, index in keys])  # (N,)
+        uniforms = keyed_uniforms(self.seed, keys)  # (N, 2)
+        lengths = self.pack.lengths[indices]  # (N,)
+        window = window_length(self.clip_len, self.frame_interval)
+        starts = (uniforms[:, 0] * (np.maximum(lengths - window, 0) + 1)).astype(np.int64)  # (N,)
+        places = starts[:, None] + np.arange(self.clip_len) * self.frame_interval  # (N, T)
+        places = np.minimum(places, lengths[:, None] - 1)  # a short video holds its last frame
+        flips = self.flip & (uniforms[:, 1] < 0.5)  # (N,)
+        seconds = self.frame_interval / self.pack.rates[indices] if self.video else np.zeros(len(keys))  # (N,)
+        return {
+            "x": torch.from_numpy(self.gather(indices, places, flips)),
+            "flip": torch.from_numpy(flips & self.pixels),
+            "label": torch.from_numpy(self.pack.labels[indices]),
+            "seconds_per_frame": torch.from_numpy(seconds.astype(np.float32)),
+            "unreadable": [""] * len(keys),
+        }
+
+    def gather(self, indices: np.ndarray, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
+        """The frames at places (N, T) of items (N,), shard by shard; of latents, the mirrored copies where flipped."""
+        shape = self.pack.settings.frame_shape if self.pixels else self.pack.settings.frame_shape[1:]
+        x = np.empty((*places.shape, *shape), self.pack.settings.dtype)
+        rows, shards = places + self.pack.first_frames[indices][:, None], self.pack.shards[indices]
+        for shard in np.unique(shards):
+            mine, frames = shards == shard, self.pack.shard_frames(int(shard))
+            x[mine] = frames[rows[mine]] if self.pixels else frames[rows[mine], flips[mine].astype(np.int64)[:, None]]
+        return x
+
+
+def unpack(x: Tensor, flip: Tensor, video: bool) -> Tensor:
+    """A batch of `PackedSamples` in the form of the files', on any device.
+
+    Pixels (N, T, H, W, 3) become (N, 3, T, H, W) uint8, latents (N, T, 2, C, h, w) become
+    (N, 2, C, T, h, w) float16; images lose T.
+    """
+    if x.dtype == torch.uint8:
+        x = x.permute(0, 4, 1, 2, 3)  # (N, 3, T, H, W)
+        x = torch.where(flip.view(-1, 1, 1, 1, 1), x.flip(-1), x)
+    else:
+        x = x.permute(0, 2, 3, 1, 4, 5)  # (N, 2, C, T, h, w)
+    return x if video else x.squeeze(-3)
