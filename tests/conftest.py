@@ -3,9 +3,15 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from pack import Pack, open_pack
+from packing import pack_shard
+from prepare import finish, make_plan, missing_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
@@ -64,3 +70,28 @@ def real_clips() -> Path:
     if "EQM_REAL_CLIPS" not in os.environ:
         pytest.skip("EQM_REAL_CLIPS does not name a folder of real clips")
     return Path(os.environ["EQM_REAL_CLIPS"]) / "train"
+
+
+class BlockMeans:
+    """A stand-in for the VAE: the mean and the spread of 8×8 blocks, four channels."""
+
+    fingerprint, scale, channels, downsampling = "block means", 0.5, 4, 8
+
+    @staticmethod
+    def encode_moments(frames: np.ndarray) -> np.ndarray:
+        n, height, width, _ = frames.shape
+        frames = np.ascontiguousarray(frames)  # sums round by the order in memory
+        blocks = frames.reshape(n, height // 8, 8, width // 8, 8, 3).astype(np.float32) / 255
+        means, spreads = blocks.mean((2, 4)), blocks.std((2, 4))  # (N, h, w, 3)
+        moments = np.stack([means, spreads], axis=1)[..., [0, 1, 2, 0]]  # (N, 2, h, w, 4)
+        return moments.transpose(0, 1, 4, 2, 3).astype(np.float16)
+
+
+def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 16, vae: object = None) -> Pack:
+    """Packs in this process, and opens the pack."""
+    args = Namespace(source=source, pack=folder, video=video, image_size=image_size, vae="mean" if vae else "none")
+    plan = make_plan(args, vae)
+    for number in missing_shards(plan):
+        pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
+    finish(plan)
+    return open_pack(folder, show_progress=False)

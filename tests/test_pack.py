@@ -1,0 +1,279 @@
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cli import UserError
+from conftest import BlockMeans, make_pack, run_script
+from data import scan
+from loader import EpochStream, PackedSamples, Samples, make_loader
+from make_moving_shapes import write_avi
+from pack import Pack, is_pack, open_pack, shard_path
+from video import iterate_frames, probe_video, read_frames, write_video
+
+
+@pytest.fixture(scope="module")
+def packed(shapes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "shapes"
+    make_pack(shapes, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(packed, tmp_path) -> Path:
+    """A copy of the pack, to damage; the times are kept."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def make_images(folder: Path, count: int = 12) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30 - i, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def batches(samples: Samples | PackedSamples, num_workers: int = 0, rank: int = 0, ranks: int = 1) -> list[dict]:
+    num_items = len(samples) if isinstance(samples, PackedSamples) else len(samples.items)
+    stream = EpochStream(num_items, 4, 12, seed=3, first=2, rank=rank, ranks=ranks)
+    return list(make_loader(samples, stream, num_workers, pin_memory=False))
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert a["unreadable"] == b["unreadable"]
+        for key in ("x", "label", "seconds_per_frame"):
+            assert a[key].dtype == b[key].dtype
+            assert torch.equal(a[key], b[key]), key
+        assert a["x"].is_contiguous()
+
+
+@pytest.mark.parametrize(("clip_len", "interval"), [(4, 1), (4, 3), (8, 3), (1, 1)])
+def test_a_pixel_pack_gives_the_batches_that_the_files_give(shapes, packed, clip_len, interval):
+    files = Samples(scan(shapes, True, False), 16, clip_len, interval, True, 0)
+    assert_same(batches(PackedSamples(open_pack(packed, False), clip_len, interval, True, 0)), batches(files))
+
+
+def test_an_image_pack_gives_the_batches_that_the_files_give(tmp_path):
+    source = make_images(tmp_path / "images")
+    files = Samples(scan(source, False, False), 16, 4, 3, True, 0)
+    pack = make_pack(source, tmp_path / "pack", video=False)
+    assert_same(batches(PackedSamples(pack, 4, 3, True, 0)), batches(files))
+    assert batches(files)[0]["x"].shape == (4, 3, 16, 16)
+
+
+def test_a_pack_of_real_clips_gives_the_batches_that_the_files_give(real_clips, tmp_path):
+    pack = make_pack(real_clips, tmp_path / "pack", image_size=64)
+    files = Samples(scan(real_clips, True, False), 64, 4, 3, True, 0)
+    assert_same(batches(PackedSamples(pack, 4, 3, True, 0)), batches(files))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_batches_of_a_pack_do_not_depend_on_the_number_of_workers(packed, num_workers):
+    samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
+    assert_same(batches(samples, num_workers), batches(samples))
+
+
+def test_the_ranks_share_the_batches_of_a_pack(packed):
+    samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
+    parts = [batches(samples, rank=rank, ranks=2) for rank in range(2)]
+    for whole, first, second in zip(batches(samples), *parts, strict=True):
+        assert torch.equal(whole["x"], torch.cat([first["x"], second["x"]]))
+
+
+def test_one_sample_by_its_key_is_the_batchs(packed):
+    samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
+    keys = [(0, 3), (2, 1)]
+    batch = samples.__getitems__(keys)
+    assert all(torch.equal(samples[key]["x"], x) for key, x in zip(keys, batch["x"], strict=True))
+
+
+def test_a_pack_goes_to_another_process_with_its_shards_open(packed):
+    pack = open_pack(packed, False)
+    frames = np.array(pack.frames(5))
+    other = pickle.loads(pickle.dumps(pack))
+    assert len(pickle.dumps(pack)) < 20_000
+    assert np.array_equal(other.frames(5), frames)
+
+
+def test_frames_are_views_of_the_file_that_cannot_be_written(packed):
+    frames = open_pack(packed, False).frames(0)
+    assert (frames.shape, frames.dtype) == ((16, 16, 16, 3), np.uint8)
+    assert not frames.flags.owndata
+    with pytest.raises(ValueError, match="read-only"):
+        frames[0] = 0
+
+
+def test_latents_are_of_the_frames_and_of_their_mirrored_copies(shapes, tmp_path):
+    pixels = make_pack(shapes, tmp_path / "pixels", image_size=32)
+    latents = make_pack(shapes, tmp_path / "latents", image_size=32, vae=BlockMeans)
+    assert latents.settings.vae == {
+        "name": "mean", "fingerprint": "block means", "scale": 0.5, "channels": 4, "side": 4
+    }  # fmt: skip
+    for index in range(len(pixels)):
+        frames, encoded = pixels.frames(index), latents.frames(index)
+        assert (encoded.shape, encoded.dtype) == ((16, 2, 2, 4, 4, 4), np.float16)
+        assert np.array_equal(encoded[:, 0], BlockMeans.encode_moments(frames))
+        assert np.array_equal(encoded[:, 1], BlockMeans.encode_moments(frames[:, :, ::-1]))
+
+
+def test_samples_of_latents_have_the_windows_and_flips_of_the_pixels(shapes, tmp_path):
+    pixels = PackedSamples(make_pack(shapes, tmp_path / "pixels", image_size=32), 4, 3, True, 0)
+    latents = PackedSamples(make_pack(shapes, tmp_path / "latents", image_size=32, vae=BlockMeans), 4, 3, True, 0)
+    for ours, theirs in zip(batches(latents), batches(pixels), strict=True):
+        assert (ours["x"].shape, ours["x"].dtype) == ((4, 2, 4, 4, 4, 4), torch.float16)
+        for x, clip in zip(ours["x"], theirs["x"], strict=True):
+            moments = BlockMeans.encode_moments(clip.permute(1, 2, 3, 0).numpy())  # (T, 2, C, h, w)
+            assert np.array_equal(x.numpy(), moments.transpose(1, 2, 0, 3, 4))
+
+
+def test_samples_of_image_latents_have_no_time(tmp_path):
+    source = make_images(tmp_path / "images")
+    pack = make_pack(source, tmp_path / "pack", video=False, image_size=16, vae=BlockMeans)
+    batch = batches(PackedSamples(pack, 4, 3, True, 0))[0]
+    assert batch["x"].shape == (4, 2, 4, 2, 2)
+    assert not batch["seconds_per_frame"].any()
+
+
+def test_a_pack_has_what_the_scan_finds(tmp_path):
+    source = tmp_path / "train"
+    for name, count, rate in (("A/long.mp4", 12, 30), ("A/short.mp4", 3, 10), ("B/other.mp4", 7, 25)):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(source / name, np.zeros((count, 16, 16, 3), np.uint8), rate)
+    ours, theirs = make_pack(source, tmp_path / "pack").found(), scan(source, True, False)
+    assert (ours.classes, ours.unreadable) == (theirs.classes, theirs.unreadable)
+    assert [(item.path, item.label) for item in ours.items] == [(item.path, item.label) for item in theirs.items]
+    assert [len(item.video.times) for item in ours.items] == [12, 3, 7]
+    assert ours.mean_frame_rate() == theirs.mean_frame_rate()
+    assert ours.shorter_than(10) == 2
+
+
+def test_the_listing_of_a_pack_says_what_it_holds(packed, shapes):
+    result = run_script("data.py", packed, cwd=packed)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    size = 16 * 16 * 16 * 16 * 3
+    assert lines[0] == f"a pack of 16×16 pixels: 256 frames, {size:,} bytes in 16 shards, made from {shapes}"
+    assert lines[1] == f"{packed}: 16 clips of 4 classes"
+    assert lines[2:] == [
+        *(f"  {name}: 4" for name in ("CircleRight", "CircleUp", "SquareRight", "SquareUp")),
+        "frames a second: 25 (16 clips)",
+        "frames a clip: 16 to 16, median 16",
+        "unreadable files: 0",
+    ]
+
+
+def flip_a_byte(path: Path, keep_time: bool = False) -> None:
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+    if keep_time:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 12,287 bytes, not the 12,288"),
+        (flip_a_byte, "has changed"),
+    ],
+    ids=["missing", "truncated", "changed"],
+)
+def test_a_damaged_shard_is_named_and_mended_alone(copied, shapes, damage, words):
+    whole = {path.name: path.read_bytes() for path in copied.glob("*.bin")}
+    before = {path.name: path.stat().st_mtime_ns for path in copied.glob("*.bin")}
+    damage(shard_path(copied, 5))
+    with pytest.raises(UserError, match=rf"shard-00005\.bin {words}.*prepare\.py {shapes} .*--video --image-size 16"):
+        open_pack(copied, False)
+    make_pack(shapes, copied)
+    assert {path.name: path.read_bytes() for path in copied.glob("*.bin")} == whole
+    after = {path.name: path.stat().st_mtime_ns for path in copied.glob("*.bin")}
+    assert [name for name in after if after[name] != before[name]] == ["shard-00005.bin"]
+
+
+def test_a_byte_that_changes_under_the_old_time_is_found_and_mended_by_packing_again(copied, shapes):
+    whole = shard_path(copied, 2).read_bytes()
+    flip_a_byte(shard_path(copied, 2), keep_time=True)
+    make_pack(shapes, copied)
+    assert shard_path(copied, 2).read_bytes() == whole
+
+
+def test_a_pack_with_other_times_is_a_good_pack_by_its_checksums(copied):
+    for path in copied.glob("*.bin"):
+        os.utime(path, ns=(1, 1))
+    assert len(open_pack(copied, False)) == 16
+
+
+def test_a_pack_with_the_recorded_times_is_opened_without_reading_it(copied, monkeypatch):
+    monkeypatch.setattr("pack.file_checksum", None)
+    open_pack(copied, False)
+
+
+def test_a_half_made_pack_is_refused_with_the_command_that_finishes_it(copied, shapes):
+    (copied / "index.json").unlink()
+    for opened in (is_pack, open_pack):
+        with pytest.raises(UserError, match=f"half-made pack: run python EqM/prepare.py {shapes} {copied} --video"):
+            opened(copied)
+    result = run_script("data.py", copied, cwd=copied)
+    assert result.returncode == 1
+    assert "half-made pack" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}'])
+def test_a_damaged_index_is_refused_and_mended(copied, shapes, content):
+    (copied / "index.json").write_text(content)
+    with pytest.raises(UserError, match="index.json is damaged: run python EqM/prepare.py"):
+        open_pack(copied, False)
+    assert len(make_pack(shapes, copied)) == 16
+
+
+def test_a_pack_of_another_version_is_refused(copied):
+    settings = json.loads((copied / "settings.json").read_text())
+    (copied / "settings.json").write_text(json.dumps(settings | {"version": 99}))
+    with pytest.raises(UserError, match="version 99, and this is version 1"):
+        open_pack(copied, False)
+
+
+def test_another_folder_is_no_pack(shapes):
+    assert not is_pack(shapes)
+    with pytest.raises(UserError, match="is not a pack"):
+        open_pack(shapes, False)
+
+
+def test_more_shards_than_may_be_open_are_read(packed, monkeypatch):
+    pack = open_pack(packed, False)
+    expected = [np.array(pack.frames(i)) for i in range(16)]
+    monkeypatch.setattr("pack.MAX_MAPPED", 2)
+    other = Pack(packed, json.loads((packed / "index.json").read_text()))
+    assert all(np.array_equal(other.frames(i), expected[i]) for i in range(16))
+    assert other.shard_frames.cache_info().currsize == 2
+
+
+def test_frames_one_by_one_are_those_that_are_read_by_index(shapes):
+    for path in sorted(shapes.glob("*/*.avi"))[:4]:
+        info = probe_video(path)
+        assert np.array_equal(list(iterate_frames(path, info, 16)), read_frames(path, info, range(16), 16))
+
+
+def test_a_damaged_packet_is_passed_over(tmp_path):
+    path = tmp_path / "a.avi"
+    rng = np.random.default_rng(0)
+    write_avi(path, rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
+    data = bytearray(path.read_bytes())
+    packets = [i for i in range(len(data)) if data[i : i + 4] == b"00dc"]
+    data[packets[10] + 8 : packets[11]] = bytes(packets[11] - packets[10] - 8)
+    path.write_bytes(data)
+    info = probe_video(path)
+    assert len(list(iterate_frames(path, info, 16))) >= 29

@@ -1,0 +1,318 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from cli import UserError
+from conftest import ROOT, BlockMeans, make_pack, run_command, run_script, run_torchrun
+from data import scan
+from make_moving_shapes import write_avi
+from pack import is_pack, open_pack
+from packing import pack_shards
+from prepare import finish, make_plan, missing_shards
+from video import probe_video, read_frames
+
+PREPARE = ROOT / "EqM" / "prepare.py"
+OPTIONS = ("--video", "--image-size", 16)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The shards, and the index without the times."""
+    index = json.loads((folder / "index.json").read_text())
+    for record in index["shards"]:
+        del record["mtime_ns"]
+    return {path.name: path.read_bytes() for path in folder.glob("*.bin")} | {"index": json.dumps(index).encode()}
+
+
+def noise_clips(folder: Path, count: int, frames: int = 12, side: int = 32) -> Path:
+    """Clips that differ, in one class."""
+    (folder / "A").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        write_avi(folder / "A" / f"{i:04d}.avi", rng.integers(0, 256, (frames, side, side, 3), dtype=np.uint8))
+    return folder
+
+
+def test_a_set_is_packed_and_the_summary_says_how_much_it_is(shapes, tmp_path):
+    result = run_script("prepare.py", shapes, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    whole, speed = result.stdout.splitlines()
+    size = 256 * 16 * 16 * 3
+    assert whole == (
+        f"{tmp_path}/pack is whole: 16 clips of 4 classes, 256 frames, {size:,} bytes, 0 unreadable files skipped"
+    )
+    assert speed.startswith("packed 16 clips in ")
+    assert "packing: 100%" in result.stderr
+    assert sum(path.stat().st_size for path in (tmp_path / "pack").glob("*.bin")) == size
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_pack_does_not_depend_on_the_number_of_workers(shapes, tmp_path, num_workers):
+    result = run_script("prepare.py", shapes, tmp_path / "a", *OPTIONS, "--num-workers", num_workers, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    make_pack(shapes, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_ranks_share_the_shards(shapes, tmp_path):
+    options = (*OPTIONS, "--num-workers", 1)
+    result = run_torchrun(2, "prepare.py", shapes, tmp_path / "a", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "packed 16 clips" in result.stdout
+    assert "8/8" in result.stderr  # rank 0's share
+    make_pack(shapes, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("encode_in_main", [False, True])
+def test_latents_are_encoded_in_the_workers_or_for_them(shapes, tmp_path, encode_in_main):
+    args = Namespace(source=shapes, pack=tmp_path / "a", video=True, image_size=16, vae="mean")
+    plan = make_plan(args, BlockMeans)
+    bar = tqdm(disable=True)
+    pack_shards(plan, missing_shards(plan), 2, BlockMeans.encode_moments, encode_in_main, bar)
+    finish(plan)
+    make_pack(shapes, tmp_path / "b", vae=BlockMeans)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_size_that_the_vae_cannot_halve_is_refused(shapes, tmp_path):
+    with pytest.raises(UserError, match="--image-size 20 is not a multiple of the VAE's 8"):
+        make_pack(shapes, tmp_path / "pack", image_size=20, vae=BlockMeans)
+
+
+def wait_for_shards(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("shard-*.json"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_goes_on_with_the_missing_shards(tmp_path, how):
+    source = noise_clips(tmp_path / "train", 40, frames=60, side=96)
+    command = [sys.executable, PREPARE, source, tmp_path / "a", *OPTIONS]
+    arguments = [str(part) for part in command]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_shards(tmp_path / "a", 3)
+        workers = children(process.pid)
+        process.send_signal(how)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -how), errors
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives the run"
+        time.sleep(0.02)
+    with pytest.raises(UserError, match="half-made"):
+        is_pack(tmp_path / "a")
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("shard-*.json")}
+    assert 3 <= len(done) < 40
+    result = run_command(*command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"packed {40 - len(done)} clips" in result.stdout
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in done.items())
+    assert not list((tmp_path / "a").glob("*.tmp"))
+    make_pack(source, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_whole_pack_is_checked_and_left_as_it_is(shapes, tmp_path):
+    make_pack(shapes, tmp_path / "pack")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("shard-*")}
+    result = run_script("prepare.py", shapes, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "checking the pack: 100%" in result.stderr
+    assert f"{tmp_path}/pack is whole: 16 clips" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("shard-*")}
+
+
+def test_other_settings_for_a_pack_are_refused_with_both_values(shapes, tmp_path):
+    pack = tmp_path / "pack"
+    make_pack(shapes, pack)
+    for changes, words in (
+        ({"image_size": 24}, "with image_size 16, and this run has 24"),
+        ({"vae": BlockMeans}, "with values pixels, and this run has latents"),
+        ({"source": shutil.copytree(shapes, tmp_path / "copy")}, f"with source {shapes}, and this run has"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_pack(**{"source": shapes, "folder": pack} | changes)
+    assert len(open_pack(pack, False)) == 16
+
+
+def test_other_files_in_the_source_are_refused(tmp_path):
+    source = noise_clips(tmp_path / "train", 4)
+    make_pack(source, tmp_path / "pack")
+    (source / "A" / "0000.avi").rename(source / "A" / "0009.avi")
+    with pytest.raises(UserError, match="names_crc32"):
+        make_pack(source, tmp_path / "pack")
+
+
+def test_a_folder_of_something_else_is_left_alone(shapes, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    result = run_script("prepare.py", shapes, tmp_path / "mine", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "holds something else than a pack" in result.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_unreadable_files_are_skipped_counted_and_named(tmp_path):
+    source = noise_clips(tmp_path / "train", 40)
+    whole = (source / "A" / "0000.avi").read_bytes()
+    for name, content in (("empty", b""), ("cut", whole[: whole.index(b"movi")]), ("text", b"not a video\n" * 50)):
+        (source / "A" / f"{name}.avi").write_bytes(content)
+    (source / "A" / "0003.avi").write_bytes(whole[: len(whole) // 2])
+    result = run_script("prepare.py", source, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "40 clips of 1 classes" in result.stdout
+    assert "3 unreadable files skipped" in result.stdout
+    pack = open_pack(tmp_path / "pack", False)
+    assert pack.found().unreadable == scan(source, True, False).unreadable
+    assert all(f"skipped unreadable {path}: " in result.stdout for path, _ in pack.found().unreadable)
+    assert 1 <= pack.lengths[3] < 12
+    assert (np.delete(pack.lengths, 3) == 12).all()
+
+
+def test_too_many_unreadable_files_are_an_error_and_are_tried_again(tmp_path):
+    source = noise_clips(tmp_path / "train", 8)
+    broken = source / "A" / "0001.avi"
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    result = run_script("prepare.py", source, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"1 of 8 files in {source} cannot be read, as {broken}" in result.stderr
+    with pytest.raises(UserError, match="half-made"):
+        is_pack(tmp_path / "pack")
+    broken.write_bytes(content)
+    assert len(make_pack(source, tmp_path / "pack")) == 8
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path):
+    source = noise_clips(tmp_path / "train", 6, frames=4)
+    long_clip = source / "A" / "0005.avi"
+    write_avi(long_clip, np.zeros((80, 32, 32, 3), np.uint8))
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));"
+    limited += "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);"
+    limited += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = (PREPARE, source, tmp_path / "pack", *OPTIONS, "--num-workers", 1)
+    result = run_command(sys.executable, "-c", limited, *arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "cannot be written: File too large: make room and run the same command again" in result.stderr
+    assert len(list((tmp_path / "pack").glob("*.bin"))) == 5
+    assert not list((tmp_path / "pack").glob("*.tmp"))
+    result = run_script("prepare.py", *arguments[1:], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "packed 1 clips" in result.stdout
+
+
+def test_a_disk_that_is_full_when_the_shard_is_flushed_leaves_no_shard(shapes, tmp_path, monkeypatch):
+    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
+    plan = make_plan(args, None)
+
+    def full(descriptor):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device: make room"):
+        pack_shards(plan, [0, 1], 1, None, False, tqdm(disable=True))
+    assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(shapes, tmp_path, monkeypatch):
+    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
+    plan = make_plan(args, None)
+    monkeypatch.setattr("packing.pack_shard", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="ended with status -9: run the same command again"):
+        pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
+
+
+def test_damaged_copies_of_a_clip_are_packed_or_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.MAX_UNREADABLE", 1.0)
+    source = noise_clips(tmp_path / "train", 1)
+    whole = (source / "A" / "0000.avi").read_bytes()
+    rng = np.random.default_rng(1)
+    for i in range(1, 301):
+        data = bytearray(whole)
+        for place in rng.integers(len(data) if i % 2 else 3000, size=1 + i % 40):
+            data[place] = rng.integers(256)
+        (source / "A" / f"{i:04d}.avi").write_bytes(data[: rng.integers(len(data))] if i % 5 == 0 else data)
+    pack = make_pack(source, tmp_path / "pack")
+    assert len(pack) + len(pack.unreadable) == 301
+    assert len(pack) > 50
+    assert len(pack.unreadable) > 5
+    assert all(pack.frames(i).shape == (pack.lengths[i], 16, 16, 3) for i in range(len(pack)))
+    assert pack.lengths.min() >= 1
+
+
+def peak_memory(*arguments: object, cwd: Path) -> int:
+    """The most memory that any process of a command used, in KiB."""
+    code = """
+        import resource, subprocess, sys
+        subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+        print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    """
+    result = run_command(sys.executable, "-c", textwrap.dedent(code), *arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_items_or_their_length(tmp_path):
+    few = noise_clips(tmp_path / "few", 20)
+    many = noise_clips(tmp_path / "many", 1)
+    for i in range(1, 2000):
+        os.link(many / "A" / "0000.avi", many / "A" / f"{i:04d}.avi")
+    long_one = noise_clips(tmp_path / "long", 1, frames=4000, side=32)
+    options = ("--video", "--image-size", 64)
+    small, large, long = (
+        peak_memory(PREPARE, source, tmp_path / f"pack-{source.name}", *options, cwd=tmp_path)
+        for source in (few, many, long_one)
+    )
+    print(f"peak memory, KiB: 20 clips {small}, 2,000 clips {large}, a clip of 4,000 frames {long}")
+    assert large < small + 20_000
+    assert long < small + 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_two_workers_are_faster_than_one(tmp_path):
+    source = noise_clips(tmp_path / "train", 64, frames=100, side=96)
+    seconds = {}
+    for workers in (1, 2, 1, 2):
+        args = Namespace(source=source, pack=tmp_path / "pack", video=True, image_size=64, vae="none")
+        plan = make_plan(args, None)
+        start = time.perf_counter()
+        pack_shards(plan, missing_shards(plan), workers, None, False, tqdm(disable=True))
+        seconds[workers] = min(seconds.get(workers, 1e9), time.perf_counter() - start)
+        shutil.rmtree(tmp_path / "pack")
+    print(f"two workers are {seconds[1] / seconds[2]:.2f} times as fast as one")
+    assert seconds[1] / seconds[2] > 1.2
+
+
+def test_damaged_real_clips_give_the_frames_that_still_decode(real_clips, tmp_path):
+    clip = sorted(real_clips.glob("*/*.avi"))[0]
+    (tmp_path / "train" / "A").mkdir(parents=True)
+    data = clip.read_bytes()
+    for i in range(10):
+        (tmp_path / "train" / "A" / f"{i}.avi").write_bytes(data if i else data[: len(data) // 2])
+    pack = make_pack(tmp_path / "train", tmp_path / "pack")
+    info = probe_video(clip)
+    assert 1 <= pack.lengths[0] < len(info.times)
+    whole = read_frames(clip, info, range(5), 16)
+    assert np.array_equal(pack.frames(0)[:5], whole)
+    assert np.array_equal(pack.frames(1)[:5], whole)
