@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from latents import LatentSpace
 from pack import Pack, open_pack
 from packing import pack_shard
 from prepare import finish, make_plan, missing_shards
@@ -75,7 +76,7 @@ def real_clips() -> Path:
 class BlockMeans:
     """A stand-in for the VAE: the mean and the spread of 8×8 blocks, four channels."""
 
-    fingerprint, scale, channels, downsampling = "block means", 0.5, 4, 8
+    space = LatentSpace("mean", "block means", scale=0.5, channels=4, downsampling=8)
 
     @staticmethod
     def encode_moments(frames: np.ndarray) -> np.ndarray:
