@@ -76,6 +76,16 @@ def test_an_image_pack_gives_the_batches_that_the_files_give(tmp_path):
     assert batches(files)[0]["x"].shape == (4, 3, 16, 16)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 32])
+def test_items_of_a_shard_follow_one_another_whatever_the_chunks(shapes, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("pack.MIN_SHARDS", 3)
+    monkeypatch.setattr("shards.CHUNK_FRAMES", chunk)
+    pack = make_pack(shapes, tmp_path / "pack")
+    assert pack.shards.tolist() == [0] * 6 + [1] * 6 + [2] * 4
+    files = Samples(scan(shapes, True, False), 16, 4, 3, True, 0)
+    assert_same(batches(PackedSamples(pack, 4, 3, True, 0)), batches(files))
+
+
 def test_a_pack_of_real_clips_gives_the_batches_that_the_files_give(real_clips, tmp_path):
     pack = make_pack(real_clips, tmp_path / "pack", image_size=64)
     files = Samples(scan(real_clips, True, False), 64, 4, 3, True, 0)
