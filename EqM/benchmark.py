@@ -206,10 +206,12 @@ def main() -> None:
     def save() -> None:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 
-    print_row(COLUMNS)
-    print_row(["---"] * len(COLUMNS))
     rows: dict[tuple[str, int], list[Row]] = {}
-    for work in (work for part in args.only or parts for work in parts.get(part, [])):
+    works = [work for part in args.only or parts for work in parts.get(part, [])]
+    if works:
+        print_row(COLUMNS)
+        print_row(["---"] * len(COLUMNS))
+    for work in works:
         for precision, mode in work.ways if device.type == "cuda" else ON_CPU:
             row = measure(work, precision, mode, device, product)
             print_row(row.cells())
@@ -217,9 +219,10 @@ def main() -> None:
             report["rows"].append(asdict(row))
             save()
 
-    print()
-    print_row(("work", "batch", "ratio", ""))
-    print_row(["---"] * 4)
+    if works:
+        print()
+        print_row(("work", "batch", "ratio", ""))
+        print_row(["---"] * 4)
     for (name, batch), measured in rows.items():
         for label, ratio in ratios(measured):
             print_row((name, str(batch), label, ratio))
