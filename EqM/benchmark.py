@@ -56,7 +56,7 @@ class Row:
         return [self.work, str(self.batch), self.precision, self.mode, *speeds, memory, *rates]
 
 
-PARTS = [*FULL, "largest", "loader"]
+PARTS = [*dict.fromkeys([*FULL, *QUICK, "largest", "loader"])]
 
 
 def parse_args() -> argparse.Namespace:
@@ -229,13 +229,14 @@ def main() -> None:
             report["ratios"][f"{name}, batch {batch}: {label}"] = float(ratio)
     save()
 
-    if device.type == "cuda" and "largest" in (args.only or ["largest"]) and not args.quick:
+    others = args.only or ([] if args.quick else PARTS)
+    if device.type == "cuda" and "largest" in others:
         print()
         for precision in ("fp32", "bf16"):
             report["largest_batch"][precision] = batch = largest_batch(LARGE, precision, device)
             print(f"largest batch that fits, {LARGE.name}, fast, {precision}: {batch}", flush=True)
             save()
-    if "loader" in (args.only or ["loader"]):
+    if "loader" in others:
         print()
         print_row(("loader, 4 frames of 320×240 sources", "clips/s", "times decoding"))
         print_row(["---"] * 3)
