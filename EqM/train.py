@@ -184,7 +184,6 @@ def train(
     for inputs in loader:
         unreadable.add(inputs["unreadable"])
         x = source.to_input(inputs, generator, args.global_seed, state.samples, rank)
-
         seed_draws(state.generator, args.global_seed, state.samples, rank)
         step(x, inputs["label"], inputs["seconds_per_frame"])
         state.samples += batch
