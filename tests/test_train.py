@@ -228,7 +228,7 @@ def loss_on_clips(run: Path, clips: Path, step: int) -> float:
     batch = default_collate([samples[0, i % len(samples.items)] for i in range(30)])
     x, seconds_per_frame = to_unit_range(batch["x"]), batch["seconds_per_frame"]
     generator = torch.Generator()
-    seed_draws(generator, seed=99, samples=0, rank=0)
+    seed_draws(generator, 99, 0, 0)
     noise, gamma, _ = draw_random_numbers(x, generator)
     if step == 0:
         return eqm_loss(lambda x_gamma, _: torch.zeros_like(x_gamma), x, noise, gamma).item()

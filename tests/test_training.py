@@ -28,7 +28,7 @@ def new_state(precision: Precision = FP32) -> TrainingState:
 def one_step(state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0) -> tuple[bool, float, float]:
     """Whether the weights were updated, the loss and the gradients' norm."""
     x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    seed_draws(state.generator, seed=0, samples=samples, rank=0)
+    seed_draws(state.generator, 0, samples, 0)
     loss, grad_norm = train_step(state, recipe, x, torch.arange(8) % 4, torch.full((8,), 0.1)).tolist()
     state.step += 1
     return state.read_counts() == 0, loss, grad_norm
@@ -164,7 +164,7 @@ def shard_step(rank: int, folder: Path, ranks: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     state = new_state()
     x = torch.rand(4, 3, 4, 8, 8, generator=torch.Generator().manual_seed(rank)) * 2 - 1
-    seed_draws(state.generator, seed=0, samples=0, rank=rank)
+    seed_draws(state.generator, 0, 0, rank)
     loss = train_step(state, RECIPE, x, torch.arange(4), torch.full((4,), 0.1))[0]
     gradients = [state.state_dict()["opt"]["exp_avg"] * 10]
     saved = {"weights": weights(state.network), "gradients": gradients, "loss": distributed.mean(loss)}
