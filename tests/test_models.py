@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -161,6 +162,9 @@ class NothingFromTheHost(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.15", reason="older releases ask a driver for random numbers that are not drawn"
+)
 @pytest.mark.parametrize("frames", [None, 4])
 def test_a_field_on_a_gpu_copies_nothing_from_the_host_so_that_it_can_be_captured(frames):
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
