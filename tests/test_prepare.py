@@ -297,17 +297,29 @@ def test_memory_does_not_grow_with_the_number_of_items_or_their_length(tmp_path)
     assert long < small + 20_000
 
 
+def idle_cores() -> float:
+    """Cores that nothing uses, over a second."""
+
+    def idle_s() -> float:
+        return int(Path("/proc/stat").read_text().split()[4]) / os.sysconf("SC_CLK_TCK")
+
+    before = idle_s()
+    time.sleep(1)
+    return idle_s() - before
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 def test_two_workers_are_faster_than_one(tmp_path):
+    if idle_cores() < 1.7:
+        pytest.skip("needs two cores that nothing else uses")
     source = noise_clips(tmp_path / "train", 64, frames=100, side=96)
-    seconds = {}
-    for workers in (1, 2, 1, 2):
+    seconds = {1: 1e9, 2: 1e9}
+    for workers in 4 * (1, 2):  # other work on the machine slows either down, so that the best times count
         args = Namespace(source=source, pack=tmp_path / "pack", video=True, image_size=64, vae="none")
         plan = make_plan(args, None)
         start = time.perf_counter()
         pack_shards(plan, missing_shards(plan), workers, None, False, tqdm(disable=True))
-        seconds[workers] = min(seconds.get(workers, 1e9), time.perf_counter() - start)
+        seconds[workers] = min(seconds[workers], time.perf_counter() - start)
         shutil.rmtree(tmp_path / "pack")
     print(f"two workers are {seconds[1] / seconds[2]:.2f} times as fast as one")
     assert seconds[1] / seconds[2] > 1.2
