@@ -77,6 +77,9 @@ def compile_network(network: EqM, batch: int, training: bool) -> None:
     log.info("compiling the network: the first step waits for this, up to a minute")
     start = time.perf_counter()
     functorch_config.activation_memory_budget = MEMORY_BUDGET
+    # What an earlier network left behind would hide that this one cannot be compiled.
+    torch._dynamo.config.suppress_errors = False
+    torch.compiler.set_stance("default")
     for part in (*network.blocks, network.final_layer):
         part.compile(dynamic=False)
     if attempt(partial(try_out, network, batch, training), "running eagerly: the network cannot be compiled", training):
@@ -153,6 +156,7 @@ class Graphed:
             problem = "running without CUDA graphs: the step cannot be captured"
             self.works = attempt(partial(self.record, shapes, inputs), problem, self.together)
             if not self.works:
+                self.recordings.pop(shapes, None)  # it may have worked here, and not on another rank
                 return self.function(*inputs)
         graph, own_inputs, output = self.recordings[shapes]
         for own, value in zip(own_inputs, inputs, strict=True):

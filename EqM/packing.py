@@ -73,9 +73,10 @@ def work(main: Connection, others: list[Connection], plan: Plan, encode: Encode 
         main.send(("encode", frames))
         return main.recv()
 
+    encode = ask_main if encode and encode_in_main else encode
     try:
         while (number := main.recv()) is not None:
-            pack_shard(plan, number, ask_main if encode_in_main else encode, lambda: main.send(("item", None)))
+            pack_shard(plan, number, encode, lambda: main.send(("item", None)))
             main.send(("shard", None))
     except UserError as error:
         main.send(("error", str(error)))
