@@ -23,11 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cli
 import distributed
-from cli import is_out_of_memory
+from adaptive_times import adaptive_times
+from cli import UserError, is_out_of_memory
 from loader_rates import loader_rates
 from precision import Precision, agree_on_precision
 from runs import device_name, start_log
-from workloads import FULL, LARGE, ON_CPU, QUICK, Sampling, Training, Work
+from saving_times import saving_times
+from workloads import FULL, LARGE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Sampling, Training, Work
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the bf16 matrix product whose speed is called the ceiling
 GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median of three groups of steps of so long
@@ -56,15 +58,30 @@ class Row:
         return [self.work, str(self.batch), self.precision, self.mode, *speeds, memory, *rates]
 
 
-PARTS = [*dict.fromkeys([*FULL, *QUICK, "largest", "loader"])]
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Measures training and sampling on random inputs.")
     parser.add_argument("--quick", action="store_true", help="a small network, for a CPU or a first look")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    names = [f"{', '.join(FULL)}, largest", ", ".join(QUICK | QUICK_BY_NAME)]
+    names = [f"{works}, loader, saving, adaptive" for works in names]
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {names[0]}; with --quick of {names[1]}")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark.json"), help="gets the rows as JSON")
     return parser.parse_args()
+
+
+def choose_parts(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """The parts to measure, in the order given.
+
+    Raises:
+        UserError: --only names one that there is not, or not on this device.
+    """
+    works = list(QUICK if args.quick else FULL)
+    by_name = list(QUICK_BY_NAME) if args.quick else ["largest"] if device.type == "cuda" else []
+    known = [*works, *by_name, "loader", "saving", "adaptive"]
+    for part in args.only or ():
+        if part not in known:
+            quick = " --quick" if args.quick else ""
+            raise UserError(f"--only {part}: on this device{quick} has {', '.join(known)}")
+    return args.only or ([*works, "adaptive"] if args.quick else known)
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,11 +175,13 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
 
 
 def largest_batch(work: Work, precision: str, device: torch.device) -> int:
-    """The largest batch that fits, to a sixteenth: memory grows linearly, so that two sizes foretell it."""
+    """The largest batch that fits, to a sixteenth, or 0: memory grows linearly, so that two sizes foretell it."""
     small, double = (fits(replace(work, batch=size), precision, device) for size in (work.batch, 2 * work.batch))
-    total = torch.cuda.get_device_properties(device).total_memory / 1e9
-    batch = int(work.batch * (1 + (0.98 * total - small) / (double - small)))
-    while fits(replace(work, batch=batch), precision, device) is None:
+    batch = 2 * work.batch
+    if small and double:
+        total = torch.cuda.get_device_properties(device).total_memory / 1e9
+        batch = int(work.batch * (1 + (0.98 * total - small) / (double - small)))
+    while batch and fits(replace(work, batch=batch), precision, device) is None:
         batch = batch * 15 // 16
     return batch
 
@@ -195,10 +214,18 @@ def main() -> None:
     args = parse_args()
     device = distributed.start()
     start_log(level=logging.WARNING)
-    parts = QUICK if args.quick else FULL
+    parts = choose_parts(args, device)
     product = product_flops(device)
     where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
-    report = where | {"product_tflops": product / 1e12, "rows": [], "ratios": {}, "largest_batch": {}, "loader": {}}
+    report = where | {
+        "product_tflops": product / 1e12,
+        "rows": [],
+        "ratios": {},
+        "largest_batch": {},
+        "loader": {},
+        "saving": {},
+        "adaptive": {},
+    }
     print(", ".join(where.values()))
     print(f"a dense bf16 product of side {PRODUCT_SIDE[device.type]} runs at {product / 1e12:.3g} TFLOP/s\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +234,7 @@ def main() -> None:
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 
     rows: dict[tuple[str, int], list[Row]] = {}
-    works = [work for part in args.only or parts for work in parts.get(part, [])]
+    works = [work for part in parts for work in (QUICK | QUICK_BY_NAME if args.quick else FULL).get(part, [])]
     if works:
         print_row(COLUMNS)
         print_row(["---"] * len(COLUMNS))
@@ -229,14 +256,13 @@ def main() -> None:
             report["ratios"][f"{name}, batch {batch}: {label}"] = float(ratio)
     save()
 
-    others = args.only or ([] if args.quick else PARTS)
-    if device.type == "cuda" and "largest" in others:
+    if "largest" in parts:
         print()
         for precision in ("fp32", "bf16"):
             report["largest_batch"][precision] = batch = largest_batch(LARGE, precision, device)
             print(f"largest batch that fits, {LARGE.name}, fast, {precision}: {batch}", flush=True)
             save()
-    if "loader" in others:
+    if "loader" in parts:
         print()
         print_row(("loader, 4 frames of 320×240 sources", "clips/s", "times decoding"))
         print_row(["---"] * 3)
@@ -244,6 +270,22 @@ def main() -> None:
             report["loader"][name] = rate
             print_row((name, f"{rate:,.0f}", f"{rate / next(iter(report['loader'].values())):.1f}"))
             save()
+    if "saving" in parts:
+        start_over(device)
+        work, precision = (TINY, "fp32") if args.quick or device.type == "cpu" else (SMALL, "bf16")
+        fast, choice = device.type == "cuda", choose_precision(precision, device)
+        report["saving"] = times = saving_times(work, choice, fast, device, args.output.parent)
+        print(f"\nwriting checkpoints of {work.name}, batch {work.batch}, {choice}, while training:")
+        print(", ".join(f"{name} {value:.2f}" for name, value in times.items()))
+        save()
+    if "adaptive" in parts:
+        start_over(device)
+        work, precision = (replace(TINY, batch=4), "fp32") if args.quick or device.type == "cpu" else (SMALL, "bf16")
+        fast, choice = device.type == "cuda", choose_precision(precision, device)
+        report["adaptive"] = times = adaptive_times(work, choice, fast, device, *((32, GROUPS) if fast else (4, 1)))
+        print(f"\nsampling {work.name}, batch {work.batch}, {choice}, with fixed steps and adaptive:")
+        print(", ".join(f"{name} {value:.4g}" for name, value in times.items()))
+        save()
     distributed.stop()
 
 

@@ -1,7 +1,10 @@
-"""Checkpoints: one file of plain data that torch.load(..., weights_only=True) reads."""
+"""Checkpoints: one file of plain data that torch.load(..., weights_only=True) reads, with a checksum over every byte.
+
+torch writes a zip archive, of which a flipped bit can load as another number without a word. Its
+comment, which readers pass over, is the checksum: the seal.
+"""
 
 import argparse
-import os
 import re
 import warnings
 from pathlib import Path
@@ -10,21 +13,64 @@ import torch
 from torch import Tensor, nn
 
 from cli import UserError, is_out_of_memory
+from files import file_checksum, write_whole
 
 REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
+REQUIRED_KEYS |= {"since_log", "bad_steps"}
 REQUIRED_CONFIG = {"network", "classes", "frames_per_second", "precision"}
 # What DistributedDataParallel and torch.compile put before parameter names.
 WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+END_OF_ARCHIVE, END_BYTES = b"PK\5\6", 22  # of a zip archive's last record, without a comment
+SEAL = b"EqM crc32 %08x"
+SEAL_BYTES = len(SEAL % 0)
 
 
 def save_checkpoint(path: Path, contents: dict) -> None:
-    """Writes a checkpoint whole or not at all: to a temporary name, to the disk, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a checkpoint whole or not at all, with its seal.
+
+    Raises:
+        OSError, RuntimeError: the disk is full, read-only or gone.
+    """
+
+    def write(temporary: Path) -> None:
+        torch.save(contents, temporary)
+        seal(temporary)
+
+    write_whole(path, write)
+
+
+def seal(path: Path) -> None:
+    """Adds the checksum to what torch.save wrote: at a zip archive's end is its comment, after the comment's length.
+
+    Raises:
+        OSError: the archive has no end.
+    """
+    with path.open("r+b") as file:
+        file.seek(-END_BYTES, 2)
+        if not file.read().startswith(END_OF_ARCHIVE):
+            raise OSError("the archive is not whole")
+        file.seek(-2, 2)
+        file.write(SEAL_BYTES.to_bytes(2, "little"))
+    checksum = file_checksum(path)
+    with path.open("ab") as file:
+        file.write(SEAL % checksum)
+
+
+def is_sealed(path: Path) -> bool:
+    """True for a file with a seal, False for one without.
+
+    Raises:
+        UserError: the seal is another file's: bytes have changed.
+    """
+    length = path.stat().st_size - SEAL_BYTES
+    with path.open("rb") as file:
+        file.seek(max(length, 0))
+        found = file.read()
+    if not found.startswith(SEAL[: SEAL.index(b"%")]):
+        return False
+    if found != SEAL % file_checksum(path, length):
+        raise UserError(f"{path} has changed since it was written: give another checkpoint")
+    return True
 
 
 def load_file(path: Path) -> dict:
@@ -33,10 +79,14 @@ def load_file(path: Path) -> dict:
     Published checkpoints carry an argparse.Namespace, the one type allowed beside plain data.
 
     Raises:
-        UserError: no such file, cut short, or not a checkpoint.
+        UserError: no such file, cut short, changed, or not a checkpoint.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: give the path of a .pt file that EqM/train.py wrote")
+    try:
+        sealed = is_sealed(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the format of files that are refused below
@@ -47,6 +97,8 @@ def load_file(path: Path) -> dict:
         raise UserError(f"{path} is cut short or is no checkpoint: give another one") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(contents).__name__}")
+    if "config" in contents and not sealed:
+        raise UserError(f"{path} is cut short or has been changed, its checksum is missing: give another one")
     return contents
 
 
@@ -57,20 +109,32 @@ def load_checkpoint(path: Path) -> dict:
         UserError: as `load_file`, and for a checkpoint of another program.
     """
     contents = load_file(path)
+    check_written_here(contents, path)
+    return contents
+
+
+def check_written_here(contents: dict, path: Path) -> None:
+    """Raises UserError where a file's contents are not those of a checkpoint that EqM/train.py wrote."""
     missing = REQUIRED_KEYS - contents.keys()
     if not missing:
         config = contents["config"]
         missing = REQUIRED_CONFIG - (config.keys() if isinstance(config, dict) else set())
     if missing:
-        missing = ", ".join(sorted(missing))
-        advice = "to sample a published one, give --model and --vae"
+        missing = "config" if "config" in missing else ", ".join(sorted(missing))
+        advice = "to sample a published one, give --model, and --vae ema or mse"
         raise UserError(f"{path} was not written by EqM/train.py: it has no {missing} ({advice})")
-    return contents
 
 
-def network_weights(contents: dict) -> dict[str, Tensor]:
-    """The EMA weights if there are any, else the model's, or the dict itself, without wrapper prefixes."""
-    weights = contents.get("ema") or contents.get("model") or contents
+def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:
+    """The EMA weights if there are any, else the model's, or the dict itself, without wrapper prefixes.
+
+    Raises:
+        UserError: the contents, which came from `source`, are not a network's weights.
+    """
+    weights = next((contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)), contents)
+    entries = weights.items()
+    if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
+        raise UserError(f"{source} holds no network's weights: give a checkpoint of an EqM network")
     return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
 
 

@@ -24,6 +24,7 @@ OUT_OF_MEMORY_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+LOST_PROCESS_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 TOO_LARGE = 2**63  # what neither a seed nor a tensor's size can be
 
 
@@ -66,7 +67,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def is_lost_process(error: Exception) -> bool:
     """True where an exchange with other ranks failed, mostly because one has gone."""
-    return isinstance(error, dist.DistError) or "Connection closed by peer" in str(error)
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST_PROCESS_WORDS)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

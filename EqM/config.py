@@ -1,15 +1,19 @@
 """What a checkpoint says of its run: made from flags and data, and checked against another run's."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+import cli
 import distributed
 from cli import UserError
 from data import Found
+from energy import ENERGIES
 from latents import IMAGE_SIZE, LatentSpace
-from models import build_network
+from models import EqM_models, build_network
+from objective import Objective, objective_of
 from precision import Precision
 
 
@@ -17,8 +21,10 @@ def network_settings(args: argparse.Namespace, image_size: int, num_classes: int
     """The network's settings, as checkpoints keep them; `image_size` in pixels.
 
     Raises:
-        UserError: sizes that do not divide.
+        UserError: sizes that do not divide; an energy, and blocks that are to be computed again.
     """
+    if args.ebm != "none" and args.grad_checkpoint:
+        raise UserError(f"--grad-checkpoint does not work with --ebm {args.ebm}: use --micro-batch-size for memory")
     side, channels = (space.side(image_size), space.channels) if space else (image_size, 3)
     settings = {
         "model": args.model,
@@ -26,6 +32,8 @@ def network_settings(args: argparse.Namespace, image_size: int, num_classes: int
         "in_channels": channels,
         "num_classes": num_classes,
         "temporal_patch": (args.temporal_patch or (1 if args.clip_len % 2 else 2)) if args.video else 1,
+        "uncond": args.uncond,
+        "energy": args.ebm,
     }
     try:
         with torch.device("meta"):
@@ -54,6 +62,7 @@ def make_config(
     rate = found.mean_frame_rate() / args.frame_interval if args.video else None
     return {
         "network": settings,
+        "objective": asdict(objective_of(args)),
         "classes": list(found.classes),
         "frames_per_second": rate,
         "precision": precision.as_dict(),
@@ -69,7 +78,7 @@ def published_config(args: argparse.Namespace, num_classes: int, space: LatentSp
     side = space.side(args.image_size or IMAGE_SIZE)
     network = {"model": args.model, "input_size": side, "in_channels": space.channels, "num_classes": num_classes}
     return {
-        "network": network | {"temporal_patch": 1},
+        "network": network | {"temporal_patch": 1, "energy": args.ebm or "none"},
         "classes": [str(i) for i in range(num_classes)],
         "frames_per_second": None,
         "precision": {"name": "another program"},
@@ -77,24 +86,42 @@ def published_config(args: argparse.Namespace, num_classes: int, space: LatentSp
     }
 
 
-def check_resumable(saved: dict, config: dict, last_sample: int, last_step: float) -> None:
+def check_resumable(saved: dict, config: dict, path: Path) -> None:
     """Raises UserError, with both values, where a checkpoint does not fit the flags or the data."""
-    ours, theirs = (
-        {**each["network"], "classes": each["classes"], "vae": (each.get("vae") or {}).get("fingerprint")}
-        for each in (config, saved["config"])
-    )
+
+    def described(config: dict) -> dict:
+        # Older checkpoints do not say what was the same for all.
+        objective = asdict(Objective(**config.get("objective", {})))
+        return {
+            **{"uncond": True, "energy": "none"},
+            **config["network"],
+            **{f"the objective's {key}": value for key, value in objective.items()},
+            "classes": config["classes"],
+            "vae": (config.get("vae") or {}).get("fingerprint"),
+        }
+
+    ours, theirs = described(config), described(saved["config"])
     for key, value in ours.items():
         if theirs.get(key) != value:
-            raise UserError(f"--ckpt was trained with {key} {theirs.get(key)}, and this run has {value}")
-    if saved["step"] >= last_step:
-        raise UserError(f"--ckpt is at step {saved['step']} and --max-steps is {last_step}: raise it to train on")
-    if saved["samples"] >= last_sample:
-        raise UserError(f"--ckpt has seen the {last_sample} samples of all --epochs: raise it to train on")
+            raise UserError(f"{path} was trained with {key} {theirs.get(key)}, and this run has {value}")
+
+
+def add_known_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `check_flags` compares with a checkpoint."""
+    known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
+    known.add_argument("--model", choices=EqM_models, metavar="NAME")
+    known.add_argument("--video", action="store_true", default=None)
+    known.add_argument("--clip-len", type=cli.side)
+    known.add_argument("--image-size", type=cli.side)
+    known.add_argument("--num-classes", type=cli.positive_int)
+    known.add_argument("--ebm", choices=ENERGIES)
 
 
 def check_flags(args: argparse.Namespace, config: dict) -> None:
-    """Raises UserError, with both values, where a flag contradicts the checkpoint."""
+    """Raises UserError, with both values, where a flag contradicts the checkpoint; or where its network needs γ."""
     network = config["network"]
+    if not network.get("uncond", True):
+        raise UserError("the checkpoint was trained with --no-uncond: its field wants γ, which gradient descent lacks")
     size, pixels = network["input_size"], (config.get("vae") or {}).get("downsampling", 1)
     video = not isinstance(size, int)
     trained = {
@@ -103,6 +130,7 @@ def check_flags(args: argparse.Namespace, config: dict) -> None:
         "clip_len": size[0] if video else 1,
         "image_size": (size[-1] if video else size) * pixels,
         "num_classes": network["num_classes"],
+        "ebm": network.get("energy", "none"),
     }
     for name, value in trained.items():
         asked = getattr(args, name)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError
+from untrusted import open_image
 from video import UnreadableVideo, VideoInfo, probe_video
 
 VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
@@ -96,6 +97,26 @@ def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str
     return index_labels((path, match["label"]) for path, match in names)
 
 
+def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
+    """Every file in a folder and in the folders below, in sorted order, with the name of its class folder.
+
+    The name is "" for what lies directly in the folder.
+
+    Raises:
+        UserError: no folder, or no file of the kind.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give one of {'videos' if video else 'images'}")
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    extensions, others = (VIDEO_EXTENSIONS, IMG_EXTENSIONS)[:: 1 if video else -1]
+    found = [path for path in files if path.suffix.lower() in extensions]
+    if not found:
+        kind, other = ("videos", "images")[:: 1 if video else -1]
+        instead = f", but {other}" if any(path.suffix.lower() in others for path in files) else ""
+        raise UserError(f"no {kind} ({' '.join(extensions)}) in {root}{instead}: give a folder of {kind}")
+    return [(str(path), path.relative_to(root).parts[0] if path.parent != root else "") for path in found]
+
+
 def index_labels(samples: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """Replaces class names by their places in the sorted list of names."""
     samples = list(samples)
@@ -154,6 +175,14 @@ def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
         UserError: nothing there, or no way to tell the classes.
     """
     classes, samples = find_files(root, video)
+    items, unreadable = check_files(samples, video, show_progress)
+    return Found(str(root), classes, items, unreadable)
+
+
+def check_files(
+    samples: list[tuple[str, int]], video: bool, show_progress: bool = True
+) -> tuple[tuple[Item, ...], tuple[tuple[str, str], ...]]:
+    """Opens every (path, class index), several at a time: the readable ones, and the rest as (path, reason)."""
 
     def check(sample: tuple[str, int]) -> Item | tuple[str, str]:
         path, label = sample
@@ -173,7 +202,7 @@ def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
         results = list(bar)
     items = tuple(result for result in results if isinstance(result, Item))
     unreadable = tuple(result for result in results if not isinstance(result, Item))
-    return Found(str(root), classes, items, unreadable)
+    return items, unreadable
 
 
 def unreadable_errors(video: bool) -> tuple[type[Exception], ...]:
@@ -183,7 +212,7 @@ def unreadable_errors(video: bool) -> tuple[type[Exception], ...]:
 
 def probe_image(path: str) -> None:
     """Checks an image's header and checksums, without decoding it; raises one of UNREADABLE_IMAGE."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.verify()
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cli import UserError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 checks files, packs images or saves, which may take long
 
 
 def start() -> torch.device:
@@ -32,10 +33,17 @@ def start() -> torch.device:
         # All work goes to a stream of its own: the default one cannot be captured in CUDA graphs.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # The others wait while rank 0 checks files or packs images, which may take long.
-        timeout = timedelta(hours=2)
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timeout, device_id=device if gpus else None)
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # A launcher that restarts all ranks keeps its store, with the addresses of those that have gone.
+        store = dist.PrefixStore(f"start{restarts()}", store)
+        names = {"backend": "nccl" if gpus else "gloo", "device_id": device if gpus else None}
+        dist.init_process_group(store=store, rank=rank, world_size=ranks, timeout=TIMEOUT, **names)
     return device
+
+
+def restarts() -> int:
+    """How often torchrun has started all ranks again, because one had gone."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def stop() -> None:
@@ -74,16 +82,19 @@ def gather(value: T) -> list[T]:
 def on_main(function: Callable[[], T]) -> T:
     """Calls the function on rank 0 alone and returns its result on every rank.
 
-    A UserError on rank 0 is raised on every rank, so that none waits for one that has gone.
+    An error on rank 0 is raised on every rank, on the others as UserError, so that none waits for one that has gone.
     """
     outcome: list[tuple] = [(None, None)]
+    failure = None
     if is_main():
         try:
             outcome = [(function(), None)]
-        except UserError as error:
-            outcome = [(None, str(error))]
+        except Exception as error:
+            outcome, failure = [(None, str(error) or type(error).__name__)], error
     if dist.is_initialized():
         dist.broadcast_object_list(outcome, src=0)
+    if failure:
+        raise failure
     result, problem = outcome[0]
     if problem is not None:
         raise UserError(problem)
@@ -99,8 +110,37 @@ def mean(value: Tensor) -> Tensor:
     return value
 
 
+class SharedFlag:
+    """A flag that any rank may raise, and all see raised one call later: a call waits for the one before alone."""
+
+    def __init__(self):
+        # On the host, so that nothing waits for a GPU.
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
+        self.exchange: tuple[dist.Work, Tensor] | None = None
+
+    def raised(self, mine: bool) -> bool:
+        """Whether any rank had raised it at the call before; in one process, whether it is raised now."""
+        if self.group is None:
+            return mine
+        seen, value = self.wait(), torch.tensor([mine], dtype=torch.int32)
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.exchange = work, value
+        return seen
+
+    def wait(self) -> bool:
+        """Ends the exchange under way, if there is one."""
+        if not self.exchange:
+            return False
+        (work, value), self.exchange = self.exchange, None
+        work.wait()
+        return bool(value.item())
+
+
 def data_parallel(network: nn.Module) -> nn.Module:
     """The network itself in one process, else one that averages gradients over the ranks."""
     if not dist.is_initialized():
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    # Every so many calls it times itself, and a CUDA graph cannot be recorded then.
+    parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return parallel

@@ -17,7 +17,7 @@ from cli import UserError
 from loader import to_unit_range
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-IMAGE_SIZE = 256  # the default where there is a VAE
+PIXEL_SIZE, IMAGE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one
 CHUNK_PIXELS = 8 * 256 * 256  # of the frames that the VAE sees at once: the memory that it takes grows with them
 
 

@@ -1,5 +1,6 @@
 """Batches in an order and with random choices that follow from (seed, epoch, index) alone."""
 
+import signal
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -9,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms.v2 import functional as transforms
 
 import distributed
 from cli import UserError
 from data import MAX_UNREADABLE, Found, Item, unreadable_errors
+from untrusted import open_image
 from video import read_frames
 
 MAX_TRIES = 20  # files tried in place of an unreadable one
+MAX_AHEAD = 3  # batches on the device that it has not come to: each takes memory
 
 
 class Samples(Dataset):
@@ -87,7 +89,9 @@ def keyed_uniforms(seed: int, keys: list[tuple[int, int]]) -> np.ndarray:
 
 def read_image(path: str, size: int) -> Tensor:
     """An image resized so that its short side is `size`, and its centre: (3, size, size) uint8."""
-    image = transforms.resize(default_loader(path), [size], antialias=True)
+    with open_image(path) as image:
+        pixels = image.convert("RGB")
+    image = transforms.resize(pixels, [size], antialias=True)
     return transforms.pil_to_tensor(transforms.center_crop(image, [size]))
 
 
@@ -130,7 +134,20 @@ class EpochStream(Sampler[list[tuple[int, int]]]):
 def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of batches as dicts of tensors, in the stream's order."""
     collate = as_it_is if hasattr(samples, "__getitems__") else None
-    return DataLoader(samples, batch_sampler=stream, num_workers=num_workers, pin_memory=pin_memory, collate_fn=collate)
+    return DataLoader(
+        samples,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """A terminal or a scheduler signals every process; workers end when the one that they serve does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def as_it_is(batch: dict) -> dict:
@@ -167,6 +184,8 @@ class DeviceLoader:
         while (batch := next(batches, None)) is not None:
             batch = self.move(batch)
             self.gaps.append((ended, self.now()))
+            if self.copies and len(self.gaps) > MAX_AHEAD:
+                self.gaps[-1 - MAX_AHEAD][1].synchronize()
             yield batch
             ended = self.now()
 
@@ -190,7 +209,7 @@ class DeviceLoader:
         """The host's clock in seconds, or, on a GPU, the moment at which it gets here."""
         if not self.copies:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record()
         return event
 
@@ -240,5 +259,5 @@ class UnreadableLog:
         count = len(self.known | paths)
         raise UserError(
             f"{count} of {self.total} files cannot be read any more, as {min(paths)}:"
-            " check the disk, then go on from the last checkpoint with --ckpt"
+            " check the disk, then go on with --resume"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from energy import ENERGIES, energy_gradient
 from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder
 
 # Shortest and longest period of the sinusoids that encode a token's time, in seconds: from
@@ -32,12 +33,13 @@ class EqM(nn.Module):
         num_classes: classes without the null class, which has the index `num_classes`.
         temporal_patch: frames in a patch (video only).
         uncond: the network does not see γ; the timestep embedder is fed zeros.
+        energy: of energy.ENERGIES: the field is the gradient of this energy of the output; none: the output itself.
 
     Attributes:
         grad_checkpoint: blocks keep their input alone and compute the rest again when going backward.
 
     Raises:
-        ValueError: the patches do not divide the input, or the heads the width.
+        ValueError: the patches do not divide the input, or the heads the width; an unknown energy.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class EqM(nn.Module):
         mlp_ratio: float = 4.0,
         temporal_patch: int = 1,
         uncond: bool = True,
+        energy: str = "none",
     ):
         super().__init__()
         self.is_video = not isinstance(input_size, int)
         frames, height, width = input_size if self.is_video else (1, input_size, input_size)
         check_sizes((frames, height, width), temporal_patch, patch_size, hidden_size, num_heads)
-        self.in_channels, self.num_classes, self.uncond = in_channels, num_classes, uncond
+        if energy not in ENERGIES:
+            raise ValueError(f"unknown energy {energy!r}: choose {', '.join(ENERGIES)}")
+        self.in_channels, self.num_classes, self.uncond, self.energy = in_channels, num_classes, uncond, energy
         # Published image checkpoints predict a second half of channels, which nothing reads.
         self.out_channels = in_channels if self.is_video else 2 * in_channels
         self.patch = (temporal_patch, patch_size)
@@ -74,6 +79,7 @@ class EqM(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, temporal_patch * patch_size**2 * self.out_channels)
         self.initialize_weights()
+        self.train()
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -101,8 +107,20 @@ class EqM(nn.Module):
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+        if self.energy == "l2":
+            # From f = 0 the gradient of ‖f‖², and of the loss in every weight, would be 0 for ever.
+            nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1) -> Tensor:
+    def train(self, mode: bool = True) -> "EqM":
+        """As of every module; training differentiates an energy's gradient, and fused attention has no second one."""
+        if self.energy != "none":
+            for block in self.blocks:
+                block.attn.fused_attn = not mode
+        return super().train(mode)
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1, with_tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The field at x.
 
         Args:
@@ -111,11 +129,13 @@ class EqM(nn.Module):
             y: (N,) class labels; `num_classes` is the null class.
             seconds_per_frame: seconds between the frames of a clip, (N,) or one for all;
                 images have no use for it.
+            with_tokens: also give the last block's tokens.
 
         Returns:
-            The field, in x's shape.
+            The field, in x's shape, and the tokens, (N, T'h'w', D), if they are asked for.
         """
-        return self.field(x, *self.modulations(t, y), seconds_per_frame)
+        field, tokens = self.field_and_tokens(x, *self.modulations(t, y), seconds_per_frame)
+        return (field, tokens) if with_tokens else field
 
     def modulations(self, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the condition does to each block, (N, 6D), and to the last layer, (N, 2D).
@@ -131,6 +151,21 @@ class EqM(nn.Module):
         self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float = 0.1
     ) -> Tensor:
         """The field at x under the modulations of the blocks and of the last layer."""
+        return self.field_and_tokens(x, blocks, final, seconds_per_frame)[0]
+
+    def field_and_tokens(
+        self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """The field at x, and the last block's tokens (N, T'h'w', D)."""
+        if self.energy == "none":
+            return self.output(x, blocks, final, seconds_per_frame)
+        output = partial(self.output, blocks=blocks, final=final, seconds_per_frame=seconds_per_frame)
+        return energy_gradient(self.energy, output, x)
+
+    def output(
+        self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """What the network puts out, in x's shape, and the last block's tokens (N, T'h'w', D)."""
         tokens = self.embed(x)  # (N, T'h'w', D)
         if self.is_video:
             # A number is written by the device itself: a copy from the host cannot be captured in a CUDA graph.
@@ -144,7 +179,7 @@ class EqM(nn.Module):
                 tokens = checkpoint(block, tokens, modulation, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, modulation)  # (N, T'h'w', D)
-        return self.unpatchify(self.final_layer(tokens, final)).view(x.shape)
+        return self.unpatchify(self.final_layer(tokens, final)).view(x.shape), tokens
 
     def embed(self, x: Tensor) -> Tensor:
         """Cuts x into patches and adds their places in the picture: → (N, T'h'w', D)."""

@@ -4,17 +4,130 @@ Source: Wang & Du 2025, arXiv 2510.02300. The sign is the published code's: the 
 from noise to data, and sampling adds it.
 """
 
+import argparse
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import cli
+from cli import UserError
+from energy import ENERGIES
+
 LABEL_DROPOUT = 0.1
+PATHS = ("Linear", "GVP", "VP")
+SCHEDULES = ("truncated", "linear", "piecewise", "constant")
+DISPERSION_WEIGHT = 0.5
+# Noise variance of VP a time unit, at its ends (Song et al. 2021, arXiv 2011.13456).
+VP_LEAST, VP_MOST = 0.1, 20.0
+# What VP counts as noise left at γ = 1, where the derivative of σ has no bound: the least that torch.rand leaves.
+VP_LEAST_TIME = 2.0**-24
 
 
-def c_truncated(gamma: Tensor, a: float = 0.8, scale: float = 4.0) -> Tensor:
-    """The field's magnitude c(γ) = λ·h(γ): h is 1 up to γ = a, then falls linearly to 0 at γ = 1."""
-    return scale * ((1 - gamma) / (1 - a)).clamp(max=1)
+@dataclass(frozen=True)
+class Objective:
+    """The path from noise to data, the magnitude c(γ) of the field along it, and the dispersive term.
+
+    Attributes:
+        path: of PATHS: how x_γ = α·x + σ·ε goes from noise to data.
+        schedule, a, b, scale: of SCHEDULES: c(γ) = λ·h(γ), with λ = `scale`; h is for
+            truncated: 1 up to γ = a, then linear to 0 at γ = 1;
+            linear: 1 − γ;
+            piecewise: linear from b at γ = 0 to 1 at γ = a, then linear to 0 at γ = 1;
+            constant: 1.
+        dispersion: weight of the dispersive term; 0: none.
+    """
+
+    path: str = "Linear"
+    schedule: str = "truncated"
+    a: float = 0.8
+    b: float = 1.0
+    scale: float = 4.0
+    dispersion: float = 0.0
+
+    def c(self, gamma: Tensor) -> Tensor:
+        """The field's magnitude c(γ): (N,) → (N,)."""
+        falling = (1 - gamma) / (1 - self.a)  # (N,)
+        if self.schedule == "truncated":
+            return self.scale * falling.clamp(max=1)
+        if self.schedule == "linear":
+            return self.scale * (1 - gamma)
+        if self.schedule == "piecewise":
+            return self.scale * torch.where(gamma <= self.a, self.b - (self.b - 1) * gamma / self.a, falling)
+        return self.scale * torch.ones_like(gamma)
+
+    def interpolate(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        """x_γ = α(γ)·x + σ(γ)·ε, with gamma (N,) and x, noise (N, …)."""
+        alpha, sigma = (broadcast_over(value, x) for value in coefficients(self.path, gamma))  # (N, 1, …)
+        return alpha * x + sigma * noise
+
+    def target(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
+        """u = (α'(γ)·x + σ'(γ)·ε)·c(γ), for Linear (x − ε)·c(γ), with gamma (N,) and x, noise (N, …)."""
+        alpha, sigma = (broadcast_over(value, x) for value in derivatives(self.path, gamma))  # (N, 1, …)
+        return (alpha * x + sigma * noise) * broadcast_over(self.c(gamma), x)
+
+    def loss(
+        self,
+        field: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+        x: Tensor,
+        noise: Tensor,
+        gamma: Tensor,
+    ) -> Tensor:
+        """Mean squared error of the field at x_γ against its target, and the dispersive term; a float32 scalar.
+
+        Args:
+            field: (x_γ, γ) ↦ f, in x's shape and any precision, and the last block's tokens (N, …), which
+                only the dispersive term looks at.
+            x, noise: data and standard normal noise, (N, …).
+            gamma: (N,) in [0, 1].
+        """
+        prediction, tokens = field(self.interpolate(x, noise, gamma), gamma)
+        error = (prediction.float() - self.target(x, noise, gamma)).square().mean()
+        return error + self.dispersion * crowding(tokens) if self.dispersion else error
+
+
+def coefficients(path: str, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """α and σ of x_γ = α·x + σ·ε: (N,) → (N,), (N,)."""
+    if path == "Linear":
+        return gamma, 1 - gamma
+    if path == "GVP":
+        return (gamma * (math.pi / 2)).sin(), (gamma * (math.pi / 2)).cos()
+    log_alpha, _ = vp_log_alpha(gamma)
+    # 1 − α² of a float32 α would be 0 well before γ = 1.
+    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+
+def derivatives(path: str, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """dα/dγ and dσ/dγ: (N,) → (N,), (N,)."""
+    if path == "Linear":
+        return torch.ones_like(gamma), -torch.ones_like(gamma)
+    alpha, sigma = coefficients(path, gamma)
+    if path == "GVP":
+        return sigma * (math.pi / 2), -alpha * (math.pi / 2)
+    _, slope = vp_log_alpha(gamma)
+    return alpha * slope, -alpha.square() * slope / sigma  # of σ² = 1 − α²
+
+
+def vp_log_alpha(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """ln α of the variance-preserving path, and its derivative in γ: (N,) → (N,), (N,)."""
+    left = (1 - gamma).clamp(min=VP_LEAST_TIME)
+    rise = VP_MOST - VP_LEAST
+    return -rise / 4 * left.square() - VP_LEAST / 2 * left, rise / 2 * left + VP_LEAST / 2
+
+
+def crowding(tokens: Tensor) -> Tensor:
+    """The dispersive term: ln of the mean of exp(−D) over all pairs of a batch, in float32.
+
+    D is the squared distance of two samples' tokens (N, …) over their count of numbers; a sample and
+    itself are a pair too. Source: Wang & He 2025, arXiv 2506.09027.
+    """
+    z = tokens.float().flatten(1)
+    z = z - z.mean(0)  # (N, K): distances stay, and lose fewer digits below
+    squares = z.square().sum(1)  # (N,)
+    distances = (squares[:, None] + squares - 2 * z @ z.T) / z.shape[1]  # (N, N)
+    return torch.logsumexp(-distances.flatten(), 0) - 2 * math.log(len(z))
 
 
 def broadcast_over(values: Tensor, x: Tensor) -> Tensor:
@@ -22,29 +135,39 @@ def broadcast_over(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-def interpolate(x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-    """x_γ = γ·x + (1 − γ)·ε, with gamma (N,) and x, noise (N, …)."""
-    gamma = broadcast_over(gamma, x)
-    return gamma * x + (1 - gamma) * noise
-
-
-def target_field(x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-    """u = (x − ε)·c(γ), with gamma (N,) and x, noise (N, …)."""
-    return (x - noise) * broadcast_over(c_truncated(gamma), x)
-
-
 def drop_labels(y: Tensor, uniform: Tensor, null_class: int) -> Tensor:
     """Replaces the labels whose uniform draw falls below 0.1 by the null class: y, uniform (N,)."""
     return torch.where(uniform < LABEL_DROPOUT, null_class, y)
 
 
-def eqm_loss(field: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-    """Mean squared error of the field at x_γ against its target, a float32 scalar.
+def add_objective_args(parser: argparse.ArgumentParser) -> None:
+    """Adds what is learnt: the path, c(γ), the dispersive term, an explicit energy, sight of γ."""
+    default, between = Objective(), cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
+    group = parser.add_argument_group("objective")
+    group.add_argument("--path-type", choices=PATHS, default=default.path, help="from noise to data")
+    group.add_argument("--c-schedule", choices=SCHEDULES, default=default.schedule, help="c(γ), the field's magnitude")
+    group.add_argument("--c-a", type=between, default=default.a, help="γ from which c falls; truncated, piecewise")
+    group.add_argument("--c-b", type=cli.positive_float, help="c/λ at γ = 0; piecewise, which needs it")
+    group.add_argument("--c-lambda", type=cli.positive_float, default=default.scale, help="factor of c")
+    group.add_argument("--disp", action="store_true", help="also drive apart the last tokens of a rank's (micro-)batch")
+    group.add_argument("--ebm", choices=ENERGIES, default="none", help="the field is the gradient of this energy")
+    group.add_argument(
+        "--uncond",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the network does not see γ; one that does cannot be sampled by gradient descent",
+    )
 
-    Args:
-        field: (x_γ, γ) ↦ f, in x's shape and any precision.
-        x, noise: data and standard normal noise, (N, …).
-        gamma: (N,) in [0, 1].
+
+def objective_of(args: argparse.Namespace) -> Objective:
+    """The objective that the flags ask for.
+
+    Raises:
+        UserError: --c-b is missing, or has no meaning.
     """
-    prediction = field(interpolate(x, noise, gamma), gamma).float()
-    return (prediction - target_field(x, noise, gamma)).square().mean()
+    if (args.c_schedule == "piecewise") != (args.c_b is not None):
+        asks = "wants --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
+        raise UserError(f"--c-schedule {args.c_schedule} {asks}")
+    b = Objective.b if args.c_b is None else args.c_b
+    dispersion = DISPERSION_WEIGHT if args.disp else 0.0
+    return Objective(args.path_type, args.c_schedule, args.c_a, b, args.c_lambda, dispersion)

@@ -8,16 +8,13 @@ A pack is a folder of
     index.json        all of it in one file; written last, and the pack is whole when this is there
 
 A frame is (H, W, 3) uint8 pixels, or (2, 2, C, h, w) float16 latents: as it is and mirrored, and
-of each the mean and the standard deviation.
+of each the mean and the standard deviation. Every .json file has a checksum of what it says.
 """
 
-import json
 import os
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,119 +23,51 @@ from tqdm import tqdm
 
 from cli import UserError
 from data import Found, Item
+from files import file_checksum
+from pack_settings import Settings, read_json, read_settings, shard_path
 from video import VideoInfo
 
-FORMAT, VERSION = "EqM pack", 1
-# Packing loses one shard a process where it is interrupted, and a damaged one is made anew as a whole.
-SHARD_BYTES, MIN_SHARDS = 2**28, 64
-FRAMES_OF_A_VIDEO = 200  # for the size of shards, which is fixed before any video is opened
-CHECK_BYTES = 2**22  # read at a time
 MAX_MAPPED = 256  # shards a process holds open: each takes a file descriptor
 
 Encode = Callable[[np.ndarray], np.ndarray]  # (N, H, W, 3) uint8 to (N, 2, C, h, w) float16: mean, deviation
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a pack is made from and how: the same settings give the same shards.
-
-    `vae` is empty for pixels; for latents it has `name`, `fingerprint`, `scale`, `channels` and
-    `side`, the latents' height and width. `names_crc32` is over all files' names and classes.
-    """
-
-    format: str
-    version: int
-    source: str
-    video: bool
-    image_size: int
-    values: str
-    vae: dict
-    classes: list[str]
-    files: int
-    names_crc32: int
-
-    @property
-    def frame_shape(self) -> tuple[int, ...]:
-        if self.values == "pixels":
-            return self.image_size, self.image_size, 3
-        return 2, 2, self.vae["channels"], self.vae["side"], self.vae["side"]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.uint8 if self.values == "pixels" else np.float16)
-
-    @property
-    def frame_bytes(self) -> int:
-        return int(np.prod(self.frame_shape)) * self.dtype.itemsize
-
-    @property
-    def items_per_shard(self) -> int:
-        """Files of a shard: few enough that any number of processes finds work in a small set too."""
-        item_bytes = self.frame_bytes * (FRAMES_OF_A_VIDEO if self.video else 1)
-        return max(1, min(SHARD_BYTES // item_bytes, -(-self.files // MIN_SHARDS)))
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.files // self.items_per_shard)
-
-    def command(self, folder: Path) -> str:
-        """The command line that makes, goes on with, or mends a pack of these settings."""
-        vae = f" --vae {self.vae['name']}" if self.vae else ""
-        video = " --video" if self.video else ""
-        return f"python EqM/prepare.py {self.source} {folder}{video} --image-size {self.image_size}{vae}"
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """A shard's frames; its items lie beside it, as .json."""
-    return folder / f"shard-{number:05d}.bin"
-
-
-def write_json(path: Path, contents: dict) -> None:
-    """Writes a file whole or not at all: to a temporary name, to the disk, then renamed."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def read_settings(folder: Path) -> Settings:
-    """The settings of a pack, whole or half-made.
-
-    Raises:
-        UserError: damaged, or of another version.
-    """
-    path = folder / "settings.json"
-    try:
-        contents = json.loads(path.read_text())
-        known = (contents["format"], contents["version"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is missing or damaged: delete {folder} and run EqM/prepare.py again") from None
-    if known != (FORMAT, VERSION):
-        raise UserError(f"{folder} is a pack of version {known[1]}, and this is version {VERSION}: make it again")
-    return Settings(**contents)
-
-
 def read_shard_records(folder: Path, settings: Settings) -> dict[int, dict]:
-    """What lies beside each shard that is written, by number; none of a damaged record."""
+    """What lies beside each shard that is written, by number; none where it is damaged or may not be read."""
     records = {}
     for number in range(settings.num_shards):
-        with suppress(FileNotFoundError, ValueError):
-            records[number] = json.loads(shard_path(folder, number).with_suffix(".json").read_text())
+        with suppress(OSError, ValueError):  # such a shard is made anew
+            records[number] = read_json(shard_path(folder, number).with_suffix(".json"))
     return records
 
 
 def build_index(folder: Path, settings: Settings) -> dict:
-    """The index of a folder in which every shard is there."""
-    index: dict = {"settings": asdict(settings), "shards": [], "items": {}, "unreadable": []}
-    for number, contents in read_shard_records(folder, settings).items():
+    """The index of a folder in which every shard is there.
+
+    Raises:
+        UserError: a shard has gone since it was written.
+    """
+    records = read_shard_records(folder, settings)
+    for number in range(settings.num_shards):
+        if number not in records:
+            raise UserError(f"{shard_path(folder, number)} was removed or damaged: run the same command again")
+    index: dict = {"settings": settings.identity(), "shards": [], "items": {}, "unreadable": []}
+    for number, contents in records.items():
         columns = contents["items"] | {"shard": [number] * len(contents["items"]["path"])}
         for name, column in columns.items():
             index["items"].setdefault(name, []).extend(column)
         index["shards"].append({name: contents[name] for name in ("bytes", "crc32", "mtime_ns")})
         index["unreadable"].extend(contents["unreadable"])
     return index
+
+
+def read_index(folder: Path, settings: Settings) -> dict | None:
+    """The index of a whole pack; None where it is missing, damaged, of another pack or may not be read."""
+    try:
+        index = read_json(folder / "index.json")
+    except (OSError, ValueError):
+        return None
+    return index if index.get("settings") == settings.identity() else None
 
 
 class Pack:
@@ -148,8 +77,8 @@ class Pack:
     `rates` (N,) float64 in frames a second, 0 for images.
     """
 
-    def __init__(self, folder: Path, index: dict):
-        self.folder, self.settings = folder, Settings(**index["settings"])
+    def __init__(self, folder: Path, settings: Settings, index: dict):
+        self.folder, self.settings = folder, settings
         self.shard_records, self.unreadable = index["shards"], index["unreadable"]
         items = index["items"]
         self.paths = items["path"]
@@ -176,11 +105,6 @@ class Pack:
         shape = (frames, *self.settings.frame_shape)
         # A plain array on the same memory: np.memmap's own slices take several times as long.
         return np.asarray(np.memmap(shard_path(self.folder, number), self.settings.dtype, "r", shape=shape))
-
-    def frames(self, index: int) -> np.ndarray:
-        """An item's frames without a copy: (T, H, W, 3) uint8 pixels, or (T, 2, 2, C, h, w) float16 latents."""
-        first = self.first_frames[index]
-        return self.shard_frames(int(self.shards[index]))[first : first + self.lengths[index]]
 
     def num_bytes(self) -> int:
         """Bytes of all shards."""
@@ -209,17 +133,15 @@ class Pack:
 
 
 def is_pack(folder: Path) -> bool:
-    """True for a whole pack, False for any other folder.
+    """True for a whole pack, False for any folder that is none.
 
     Raises:
-        UserError: a half-made pack.
+        UserError: a half-made pack, one with damaged settings, or of another version.
     """
-    if (folder / "index.json").is_file():
-        return True
-    if (folder / "settings.json").is_file() or (folder / "shard-00000.bin").is_file():
-        command = read_settings(folder).command(folder)
-        raise UserError(f"{folder} is a half-made pack: run {command} again to finish it")
-    return False
+    settings = read_settings(folder)
+    if settings and not (folder / "index.json").exists():
+        raise UserError(f"{folder} is a half-made pack: run {settings.command(folder)} again to finish it")
+    return settings is not None
 
 
 def read_pack(folder: Path) -> Pack:
@@ -228,14 +150,16 @@ def read_pack(folder: Path) -> Pack:
     Raises:
         UserError: no pack, half-made, damaged, or of another version.
     """
-    if not is_pack(folder):
+    settings = read_settings(folder) if is_pack(folder) else None
+    if not settings:
         raise UserError(f"{folder} is not a pack: make one with EqM/prepare.py")
-    settings = read_settings(folder)
-    try:
-        return Pack(folder, json.loads((folder / "index.json").read_text()))
-    except (ValueError, KeyError, TypeError):
-        command = settings.command(folder)
-        raise UserError(f"{folder / 'index.json'} is damaged: run {command} again, which mends it") from None
+    index = read_index(folder, settings)
+    if not index:
+        raise UserError(
+            f"{folder / 'index.json'} is damaged or may not be read:"
+            f" run {settings.command(folder)} again, which mends it"
+        )
+    return Pack(folder, settings, index)
 
 
 def open_pack(folder: Path, show_progress: bool = True) -> Pack:
@@ -273,7 +197,7 @@ def find_damage(
         status = path.stat()
         if status.st_size != record["bytes"]:
             damage[number] = f"has {status.st_size:,} bytes, not the {record['bytes']:,} that were written"
-        elif not (trust_times and status.st_mtime_ns == record["mtime_ns"]):
+        elif not (trust_times and status.st_mtime_ns == record["mtime_ns"] and os.access(path, os.R_OK)):
             suspects.append(number)
     total = sum(records[number]["bytes"] for number in suspects)
     hidden = not (show_progress and suspects)
@@ -281,18 +205,19 @@ def find_damage(
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=total, desc="checking the pack", unit="B", unit_scale=True, disable=hidden) as bar,
     ):
-        checksums = pool.map(lambda number: file_checksum(shard_path(folder, number)), suspects)
+        checksums = pool.map(lambda number: try_checksum(shard_path(folder, number)), suspects)
         for number, checksum in zip(suspects, checksums, strict=True):
-            if checksum != records[number]["crc32"]:
+            if isinstance(checksum, str):
+                damage[number] = checksum
+            elif checksum != records[number]["crc32"]:
                 damage[number] = "has changed since it was written"
             bar.update(records[number]["bytes"])
     return damage
 
 
-def file_checksum(path: Path) -> int:
-    """CRC-32 over a file's bytes."""
-    checksum, block = 0, memoryview(bytearray(CHECK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            checksum = zlib.crc32(block[:size], checksum)
-    return checksum
+def try_checksum(path: Path) -> int | str:
+    """`file_checksum`, or why there is none."""
+    try:
+        return file_checksum(path)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"

@@ -25,9 +25,6 @@ class PackedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.pack)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        return {name: values[0] for name, values in self.__getitems__([key]).items()}
-
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         """The samples of many keys, as one batch."""
         indices = np.array([index for _, index in keys])  # (N,)

@@ -1,7 +1,6 @@
 """Packing shards in worker processes, which the main process gives work and, on a GPU, encodes for."""
 
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +17,9 @@ from tqdm import tqdm
 from cli import UserError
 from data import unreadable_errors
 from loader import read_image
-from pack import Encode, Settings
-from shards import ShardWriter
+from pack import Encode
+from pack_settings import Settings
+from shards import ShardWriter, write_shard
 from video import iterate_frames, probe_video
 
 
@@ -29,11 +29,19 @@ class Plan:
 
     folder: Path
     settings: Settings
+    source: Path
     samples: list[tuple[str, int]]
 
     def shard(self, number: int) -> list[tuple[str, int]]:
         count = self.settings.items_per_shard
         return self.samples[number * count : (number + 1) * count]
+
+
+def name_in(source: Path, path: str) -> str:
+    """A file's path relative to the source, whose own path, or what that leads to by symbolic links, it begins with."""
+    # Not os.path.relpath: it takes a/.. out, which is another folder where a is a link.
+    root = source if Path(path).is_relative_to(source) else source.resolve()
+    return str(Path(path).relative_to(root))
 
 
 def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.ndarray]]:
@@ -47,9 +55,10 @@ def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.n
 def pack_shard(plan: Plan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> None:
     """Decodes the files of one shard and writes it; files that cannot be read are noted in it."""
     video, size = plan.settings.video, plan.settings.image_size
-    with ShardWriter(plan.folder, number, plan.settings, encode) as writer:
+
+    def fill(writer: ShardWriter) -> None:
         for path, label in plan.shard(number):
-            name = os.path.relpath(path, plan.settings.source)
+            name = name_in(plan.source, path)
             try:
                 rate, frames = read_source(path, video, size)
                 first = next(frames)
@@ -58,6 +67,8 @@ def pack_shard(plan: Plan, number: int, encode: Encode | None, item_done: Callab
             else:
                 writer.add_item(name, label, rate, chain([first], frames))
             item_done()
+
+    write_shard(plan.folder, number, plan.settings, encode, fill)
 
 
 def work(main: Connection, others: list[Connection], plan: Plan, encode: Encode | None, encode_in_main: bool) -> None:

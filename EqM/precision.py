@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +49,13 @@ class Precision:
         name = f"fp32 {'TF32' if self.tf32 else 'IEEE'}" if self.name == "fp32" else self.name
         asked = f"{self.requested} requested: " if self.requested != self.name else ""
         return f"{name} ({asked}{self.reason})" if self.reason else name
+
+
+def make_deterministic() -> None:
+    """Has every operation give the same bits again on the same device; to call before the first product."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS's own condition
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def add_precision_args(parser: argparse.ArgumentParser) -> None:
@@ -104,4 +112,5 @@ def agree_on_precision(
     if choice.reason and len(choices) > 1:
         choice = replace(choice, reason=f"rank {rank}: {choice.reason}")
     torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = choice.tf32
     return choice

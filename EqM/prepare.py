@@ -11,7 +11,6 @@ import time
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -19,22 +18,14 @@ import cli
 import distributed
 from cli import UserError
 from data import check_readable, find_files
-from pack import (
-    FORMAT,
-    VERSION,
-    Pack,
-    Settings,
-    build_index,
-    find_damage,
-    read_settings,
-    read_shard_records,
-    shard_path,
-    write_json,
-)
-from packing import Plan, pack_shards
+from files import leftovers, lock
+from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, load_vae
+from pack import Pack, build_index, find_damage, read_index, read_shard_records
+from pack_settings import FORMAT, VERSION, Settings, read_settings, shard_path, write_json
+from packing import Plan, name_in, pack_shards
 from shards import disk_errors
 
-DEFAULT_SIZE, DEFAULT_LATENT_SIZE = 64, 256
+PARTS = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,37 +33,38 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("source", type=Path, help="class folders, or videos with a CSV")
     parser.add_argument("pack", type=Path, help="gets the pack: a new folder, or one to go on with or to mend")
     parser.add_argument("--video", action="store_true", help="pack videos, not images")
-    parser.add_argument("--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
+    parser.add_argument(
+        "--image-size", type=cli.side, help=f"height and width, pixels; default {PIXEL_SIZE}, with a VAE {IMAGE_SIZE}"
+    )
     parser.add_argument("--vae", default="none", metavar="{none,ema,mse,DIR}", help="pack latents of this VAE")
     parser.add_argument("--num-workers", type=cli.positive_int, help="processes a rank; default all cores")
     return parser.parse_args()
 
 
-def vae_settings(args: argparse.Namespace, vae: Any) -> dict:
+def vae_settings(args: argparse.Namespace, vae: VAE) -> dict:
     """What a pack keeps of its VAE.
 
     Raises:
         UserError: an image size that the VAE cannot halve so often.
     """
-    if args.image_size % vae.space.downsampling:
-        raise UserError(f"--image-size {args.image_size} is not a multiple of the VAE's {vae.space.downsampling}")
+    space = vae.space
     return {
         "name": args.vae,
-        "fingerprint": vae.space.fingerprint,
-        "scale": vae.space.scale,
-        "channels": vae.space.channels,
-        "side": args.image_size // vae.space.downsampling,
+        "fingerprint": space.fingerprint,
+        "scale": space.scale,
+        "channels": space.channels,
+        "side": space.side(args.image_size),
     }
 
 
-def make_plan(args: argparse.Namespace, vae: Any) -> Plan:
+def make_plan(args: argparse.Namespace, vae: VAE | None) -> Plan:
     """Finds the files, and opens the folder for them.
 
     Raises:
         UserError: no files, or a folder of other settings or of something else.
     """
     classes, samples = find_files(args.source, args.video)
-    names = "\n".join(f"{os.path.relpath(path, args.source)}\t{label}" for path, label in samples)
+    names = "\n".join(f"{name_in(args.source, path)}\t{label}" for path, label in samples)
     settings = Settings(
         format=FORMAT,
         version=VERSION,
@@ -87,24 +79,32 @@ def make_plan(args: argparse.Namespace, vae: Any) -> Plan:
     )
     with disk_errors(args.pack):
         args.pack.mkdir(parents=True, exist_ok=True)
-        if not (args.pack / "settings.json").is_file():
-            if any(path for path in args.pack.iterdir() if path.suffix != ".tmp"):
+        theirs = read_settings(args.pack)
+        if not theirs:
+            if set(args.pack.iterdir()) - set(leftovers(args.pack, "settings.json")):
                 raise UserError(f"{args.pack} holds something else than a pack: give another folder")
             write_json(args.pack / "settings.json", asdict(settings))
-        for left in args.pack.glob("*.tmp"):  # of a run that was killed
-            left.unlink()
-    check_settings(args.pack, asdict(read_settings(args.pack)), asdict(settings))
-    return Plan(args.pack, settings, samples)
+    check_settings(args.pack, (theirs or settings).identity(), settings.identity())
+    return Plan(args.pack, settings, args.source, samples)
 
 
 def check_settings(folder: Path, theirs: dict, ours: dict) -> None:
     """Raises UserError, with both values, where a pack was made with other settings."""
     for key, value in ours.items():
         if theirs[key] != value:
-            raise UserError(
-                f"{folder} was made with {key} {theirs[key]}, and this run has {value}:"
-                " give another folder, or delete this one"
-            )
+            raise UserError(f"{folder} was made with {key} {theirs[key]}, and this run has {value}: give a new folder")
+
+
+def keep_others_out(folder: Path) -> None:
+    """Locks a folder until this process and its workers end.
+
+    Raises:
+        UserError: another run has locked it.
+    """
+    with disk_errors(folder):
+        alone = lock(folder)
+    if not alone:
+        raise UserError(f"another run is packing into {folder}: let it end, then run the same command again")
 
 
 def missing_shards(plan: Plan) -> list[int]:
@@ -118,13 +118,13 @@ def missing_shards(plan: Plan) -> list[int]:
 
 
 def finish(plan: Plan) -> Pack:
-    """Writes the index of a folder in which every shard is there.
+    """Writes the index of a folder in which every shard is there, if it is not there already.
 
     Raises:
         UserError: too many files could not be read; a later run tries them again.
     """
     index = build_index(plan.folder, plan.settings)
-    pack = Pack(plan.folder, index)
+    pack = Pack(plan.folder, plan.settings, index)
     try:
         check_readable(replace(pack.found(), root=plan.settings.source), plan.settings.video)
     except UserError:
@@ -133,7 +133,12 @@ def finish(plan: Plan) -> Pack:
                 shard_path(plan.folder, number).with_suffix(".json").unlink()
         raise
     with disk_errors(plan.folder):
-        write_json(plan.folder / "index.json", index)
+        # A whole pack is not touched: it may lie on a disk that can only be read.
+        if read_index(plan.folder, plan.settings) != index:
+            write_json(plan.folder / "index.json", index)
+        for names in PARTS:
+            for left in leftovers(plan.folder, names):
+                left.unlink()
     return pack
 
 
@@ -153,13 +158,10 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
 def main() -> None:
     args = parse_args()
     device = distributed.start()
-    vae = None
-    if args.vae != "none":
-        from latents import load_vae  # what it needs is not installed for pixels alone
-
-        vae = load_vae(args.vae, device)
-    args.image_size = args.image_size or (DEFAULT_LATENT_SIZE if vae else DEFAULT_SIZE)
+    vae = load_vae(args.vae, device) if args.vae != "none" else None
+    args.image_size = args.image_size or (IMAGE_SIZE if vae else PIXEL_SIZE)
     plan = distributed.on_main(lambda: make_plan(args, vae))
+    distributed.on_main(lambda: keep_others_out(plan.folder))
     missing = distributed.on_main(lambda: missing_shards(plan))
 
     mine = missing[distributed.rank() :: distributed.world_size()]

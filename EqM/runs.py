@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import resource
 import sys
@@ -13,12 +14,25 @@ from torch import Tensor
 
 import distributed
 from cli import UserError
+from files import write_whole
 from precision import Precision
 
 log = logging.getLogger("EqM")
 
 
-def create_run_folder(results_dir: Path, model: str) -> Path:
+def run_name(model: str, path_type: str) -> str:
+    """What follows a run's number, as EqM-S-4-Linear-velocity-None."""
+    return f"{model.replace('/', '-')}-{path_type}-velocity-None"
+
+
+def run_folders(results_dir: Path, model: str, path_type: str = "Linear") -> list[Path]:
+    """The folders of a model's runs along a path, the newest last."""
+    number = re.compile(rf"(\d+)-{re.escape(run_name(model, path_type))}")
+    found = [(int(match[1]), path) for path in results_dir.glob("*") if (match := number.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def create_run_folder(results_dir: Path, model: str, path_type: str = "Linear") -> Path:
     """Makes and returns the next numbered folder, as 027-EqM-S-4-Linear-velocity-None.
 
     Making a folder is atomic: of two runs that start at once, one gets the next number.
@@ -30,7 +44,7 @@ def create_run_folder(results_dir: Path, model: str) -> Path:
         results_dir.mkdir(parents=True, exist_ok=True)
         while True:
             numbers = [int(n[0]) for path in results_dir.iterdir() if (n := re.findall(r"^\d+(?=-)", path.name))]
-            name = f"{max(numbers, default=-1) + 1:03d}-{model.replace('/', '-')}-Linear-velocity-None"
+            name = f"{max(numbers, default=-1) + 1:03d}-{run_name(model, path_type)}"
             try:
                 (results_dir / name).mkdir()
             except FileExistsError:
@@ -41,6 +55,35 @@ def create_run_folder(results_dir: Path, model: str) -> Path:
         raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
 
 
+def write_config(folder: Path, config: dict) -> None:
+    """Writes config.json.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        write_whole(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+
+
+class LogFile(logging.FileHandler):
+    """A log file; a line that cannot be written is on the screen all the same, and ends nothing."""
+
+    failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # from opening it
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self.failed:
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+        self.failed = True
+
+
 def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
     """Sends the log of rank 0 to the screen, and to a file if one is given; other ranks stay silent."""
     if not distributed.is_main():
@@ -48,7 +91,7 @@ def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
         log.propagate = False
         return
     log.setLevel(level)
-    handlers = [logging.StreamHandler(sys.stdout)] + ([logging.FileHandler(file)] if file else [])
+    handlers = [logging.StreamHandler(sys.stdout)] + ([LogFile(file, delay=True)] if file else [])
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
@@ -68,16 +111,22 @@ def log_precision(precision: Precision) -> None:
 class Metrics:
     """Writes the lines of metrics.jsonl and of the log."""
 
-    def __init__(self, folder: Path, device: torch.device, samples: int):
+    def __init__(self, folder: Path, device: torch.device, samples: int, step: int):
         self.path, self.device = folder / "metrics.jsonl", device
+        if distributed.is_main() and self.path.exists():
+            try:
+                self.cut(step)
+            except OSError as error:
+                log.error("%s keeps the lines after step %d: %s", self.path, step, error.strerror)
         self.start = self.since = time.perf_counter()
         self.samples = samples
 
     def write(self, means: Tensor, samples: int, waiting_s: float, **counters: float) -> float:
         """Averages over the ranks, and writes the result.
 
-        Every rank must call it. `means` (2,) is this rank's loss and gradient norm, `samples` those
-        of all ranks so far, `waiting_s` how long this rank has waited for data since the last line;
+        Every rank must call it. `means` (3,) is this rank's loss, gradient norm and largest gradient norm
+        since the last line, `samples` those of all ranks so far, `waiting_s` how long this rank has waited
+        for data since the last line;
         `counters` (step, epoch, …) go into the line as they are.
 
         Returns:
@@ -85,24 +134,46 @@ class Metrics:
         """
         now = time.perf_counter()
         times = means.new_tensor([(now - self.start) / 60, waiting_s / (now - self.since)])
-        loss, grad_norm, minutes, waiting = distributed.mean(torch.cat([means, times])).tolist()
+        loss, grad_norm, largest_grad_norm, minutes, waiting = distributed.mean(torch.cat([means, times])).tolist()
         row = counters | {
             "minutes": round(minutes, 3),
             "loss": loss,
             "grad_norm": grad_norm,
+            "largest_grad_norm": largest_grad_norm,
             "samples_per_second": round((samples - self.samples) / (now - self.since), 2),
             "waiting_for_data": round(waiting, 4),
             "memory_gb": round(peak_memory_gb(self.device), 3),
         }
         if distributed.is_main():
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self.append(row)
         log.info(
-            "step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3f}, "
+            "step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3f} (largest {largest_grad_norm:.3f}), "
             "{samples_per_second:.1f} samples/s, {memory_gb:.2f} GB".format(**row)
         )
         self.samples, self.since = samples, now
         return minutes
+
+    def append(self, row: dict) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            log.error("%s lacks the line of step %d: %s", self.path, row["step"], error.strerror)
+
+    def cut(self, step: int) -> None:
+        """Removes the lines after a step, from which a run goes on, and what is left of one half written."""
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if step_of_line(line) <= step]
+        if kept != lines:
+            write_whole(self.path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def step_of_line(line: str) -> float:
+    """The step of a line of metrics; of a damaged one, infinity."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def peak_memory_gb(device: torch.device) -> float:

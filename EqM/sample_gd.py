@@ -5,33 +5,33 @@
 """
 
 import argparse
-import csv
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import cli
 import distributed
-from checkpoint import load_checkpoint, load_file, load_weights, network_weights
+from adaptive import Descent, Slots, summary
+from checkpoint import check_written_here, load_file, load_weights, network_weights
 from cli import UserError
-from config import check_flags, class_names, published_config
+from compose import class_index, parse_sum
+from config import add_known_args, check_flags, class_names, published_config
+from descents import Finished, Norms, fixed_descents
 from fast import add_compile_arg, conditioned_field, is_fast
 from latents import VAE, load_vae
 from loader import to_pixels
-from models import EqM, EqM_models, build_network
-from pictures import contact_sheet, read_png, write_gif, write_png
+from models import EqM, build_network
+from outputs import Output, Report, write_npz, write_sheet, write_table
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
-from sampling import Field, gradient_descent, guided, sample_noise
-from video import write_video
-
-SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
+from sampling import Field, composed, gradient_descent
+from starts import Starts, add_start_args, choose_starts
+from traces import TRACED, write_evaluations, write_trace
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,8 +46,10 @@ def parse_args() -> argparse.Namespace:
         metavar="CLASS",
         help="a name or an index; repeat it for more; default all in turn",
     )
+    parser.add_argument("--compose", metavar="SUM", help='adds the fields of classes, as "A + 0.5*B - 0.3*C"')
     parser.add_argument("--target-fps", type=cli.frame_rate, help="frames a second; default the training clips' mean")
     parser.add_argument("--video-format", choices=("mp4", "gif"), default="mp4", help="of videos")
+    parser.add_argument("--trace", action="store_true", help="table and plot of the first samples' norms by step")
     parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
     parser.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of the noise")
     add_precision_args(parser)
@@ -58,13 +60,19 @@ def parse_args() -> argparse.Namespace:
     method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field")
     method.add_argument("--mu", type=cli.fraction, default=0.3, help="look-ahead of ngd")
     method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250, help="updates a sample")
+    method.add_argument(
+        "--adaptive",
+        type=cli.positive_float,
+        metavar="G",
+        help="a sample stops where its field's norm, the root mean square over its elements, is below G;"
+        " --num-sampling-steps is the cap",
+    )
     method.add_argument("--cfg-scale", type=cli.non_negative_float, default=1.0, help="guidance; 1: none")
-    known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
-    known.add_argument("--model", choices=EqM_models, metavar="NAME")
-    known.add_argument("--video", action="store_true", default=None)
-    known.add_argument("--clip-len", type=cli.side)
-    known.add_argument("--image-size", type=cli.side)
-    known.add_argument("--num-classes", type=cli.positive_int)
+    method.add_argument(
+        "--cfg-channels", choices=("all", "3"), default="all", help="that it changes; 3: the first 3, as published"
+    )
+    add_start_args(parser)
+    add_known_args(parser)
     return parser.parse_args()
 
 
@@ -75,72 +83,69 @@ def load(args: argparse.Namespace, device: torch.device, precision: Precision) -
         UserError: no checkpoint, or the VAE is missing or another one than the network was trained on.
     """
     contents = load_file(args.ckpt)
-    weights = network_weights(contents)
-    table = weights.get("y_embedder.embedding_table.weight")
-    published = "config" not in contents and args.model and args.vae and table is not None
-    config = None if published else load_checkpoint(args.ckpt)["config"]
-    trained_on = (config.get("vae") or {}) if config else {}
+    weights = network_weights(contents, args.ckpt)
+    table = weights.get("y_embedder.embedding_table.weight", torch.empty(0))  # (classes and the null class, D)
+    if "config" not in contents and len(table.shape) == 2 and args.model and args.vae not in (None, "none"):
+        vae = load_vae(args.vae, device, precision.name == "bf16")
+        return weights, published_config(args, len(table) - 1, vae.space), vae
+    check_written_here(contents, args.ckpt)
+    trained_on = contents["config"].get("vae") or {}
     name = args.vae or trained_on.get("name", "none")
-    if (name == "none") == bool(published or trained_on):
+    if (name == "none") == bool(trained_on):
         wants = f"latents of {trained_on['name']}" if trained_on else "pixels"
         raise UserError(f"{args.ckpt} was trained on {wants}, and --vae says {name}: leave it out")
     vae = load_vae(name, device, precision.name == "bf16") if name != "none" else None
     if trained_on and vae.space.fingerprint != trained_on["fingerprint"]:
         raise UserError(f"--vae {name} is another VAE than the one that {args.ckpt} was trained on")
-    return weights, config or published_config(args, len(table) - 1, vae.space), vae
+    return weights, contents["config"], vae
 
 
-def choose_classes(asked: list[str], names: list[str]) -> list[int]:
-    """Class indices from names or indices."""
+def open_network(args: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[EqM, dict, VAE | None]:
+    """The checkpoint's network on the device in the precision, without gradients; its config, and its VAE if any.
 
-    def index(text: str) -> int:
-        if text in names:
-            return names.index(text)
-        if text.isdecimal() and int(text) < len(names):
-            return int(text)
-        some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        raise UserError(f"--class {text} is unknown: the checkpoint has 0 to {len(names) - 1}: {some}")
-
-    return [index(text) for text in asked]
+    Raises:
+        UserError: as `load`, and for a flag that contradicts the checkpoint, or weights of another network.
+    """
+    weights, config, vae = load(args, device, precision)
+    check_flags(args, config)
+    network = build_network(config["network"])
+    load_weights(network, weights, args.ckpt)
+    return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae
 
 
 @dataclass(frozen=True)
-class Output:
-    """Where samples go and how a file is named and written."""
+class Plan:
+    """What samples show and where they start.
 
-    folder: Path
-    suffix: str
-    frames_per_second: float | None
+    They have the classes in turn, or all show the sum of (weight, class) `terms`, in place of which, as
+    of no class, `classes` has the null class.
+    """
 
-    def path(self, index: int) -> Path:
-        return self.folder / f"{index:06d}{self.suffix}"
+    classes: list[int]
+    terms: list[tuple[float, int]]
+    starts: Starts
 
-    def prepare(self, num_samples: int) -> None:
-        """Makes the folder.
+    def labels(self, samples: Sequence[int]) -> Tensor:
+        """The classes of samples (N,), on the host, which thus knows them without waiting for a GPU."""
+        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
 
-        Raises:
-            UserError: it cannot be written, or holds samples that this run would not replace.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self.folder, self.folder.parent):  # the sheet and the .npz lie beside the samples
-                tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"--folder {self.folder} cannot be written: {error.strerror}") from None
-        ours = {self.path(i).name for i in range(num_samples)}
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".mp4", ".gif", ".png") and path.name not in ours:
-                raise UserError(f"{path} is not one of these samples: empty the folder, or name another --folder")
 
-    def write(self, index: int, frames: np.ndarray) -> None:
-        """Writes one sample, (T, H, W, 3) uint8."""
-        path = self.path(index)
-        if self.suffix == ".png":
-            write_png(path, frames[0])
-        elif self.suffix == ".gif":
-            write_gif(path, frames, self.frames_per_second)
-        else:
-            write_video(path, frames, self.frames_per_second)
+def make_plan(args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None) -> Plan:
+    """The plan that the flags ask for, of samples of one shape.
+
+    Raises:
+        UserError: a class that is not known, no sum, or flags that contradict each other.
+    """
+    names = class_names(config)
+    terms = parse_sum(args.compose, names) if args.compose is not None else []
+    asked = [class_index(text, names) for text in args.classes or []]
+    if terms and asked:
+        raise UserError("--class and --compose both say what samples show: give one of them")
+    starts, of_starts = choose_starts(args, config, shape, vae, names)
+    classes = asked or of_starts or list(range(len(config["classes"])))
+    if args.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
+        raise UserError(f"--cfg-scale {args.cfg_scale:g} has no class to guide to: add --class, or leave it out")
+    return Plan([len(names)] if terms else classes, terms, starts)
 
 
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
@@ -154,86 +159,97 @@ def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
     return [indices[i * share : (i + 1) * share] for i in range(num_batches)]
 
 
+def field_of(
+    args: argparse.Namespace,
+    network: EqM,
+    conditioned: Callable[[Tensor], Field],
+    y: Tensor,
+    terms: Sequence[tuple[float, int]] = (),
+) -> Field:
+    """The guided field of classes y (N,), or, for N samples, of a sum of classes."""
+    guided_channels = 3 if args.cfg_channels == "3" else network.in_channels
+    scales = [args.cfg_scale if i < guided_channels else 1.0 for i in range(network.in_channels)]
+    weights = [weight for weight, _ in terms] or [1.0]
+    rows = torch.stack([torch.full_like(y, label) for _, label in terms] or [y])  # (K, N)
+    return composed(conditioned, rows, weights, network.num_classes, scales)
+
+
 def sample_batch(
     args: argparse.Namespace,
     network: EqM,
     conditioned: Callable[[Tensor], Field],
     y: Tensor,
-    indices: Sequence[int],
+    start: Tensor,
     steps: Iterable,
+    terms: Sequence[tuple[float, int]] = (),
+    watch: Callable[[Tensor], None] = lambda value: None,
 ) -> Tensor:
-    """Samples of the classes y (N,), in float32: (N, C, H, W) or (N, C, T, H, W)."""
-    noise = sample_noise(args.global_seed, indices, network.input_shape).to(y.device)
-    field = guided(conditioned, y, network.num_classes, args.cfg_scale)
-    return gradient_descent(field, noise, args.stepsize, steps, args.mu if args.sampler == "ngd" else 0.0)
+    """Samples of the classes y (N,) or of a sum, from where they start, in float32: (N, C, H, W) or (N, C, T, H, W)."""
+    field, mu = field_of(args, network, conditioned, y, terms), args.mu if args.sampler == "ngd" else 0.0
+    return gradient_descent(field, start.to(network.pos_embed.device), args.stepsize, steps, mu, watch)
+
+
+def adaptive_samples(
+    args: argparse.Namespace,
+    network: EqM,
+    conditioned: Callable[[Tensor], Field],
+    plan: Plan,
+    batches: list[range],
+    progress: Callable[[int], object],
+) -> Iterator[list[Finished]]:
+    """The samples of all batches in the order in which they stop, as many at once as a batch has."""
+    indices, size = [index for batch in batches for index in batch], max(map(len, batches), default=1)
+    if indices:
+        # The part of every label at once, rather than a pass for each that a slot's next sample brings.
+        field_of(args, network, conditioned, plan.labels(range(len(plan.classes))), plan.terms)
+
+    def field_of_samples(samples: Sequence[int]) -> Field:
+        return field_of(args, network, conditioned, plan.labels(samples), plan.terms)
+
+    mu = args.mu if args.sampler == "ngd" else 0.0
+    descent = Descent(args.stepsize, mu, args.num_sampling_steps, args.adaptive)
+    device, shrinks = network.pos_embed.device, not is_fast(args, network.pos_embed.device)
+    finished = Slots(field_of_samples, plan.starts, indices, size, descent, device, progress, shrinks).run()
+    while group := list(islice(finished, size)):
+        yield group
 
 
 @torch.no_grad()
 def write_samples(
-    args: argparse.Namespace, network: EqM, vae: VAE | None, classes: list[int], output: Output, device: torch.device
-) -> dict[int, np.ndarray]:
-    """Makes and writes this rank's samples; returns those for the contact sheet, by index.
+    args: argparse.Namespace, network: EqM, vae: VAE | None, plan: Plan, output: Output, device: torch.device
+) -> Report:
+    """Makes and writes this rank's samples; returns what there is to say of them.
 
     Raises:
         UserError: samples that are not finite.
     """
-    batches = batches_of_rank(args.num_fid_samples, args.global_batch_size)
-    size, shown = max(map(len, batches), default=1), {}
+    batches, report = batches_of_rank(args.num_fid_samples, args.global_batch_size), Report()
+    size, num_samples = max(map(len, batches), default=1), sum(map(len, batches))
     seconds_per_frame = 1 / output.frames_per_second if output.frames_per_second else 0.0
-    evaluations = size if args.cfg_scale == 1 else 2 * size  # in one call
+    evaluations = (max(len(plan.terms), 1) + (args.cfg_scale != 1)) * size  # in one call
     conditioned = conditioned_field(network, evaluations, seconds_per_frame, is_fast(args, device))
-    total = len(batches) * args.num_sampling_steps
-    with tqdm(total=total, desc="sampling", unit="step", disable=not distributed.is_main()) as bar:
 
-        def counted_steps() -> Iterator[int]:
-            for step in range(args.num_sampling_steps):
-                yield step
-                bar.update()
+    def sample(indices: Sequence[int], steps: Iterable, norms: Norms) -> Tensor:
+        y, start = plan.labels(indices), plan.starts(indices)
+        return sample_batch(args, network, conditioned, y, start, steps, plan.terms, norms)
 
-        for indices in batches:
-            # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
-            padded = [*indices, *[indices[-1]] * (size - len(indices))]
-            y = torch.tensor([classes[i % len(classes)] for i in padded], device=device)  # (N,)
-            x = sample_batch(args, network, conditioned, y, padded, counted_steps())[: len(indices)]
+    total = num_samples * args.num_sampling_steps
+    with tqdm(total=total, desc="sampling", unit="evaluation", disable=not distributed.is_main()) as bar:
+        if args.adaptive:
+            groups = adaptive_samples(args, network, conditioned, plan, batches, bar.update)
+        else:
+            traced = TRACED if args.trace else 0
+            groups = fixed_descents(sample, batches, args.num_sampling_steps, traced, bar.update)
+        for group in groups:
+            x = torch.stack([finished.x for finished in group])  # (N, …)
             if not x.isfinite().all():
                 raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
             x = vae.decode(x) if vae else x
             clips = to_pixels(x if network.is_video else x[:, :, None]).permute(0, 2, 3, 4, 1)  # (N, T, H, W, C)
-            for index, frames in zip(indices, clips.cpu().numpy(), strict=True):
-                output.write(index, frames)
-                if index < SHEET_SAMPLES:
-                    shown[index] = frames
-    return shown
-
-
-def write_table(
-    args: argparse.Namespace, output: Output, classes: list[int], names: list[str], precision: Precision
-) -> None:
-    """Writes samples.csv: what each file shows and how it was made."""
-    settings = {
-        "seed": args.global_seed,
-        "sampler": args.sampler,
-        "stepsize": args.stepsize,
-        "mu": args.mu if args.sampler == "ngd" else 0.0,
-        "steps": args.num_sampling_steps,
-        "cfg_scale": args.cfg_scale,
-        "precision": precision.name,
-        "frames_per_second": output.frames_per_second,
-        "checkpoint": args.ckpt,
-    }
-    with (output.folder / "samples.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "index", "class", "class_name", *settings])
-        for index in range(args.num_fid_samples):
-            label = classes[index % len(classes)]
-            writer.writerow([output.path(index).name, index, label, names[label], *settings.values()])
-
-
-def write_npz(output: Output, num_samples: int) -> Path:
-    """Writes all images, (N, H, W, 3) uint8, as `arr_0` of a file beside the folder."""
-    path = output.folder.with_name(output.folder.name + ".npz")
-    np.savez(path, arr_0=np.stack([read_png(output.path(i)) for i in range(num_samples)]))
-    return path
+            for finished, frames in zip(group, clips.cpu().numpy(), strict=True):
+                output.write(finished.index, frames)
+                report.add(finished, frames)
+    return report
 
 
 def main() -> None:
@@ -241,32 +257,30 @@ def main() -> None:
     device = distributed.start()
     start_log()
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
-    weights, config, vae = load(args, device, precision)
-    settings, names = config["network"], class_names(config)
-    check_flags(args, config)
-    classes = choose_classes(args.classes or config["classes"], names)
+    network, config, vae = open_network(args, device, precision)
     batches_of_rank(args.num_fid_samples, args.global_batch_size)
-
-    network = build_network(settings)
-    load_weights(network, weights, args.ckpt)
-    network = network.requires_grad_(False).eval().to(device, precision.dtype)
+    plan = make_plan(args, config, network.input_shape, vae)
+    names = [*class_names(config), args.compose or "no class"]
     frames_per_second = (args.target_fps or config["frames_per_second"]) if network.is_video else None
     output = Output(args.folder.resolve(), f".{args.video_format}" if network.is_video else ".png", frames_per_second)
     distributed.on_main(lambda: output.prepare(args.num_fid_samples))
 
     log_precision(precision)
-    log.info("checkpoint: %s, %s, trained in %s", args.ckpt, settings["model"], config["precision"]["name"])
-    shown = write_samples(args, network, vae, classes, output, device)
-    shown = {index: frames for part in distributed.gather(shown) for index, frames in part.items()}
+    model, trained_in = config["network"]["model"], config["precision"]["name"]
+    log.info("checkpoint: %s, %s, trained in %s", args.ckpt, model, trained_in)
+    report = Report.of_all(distributed.gather(write_samples(args, network, vae, plan, output, device)))
     if distributed.is_main():
-        write_table(args, output, classes, names, precision)
+        write_table(args, output, plan.classes, names, precision, plan.starts, report)
         if not network.is_video:
             log.info("all images: %s", write_npz(output, args.num_fid_samples))
-        sheet = output.folder.with_name(output.folder.name + "-sheet.png")
-        captions = [names[classes[i % len(classes)]] for i in sorted(shown)]
-        write_png(sheet, contact_sheet([shown[i] for i in sorted(shown)], captions))
         log.info("%d samples in %s", args.num_fid_samples, output.folder)
-        log.info("contact sheet: %s", sheet)
+        log.info("contact sheet: %s", write_sheet(output, report.shown, plan.classes, names))
+        if args.trace:
+            log.info("norms by step: %s, %s", *write_trace(output.folder, {"norm": report.traces}))
+        if args.adaptive:
+            counts = [count for count, _ in report.descents.values()]
+            log.info(summary(counts, args.num_sampling_steps))
+            log.info("evaluations of all samples: %s", write_evaluations(output.folder, counts))
     distributed.stop()
 
 

@@ -4,6 +4,7 @@ A field is a function x ↦ f(x) that points from noise to data and is added (Wa
 arXiv 2510.02300). Nothing here knows of networks or ranks; x stays in float32.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -13,30 +14,79 @@ from torch import Tensor
 Field = Callable[[Tensor], Tensor]
 
 
-def gradient_descent(field: Field, x: Tensor, stepsize: float, steps: Iterable, mu: float = 0.0) -> Tensor:
+def gradient_descent(
+    field: Field,
+    x: Tensor,
+    stepsize: float,
+    steps: Iterable,
+    mu: float = 0.0,
+    watch: Callable[[Tensor], None] = lambda value: None,
+) -> Tensor:
     """x ← x + η·f(x + μ·(x − x₋₁)), once for each element of `steps`, with x₋₁ = x at the start.
 
-    With mu = 0 this is GD, otherwise NAG-GD. `steps` is any iterable, a progress bar included.
+    With mu = 0 this is GD, otherwise NAG-GD. `steps` is any iterable, a progress bar included; `watch`
+    sees each value of the field.
     """
     previous = x
     for _ in steps:
-        look_ahead = x + mu * (x - previous) if mu else x
-        previous, x = x, x + stepsize * field(look_ahead).float()
+        after, value = update(field, x, previous, stepsize, mu)
+        previous, x = x, after
+        watch(value)
     return x
 
 
-def guided(conditioned: Callable[[Tensor], Field], y: Tensor, null_class: int, scale: float) -> Field:
-    """The field of classes y (N,), with classifier-free guidance u + s·(c − u) in one batched call.
+def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor]:
+    """x one step on, and the field's value that it went along, both (N, …) in float32."""
+    look_ahead = x + mu * (x - previous) if mu else x
+    value = field(look_ahead).float()
+    return x + stepsize * value, value
 
-    `conditioned` gives the field of the labels of a batch.
+
+def value_norms(value: Tensor) -> Tensor:
+    """The root mean square of each sample's elements: (N, …) → (N,), in float32, the same scale for any size."""
+    return torch.linalg.vector_norm(value.float().flatten(1), dim=1) / math.sqrt(value[0].numel())
+
+
+def guided(conditioned: Callable[[Tensor], Field], y: Tensor, null_class: int, scale: float | Sequence[float]) -> Field:
+    """The field of classes y (N,), with classifier-free guidance u + s·(c − u): `composed` of one class a sample."""
+    return composed(conditioned, y[None], [1.0], null_class, scale)
+
+
+def composed(
+    conditioned: Callable[[Tensor], Field],
+    y: Tensor,
+    weights: Sequence[float],
+    null_class: int,
+    scale: float | Sequence[float],
+) -> Field:
+    """The sum Σ wₖ·gₖ of the guided fields gₖ = u + s·(cₖ − u) of classes y (K, N), in one batched call.
+
+    Fields are gradients of energies, so that their sum is the gradient of the sum (Du, Li & Mordatch 2020,
+    arXiv 2004.06030). The unconditional field u is the same for all classes: one row of labels more.
+
+    Args:
+        conditioned: gives the field of the labels of a batch.
+        weights: wₖ, one for each row of y.
+        scale: s, or one for each channel; where all are 1, u is not evaluated.
     """
-    if scale == 1:
-        return conditioned(y)
-    both = conditioned(torch.cat([y, torch.full_like(y, null_class)]))  # of a batch of 2N
+    w, s = torch.tensor(weights)[:, None], torch.tensor(scale, dtype=torch.float32).view(1, -1)  # (K, 1), (1, C or 1)
+    if (s == 1).all():
+        return weighted_sum(conditioned, y, w)
+    rows = torch.cat([y, torch.full_like(y[:1], null_class)])  # (K + 1, N)
+    return weighted_sum(conditioned, rows, torch.cat([w * s, w.sum() * (1 - s)]))
+
+
+def weighted_sum(conditioned: Callable[[Tensor], Field], rows: Tensor, weights: Tensor) -> Field:
+    """The sum over r of weights (R, C or 1), a number for each channel or for all, times the fields of rows (R, N)."""
+    if len(rows) == 1 and (weights == 1).all():
+        return conditioned(rows[0])
+    every = conditioned(rows.flatten())  # of a batch of RN
 
     def field(x: Tensor) -> Tensor:
-        conditional, unconditional = both(torch.cat([x, x])).float().chunk(2)  # (N, …) each
-        return unconditional + scale * (conditional - unconditional)
+        nonlocal weights
+        weights = weights.to(x.device, non_blocking=True)  # at the first call: rows may be on the host
+        fields = every(torch.cat([x] * len(rows))).float().unflatten(0, rows.shape)  # (R, N, C, …)
+        return (fields * weights.view(len(rows), 1, -1, *[1] * (x.dim() - 2))).sum(0)  # (N, C, …)
 
     return field
 

@@ -1,15 +1,17 @@
 """Writing the shards of a pack."""
 
-import os
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from cli import UserError
-from pack import Encode, Settings, shard_path, write_json
+from files import write_whole
+from pack import Encode
+from pack_settings import Settings, shard_path, write_json
 
 CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded together: at most both
 
@@ -19,6 +21,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Makes a full disk, or one that cannot be written, a line for people."""
     try:
         yield
+    except ConnectionError:
+        raise  # of a pipe to another process, not of the disk
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error.strerror}: make room and run the same command again,"
@@ -26,36 +30,43 @@ def disk_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def write_shard(
+    folder: Path, number: int, settings: Settings, encode: Encode | None, fill: Callable[["ShardWriter"], None]
+) -> None:
+    """Writes what `fill` adds to a shard, whole or, where an error ends it, not at all.
+
+    Raises:
+        UserError: the disk is full, or cannot be written.
+    """
+    path, record = shard_path(folder, number), {}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            writer = ShardWriter(file, settings, encode)
+            fill(writer)
+            record.update(writer.finish())
+
+    with disk_errors(folder):
+        write_whole(path, write)
+        # Last, since a shard counts once its items lie beside it.
+        write_json(path.with_suffix(".json"), record | {"mtime_ns": path.stat().st_mtime_ns})
+
+
 class ShardWriter:
-    """Writes one shard, to use in `with`: whole or, where an error ends it, not at all.
+    """Writes the frames of one shard to an open file, and collects what is to lie beside it.
 
     Frames are written in chunks, whatever the length of an item. With `encode` a chunk becomes
     latents, of the frames and of their mirrored copies.
     """
 
-    def __init__(self, folder: Path, number: int, settings: Settings, encode: Encode | None = None):
-        self.folder, self.path, self.settings, self.encode = folder, shard_path(folder, number), settings, encode
-        self.temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+    def __init__(self, file: BinaryIO, settings: Settings, encode: Encode | None):
+        self.file, self.settings, self.encode = file, settings, encode
         side = settings.image_size
         chunk = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (side * side * 3)))
         self.waiting, self.num_waiting = np.empty((chunk, side, side, 3), np.uint8), 0
         self.num_frames, self.checksum = 0, 0
         self.items: dict[str, list] = {name: [] for name in ("path", "label", "frames", "frames_per_second", "offset")}
         self.unreadable: list[tuple[str, str]] = []
-
-    def __enter__(self) -> "ShardWriter":
-        with disk_errors(self.folder):
-            self.file = self.temporary.open("wb")
-        return self
-
-    def __exit__(self, error_type: type | None, *error: object) -> None:
-        try:
-            if error_type is None:
-                self.finish()
-        finally:
-            with suppress(OSError):  # of bytes that are given up, after the error that is told
-                self.file.close()
-            self.temporary.unlink(missing_ok=True)
 
     def add_item(self, path: str, label: int, frames_per_second: float, frames: Iterable[np.ndarray]) -> None:
         """Appends an item.
@@ -86,20 +97,12 @@ class ShardWriter:
             mirrored = np.ascontiguousarray(frames[:, :, ::-1])
             latents = np.stack([self.encode(frames), self.encode(mirrored)], axis=1)  # (N, 2, 2, C, h, w)
             frames = np.ascontiguousarray(latents, self.settings.dtype)
-        with disk_errors(self.folder):
-            self.file.write(frames.data)
+        self.file.write(frames.data)
         self.checksum = zlib.crc32(frames.data, self.checksum)
         self.num_waiting = 0
 
-    def finish(self) -> None:
-        """Puts the frames on the disk under their name, then the items beside them."""
+    def finish(self) -> dict:
+        """Writes the last frames; what is to lie beside them, but for the file's time."""
         self.write_waiting()
-        with disk_errors(self.folder):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            status = self.temporary.stat()
-            self.temporary.replace(self.path)
-            contents = {"bytes": status.st_size, "crc32": self.checksum, "mtime_ns": status.st_mtime_ns}
-            contents |= {"items": self.items, "unreadable": self.unreadable}
-            write_json(self.path.with_suffix(".json"), contents)
+        num_bytes = self.num_frames * self.settings.frame_bytes
+        return {"bytes": num_bytes, "crc32": self.checksum, "items": self.items, "unreadable": self.unreadable}

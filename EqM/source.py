@@ -11,14 +11,13 @@ import distributed
 from cli import UserError
 from config import network_settings
 from data import Found, scan_for_training
-from latents import IMAGE_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae
+from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae
 from loader import Samples, to_unit_range
 from pack import Pack, is_pack, open_pack
 from packed_samples import PackedSamples, unpack
 from precision import Precision
 from training import seed_draws
 
-PIXEL_SIZE = 64  # the default image size without a VAE
 POSTERIOR = 1  # sets the draws from the posterior apart from the step's own
 
 

@@ -5,8 +5,8 @@
 """
 
 import argparse
-import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -15,15 +15,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import cli
 import distributed
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint
+from checkpoint_writer import CheckpointWriter
 from cli import UserError
 from config import check_classes, check_resumable, make_config, network_settings
 from data import Found
 from fast import add_compile_arg, is_fast, training_step
 from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader, window_length
 from models import EqM_models, build_network
-from precision import add_precision_args, agree_on_precision, requested_precision
-from runs import Metrics, create_run_folder, device_name, log, log_precision, start_log
+from objective import add_objective_args, objective_of
+from precision import add_precision_args, agree_on_precision, make_deterministic, requested_precision
+from preemption import EXIT_STATUS, StopSignals
+from resume import Start, find_start, is_finished, launcher, log_changes, new_folder
+from runs import Metrics, device_name, log, log_precision, start_log, write_config
 from source import Source, open_source
 from training import Recipe, TrainingState, seed_draws
 
@@ -61,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument(
         "--temporal-patch", type=cli.positive_int, help="frames a token; default 2 where it divides the clip, else 1"
     )
+    add_objective_args(parser)
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=cli.positive_int, help="default 80; no limit where --max-steps is given")
     training.add_argument(
@@ -77,16 +82,26 @@ def parse_args() -> argparse.Namespace:
         "--grad-clip", type=cli.non_negative_float, default=0.0, help="largest gradient norm; 0: none"
     )
     training.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
+    training.add_argument(
+        "--max-bad-steps",
+        type=cli.positive_int,
+        default=20,
+        help="in fp32 and bf16: stop after so many that are not finite",
+    )
     training.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of all random choices")
     add_precision_args(parser)
     speed = parser.add_argument_group("speed and memory")
     add_compile_arg(speed)
+    speed.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too")
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
     run = parser.add_argument_group("run")
     run.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
     run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     run.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
-    run.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    run.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
+    start = run.add_mutually_exclusive_group()
+    start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    start.add_argument("--resume", action="store_true", help="go on with the newest run of this model, if there is one")
     return parser.parse_args()
 
 
@@ -145,43 +160,47 @@ def open_data(args: argparse.Namespace, state: TrainingState, source: Source, ba
     return DeviceLoader(loader, state.device)
 
 
+def report(
+    state: TrainingState, found: Found, loader: DeviceLoader, unreadable: UnreadableLog, metrics: Metrics
+) -> float:
+    """Writes a line of metrics, and returns the minutes since the start; every rank must call it."""
+    for path in unreadable.share():
+        log.warning("skipped unreadable %s", path)
+    return metrics.write(
+        state.take_means(),
+        state.samples,
+        loader.take_idle_seconds(),
+        step=state.step,
+        epoch=state.samples // len(found.items),
+        lr=state.lr.item(),
+        scaler_scale=state.scaler.get_scale(),
+        skipped=state.skipped,
+        unreadable=len(unreadable.known),
+    )
+
+
 def train(
-    args: argparse.Namespace, state: TrainingState, source: Source, batch: int, config: dict, folder: Path
-) -> None:
-    """The loop: data, step, log, save."""
-    loader, found = open_data(args, state, source, batch), source.found
+    args: argparse.Namespace, state: TrainingState, source: Source, batch: int, config: dict, writer: CheckpointWriter
+) -> bool:
+    """The loop: data, step, log, save. Returns False where a signal ended it early."""
+    signals, loader, found = StopSignals(), open_data(args, state, source, batch), source.found
     last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
-    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size)
+    objective = objective_of(args)
+    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
     state.working.grad_checkpoint = args.grad_checkpoint
     step = training_step(state, recipe, batch // distributed.world_size(), is_fast(args, state.device))
-    first_step, unreadable, metrics = state.step + 1, UnreadableLog(found), Metrics(folder, state.device, state.samples)
-
-    def report() -> float:
-        for path in unreadable.share():
-            log.warning("skipped unreadable %s", path)
-        return metrics.write(
-            state.take_means(),
-            state.samples,
-            loader.take_idle_seconds(),
-            step=state.step,
-            epoch=state.samples // len(found.items),
-            lr=state.lr.item(),
-            scaler_scale=state.scaler.get_scale(),
-            skipped=state.skipped,
-            unreadable=len(unreadable.known),
-        )
+    unreadable = UnreadableLog(found)
+    metrics = Metrics(writer.folder, state.device, state.samples, state.step)
 
     def save() -> None:
-        path = folder / "checkpoints" / f"{state.step:07d}.pt"
-        state.check_finite(folder)
-        if distributed.is_main() and not path.exists():
-            epoch = state.samples // len(found.items)
-            save_checkpoint(path, state.state_dict() | {"epoch": epoch, "config": config})
-            log.info("saved %s", path)
+        state.check_finite(writer.advice)
+        if distributed.is_main():
+            writer.save(state.state_dict() | {"epoch": state.samples // len(found.items), "config": config})
 
     generator, rank = torch.Generator(state.device), distributed.rank()
     bar = tqdm(total=last_step, initial=state.step, unit="step", disable=not distributed.is_main())
-    for inputs in loader:
+    batches = iter(loader)  # kept until the end, since loading processes take seconds to end
+    for inputs in batches:
         unreadable.add(inputs["unreadable"])
         x = source.to_input(inputs, generator, args.global_seed, state.samples, rank)
         seed_draws(state.generator, args.global_seed, state.samples, rank)
@@ -190,52 +209,79 @@ def train(
         state.step += 1
         bar.update(state.step - bar.n)
 
-        log_due = state.step == first_step or state.step % args.log_every == 0
-        save_due, is_last = state.step % args.ckpt_every == 0, state.step == last_step
-        if (log_due or save_due or is_last) and state.read_counts():
-            state.check_scale()
-            continue  # updates were skipped, so that the step in question is still to come
-        minutes = report() if log_due else 0
+        log_due, save_due = state.step == 1 or state.step % args.log_every == 0, state.step % args.ckpt_every == 0
+        is_last, stopping = state.step == last_step, signals.asked()
+        skipped = state.read_counts() if log_due or save_due or is_last or stopping else 0
+        if skipped:
+            state.check_gradients(args.max_bad_steps, writer.advice)
+        if skipped and not stopping:
+            continue  # the step in question is still to come
+        minutes = report(state, found, loader, unreadable, metrics) if log_due and not skipped else 0
+        if stopping or is_last or minutes >= max_minutes:
+            break
         if save_due:
             save()
-        if is_last or minutes >= max_minutes:
-            break
     bar.close()
-    state.read_counts()
-    if state.sums[2] > 0:
-        report()
+    if state.read_counts():
+        state.check_gradients(args.max_bad_steps, writer.advice)
+    if state.sums[2] > 0 and not stopping:
+        report(state, found, loader, unreadable, metrics)
     save()
+    distributed.on_main(writer.finish)
+    signals.close()
+    return not stopping
+
+
+def report_finished(start: Start, step: int) -> None:
+    """Says that there is nothing left to do.
+
+    Raises:
+        UserError: --ckpt asked to train on.
+    """
+    if not start.folder:
+        raise UserError(f"--ckpt is at step {step}, the end of --max-steps or --epochs: raise them to train on")
+    start_log()
+    log.info("finished: %s is at step %d, the end of --max-steps or --epochs", start.folder, step)
+    distributed.stop()
 
 
 def main() -> None:
     args = parse_args()
     device = distributed.start()
+    if args.deterministic:
+        make_deterministic()
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     batch = global_batch(args, device.type)
-    saved = load_checkpoint(args.ckpt) if args.ckpt else None
+    start = distributed.on_main(lambda: find_start(args))
+    saved = load_checkpoint(start.checkpoint) if start.checkpoint else None
 
     source = open_source(args, device, precision)
     found = source.found
     settings = network_settings(args, source.image_size, check_classes(found, args.num_classes), source.space)
     config = make_config(args, settings, found, precision, batch, source.space)
     if saved:
-        check_resumable(saved, config, sample_limit(args, found), args.max_steps or math.inf)
+        check_resumable(saved, config, start.checkpoint)
+        if is_finished(saved, sample_limit(args, found), args.max_steps or math.inf):
+            return report_finished(start, saved["step"])
 
     torch.manual_seed(args.global_seed)
     state = TrainingState(build_network(settings), precision, device)
     if saved:
-        state.load_state_dict(saved, args.ckpt)
-        del saved  # as large as the state itself
+        state.load_state_dict(saved, start.checkpoint)
 
-    folder = distributed.on_main(lambda: create_run_folder(args.results_dir, args.model))
+    folder = start.folder or distributed.on_main(lambda: new_folder(args))
     start_log(folder / "log.txt")
+    start.log()
     announce(args, state, source, batch)
-    if distributed.is_main():
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if saved:
+        log_changes(saved, config)
+        del saved  # as large as the state itself
+    distributed.on_main(lambda: write_config(folder, config | {"launcher": launcher()}))
     with logging_redirect_tqdm([log]):
-        train(args, state, source, batch, config, folder)
-    log.info("done: %s", folder)
+        finished = train(args, state, source, batch, config, CheckpointWriter(folder, args.keep, start.checkpoint))
+    log.info("done: %s" if finished else "stopped: %s; --resume (in place of --ckpt) goes on", folder)
     distributed.stop()
+    sys.exit(0 if finished else EXIT_STATUS)
 
 
 if __name__ == "__main__":

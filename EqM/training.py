@@ -7,6 +7,7 @@ CUDA graph.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import distributed
 from checkpoint import load_weights
 from cli import UserError
-from objective import drop_labels, eqm_loss
+from objective import Objective, drop_labels
 from precision import Precision
 
 # Elements to which each weight's place in a flat tensor is rounded up: 128 bytes in 16 bits,
@@ -34,6 +35,7 @@ class Recipe:
     grad_clip: float  # largest gradient norm; 0 clips nothing
     ema_decay: float
     micro_batch: int | None = None  # samples of one forward and backward; None: the rank's whole batch
+    objective: Objective = Objective()
 
     def lr_at(self, step: Tensor) -> Tensor:
         """The learning rate of update `step` (the first is 0): linear warm-up, then constant."""
@@ -52,7 +54,7 @@ class TrainingState:
         working: what computes: the network itself, or its copy in the training precision.
         ema: the network with averaged weights.
         step: updates of the weights. Between calls of `read_counts` it counts batches instead:
-            only the device knows which updates the fp16 scaler has skipped.
+            only the device knows which updates were skipped, because gradients were not finite.
         skipped: batches whose update was skipped.
         samples: samples drawn by all ranks.
     """
@@ -73,16 +75,20 @@ class TrainingState:
         self.generator = torch.Generator(device)
         self.precision, self.device = precision, device
         self.step = self.skipped = self.samples = 0
-        self.updates = torch.zeros((), device=device)
+        self.updates = torch.zeros((), device=device, dtype=torch.int64)
         self.sums = torch.zeros(3, device=device)  # losses, gradient norms, updates since `take_means`
+        self.largest_norm = torch.zeros((), device=device)  # since then
+        self.bad_steps = torch.zeros(2, device=device)  # skipped in a row: now, and at most
 
     def state_dict(self) -> dict:
-        """The parts of a checkpoint that a step changes."""
+        """The parts of a checkpoint that a step changes: the tensors themselves, which the next step changes."""
         return {
-            "model": on_cpu(self.network.state_dict()),
-            "ema": on_cpu(self.ema.state_dict()),
-            "opt": on_cpu(self.optimizer.state[self.weights]),
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "opt": dict(self.optimizer.state[self.weights]),
             "scaler": self.scaler.state_dict(),
+            "since_log": {"sums": self.sums, "largest_norm": self.largest_norm},
+            "bad_steps": self.bad_steps,
             "step": self.step,
             "skipped": self.skipped,
             "samples": self.samples,
@@ -105,6 +111,9 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.skipped, self.samples = saved["step"], saved["skipped"], saved["samples"]
         self.updates.fill_(self.step)
+        self.sums.copy_(saved["since_log"]["sums"])
+        self.largest_norm.copy_(saved["since_log"]["largest_norm"])
+        self.bad_steps.copy_(saved["bad_steps"])
         self.refresh_working_copy()
 
     @torch.no_grad()
@@ -126,12 +135,14 @@ class TrainingState:
     @torch.no_grad()
     def finish_update(self, decay: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
         """Follows the optimizer: the average, the working copy and the counters, unless it skipped."""
-        updates = self.optimizer.state[self.weights]["step"]
-        updated = updates > self.updates
+        updated = grad_norm.isfinite()
         self.ema_weights.lerp_(self.weights, (1 - decay) * updated)
         self.refresh_working_copy()
         self.sums += torch.where(updated, torch.stack([loss, grad_norm, torch.ones_like(loss)]), 0)
-        self.updates.copy_(updates)
+        self.largest_norm.copy_(torch.where(updated, self.largest_norm.maximum(grad_norm), self.largest_norm))
+        in_a_row = torch.where(updated, 0, self.bad_steps[0] + 1)
+        self.bad_steps.copy_(torch.stack([in_a_row, self.bad_steps[1].maximum(in_a_row)]))
+        self.updates += updated
 
     def read_counts(self) -> int:
         """Waits for the device, makes `step` the number of updates, and returns how many were skipped since last."""
@@ -141,25 +152,44 @@ class TrainingState:
         return skipped
 
     def take_means(self) -> Tensor:
-        """This rank's mean loss and gradient norm over the updates since the last call, (2,)."""
-        means = self.sums[:2] / self.sums[2]
+        """This rank's mean loss and gradient norm over the updates since the last call, and its largest norm, (3,)."""
+        means = torch.cat([self.sums[:2] / self.sums[2], self.largest_norm[None]])
         self.sums.zero_()
+        self.largest_norm.zero_()
         return means
 
-    def check_scale(self) -> None:
-        """Raises UserError where the fp16 scaler has halved its scale so often that the run cannot recover."""
-        if self.scaler.get_scale() < 1:
+    def drop_half_step(self) -> None:
+        """Forgets a step that broke off: its gradients, and that the scaler has begun it."""
+        self.working.zero_grad(set_to_none=True)
+        self.weights.grad = None
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()
+
+    def check_gradients(self, max_bad_steps: int, advice: Callable[[], str]) -> None:
+        """Raises UserError, with advice, where gradients stay such that the run cannot recover.
+
+        That is in fp16 a scale that the scaler has halved to below 1, else `max_bad_steps` in a row
+        whose gradients were not finite.
+        """
+        in_a_row = int(self.bad_steps[1])
+        if self.scaler.is_enabled():
+            if self.scaler.get_scale() < 1:
+                raise UserError(
+                    f"gradients overflow at step {self.step} however small the fp16 scale, {self.skipped} batches"
+                    f" skipped; {advice()}: go on from there with a lower --lr, with --grad-clip, or in bf16 or fp32"
+                )
+        elif in_a_row >= max_bad_steps:
             raise UserError(
-                f"gradients overflow at step {self.step} however small the fp16 scale, {self.skipped} batches skipped:"
-                " lower --lr, set --grad-clip, or train in bf16 or fp32"
+                f"gradients were not finite in {in_a_row} steps in a row, at step {self.step} in {self.precision.name};"
+                f" {advice()}: go on from there with a lower --lr or with --grad-clip, or look at the data"
             )
 
-    def check_finite(self, folder: Path) -> None:
-        """Raises UserError where weights are not finite: such a state is not worth a checkpoint in `folder`."""
-        if not self.weights.isfinite().all():
+    def check_finite(self, advice: Callable[[], str]) -> None:
+        """Raises UserError, with advice, where weights are not finite: such a state is not worth a checkpoint."""
+        if not (self.weights.isfinite().all() and self.ema_weights.isfinite().all()):
             raise UserError(
-                f"weights are not finite at step {self.step} in {self.precision.name}, and were not saved: go on from"
-                f" the last checkpoint in {folder} with a lower --lr, or with --grad-clip"
+                f"weights are not finite at step {self.step} in {self.precision.name}, and were not saved; {advice()}:"
+                " go on from there with a lower --lr, or with --grad-clip"
             )
 
 
@@ -184,11 +214,6 @@ def flatten(weights: list[nn.Parameter]) -> Tensor:
     return flat
 
 
-def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, each with memory of its own: a view would be saved with all of its flat tensor."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
 def seed_draws(generator: torch.Generator, *place: int) -> None:
     """Sets the next random numbers by (seed, samples drawn before, rank) alone: a resumed run repeats them."""
     generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
@@ -205,21 +230,27 @@ def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def network_loss(
-    network: nn.Module, x: Tensor, noise: Tensor, gamma: Tensor, y: Tensor, seconds_per_frame: Tensor
+    network: nn.Module,
+    objective: Objective,
+    x: Tensor,
+    noise: Tensor,
+    gamma: Tensor,
+    y: Tensor,
+    seconds_per_frame: Tensor,
 ) -> Tensor:
     """The loss of a network on x, a float32 scalar."""
 
-    def field(x_gamma: Tensor, gamma: Tensor) -> Tensor:
-        return network(x_gamma, gamma, y, seconds_per_frame)
+    def field(x_gamma: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        return network(x_gamma, gamma, y, seconds_per_frame, with_tokens=True)
 
-    return eqm_loss(field, x, noise, gamma)
+    return objective.loss(field, x, noise, gamma)
 
 
 def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
     """One forward, backward and update; reads the same in every precision, and never waits for the device.
 
-    An update that the fp16 scaler skips, because gradients overflowed, leaves weights, EMA and
-    the count of updates as they were.
+    Where gradients are not finite, the update is skipped: weights, EMA and the count of updates
+    stay as they were. A loss that is not finite makes such gradients.
 
     Args:
         x: data in [−1, 1], (N, C, H, W) or (N, C, T, H, W).
@@ -234,7 +265,7 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
     micro_batch = recipe.micro_batch or len(x)
     loss, state.weights.grad = torch.zeros_like(state.lr), None
     for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):
-        part_loss = network_loss(state.parallel, *part) * (micro_batch / len(x))
+        part_loss = network_loss(state.parallel, recipe.objective, *part) * (micro_batch / len(x))
         state.scaler.scale(part_loss).backward()
         gradients = state.take_gradients()  # (P,)
         state.weights.grad = gradients if state.weights.grad is None else state.weights.grad.add_(gradients)
@@ -245,6 +276,8 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
     if recipe.grad_clip:
         nn.utils.clip_grads_with_norm_([state.weights], recipe.grad_clip, grad_norm)
     state.lr.copy_(recipe.lr_at(state.updates))
+    # The fused optimizer skips where this is not 0; a scaler that is enabled sets it for itself.
+    state.optimizer.found_inf = (~grad_norm.isfinite()).float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.weights.grad = None

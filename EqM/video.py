@@ -9,14 +9,19 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-# FFmpeg gives up on a file that blocks for longer: seconds to open, seconds for one read.
-TIMEOUT_S = (10.0, 10.0)
+from untrusted import (
+    MAX_ASPECT,
+    MAX_FRAMES,
+    Patience,
+    UnreadableVideo,
+    describe,
+    is_long_and_thin,
+    open_video,
+    packets_of,
+)
+
 # Codecs whose reordered frames FFmpeg gives no right times where the container keeps none, as AVI.
 TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
-
-
-class UnreadableVideo(Exception):
-    """No frame could be decoded; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -35,37 +40,36 @@ class VideoInfo:
     seek_margin: int = 0
 
 
-def open_video(path: Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
-    """Opens a file's first video stream, to decode in one thread."""
-    container = av.open(str(path), metadata_errors="ignore", timeout=TIMEOUT_S)
-    if not container.streams.video:
-        container.close()
-        raise UnreadableVideo("it has no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        container.close()
-        raise UnreadableVideo("its codec is not known")
-    stream.codec_context.thread_count = 1
-    return container, stream
+def frames_of(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, patience: Patience
+) -> Iterator[av.VideoFrame]:
+    """The stream's frames, while there is patience for them; ends with an error at the first that does not decode."""
+    for packet in packets_of(container, stream, patience):
+        yield from packet.decode()
 
 
 def probe_video(path: Path) -> VideoInfo:
     """Counts a file's frames by reading its packets, not its header, and decodes the first one.
 
     Raises:
-        UnreadableVideo: it is not a video, or its first frame does not decode.
+        UnreadableVideo: it is not a video, its first frame does not decode, or it goes beyond a limit.
     """
+    stamps: list[tuple[int | None, int | None]] = []
+    patience = Patience()
     try:
         container, stream = open_video(path)
         with container:
-            next(container.decode(stream))
+            check_aspect(next(frames_of(container, stream, patience)))  # before a run is built on it
             codec = stream.codec_context
             untimed = codec.has_b_frames and codec.name in TIMES_FROM_CONTAINER
         container, stream = open_video(path)
         with container:
-            # An edit list, as of a cut .mp4, discards frames that the file still holds.
-            shown = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            stamps = [(packet.pts, packet.dts) for packet in shown]
+            for packet in packets_of(container, stream, patience):
+                # An edit list, as of a cut .mp4, discards frames that the file still holds.
+                if packet.size and not packet.is_discard:
+                    stamps.append((packet.pts, packet.dts))
+                if len(stamps) > MAX_FRAMES:
+                    raise UnreadableVideo(f"it has more than {MAX_FRAMES:,} frames: cut it into shorter files")
             time_base, header_rate = stream.time_base, stream.average_rate
     except StopIteration:
         raise UnreadableVideo("it has no frames") from None
@@ -84,10 +88,6 @@ def probe_video(path: Path) -> VideoInfo:
     if not rate:
         raise UnreadableVideo("it has one frame and no frame rate")
     return VideoInfo(evenly_spaced(times), rate, seekable, max(margin, 0))
-
-
-def describe(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
@@ -125,7 +125,7 @@ def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: in
     container, stream = open_video(path)
     with container:
         container.seek(times[0] - seek_margin, stream=stream)
-        for i, frame in enumerate(container.decode(stream)):
+        for i, frame in enumerate(frames_of(container, stream, Patience())):
             if frame.pts is None or (i == 0 and frame.pts > times[0]):
                 return []
             while len(frames) < len(times) and frame.pts >= times[len(frames)]:
@@ -142,7 +142,7 @@ def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.
     try:
         container, stream = open_video(path)
         with container:
-            for i, frame in enumerate(container.decode(stream)):
+            for i, frame in enumerate(frames_of(container, stream, Patience())):
                 while len(frames) < len(indices) and i >= indices[len(frames)]:
                     frames.append(square(frame, size, reformatter))
                 if len(frames) == len(indices):
@@ -156,32 +156,37 @@ def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.
 def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarray]:
     """All frames in display order, each (size, size, 3) uint8, as `read_frames` gives them one by one.
 
-    Decodes from the start, one frame in memory at a time. What does not decode is passed over.
+    Decodes from the start, one frame in memory at a time. What does not decode is passed over, and a
+    file that goes beyond a limit ends there.
 
     Raises:
         UnreadableVideo: before the first frame, where none decodes.
     """
     shown, timed = 0, info.seekable
     reformatter = VideoReformatter()
+    patience = Patience()
     try:
         container, stream = open_video(path)
         with container:
-            for i, frame in enumerate(decodable(container, stream)):
+            for i, frame in enumerate(decodable(container, stream, patience)):
                 # The rules of the two ways to read: by time, or where times are wrong by count.
                 timed = timed and frame.pts is not None and (i > 0 or frame.pts <= info.times[0])
                 while shown < len(info.times) and (frame.pts >= info.times[shown] if timed else i >= shown):
                     yield square(frame, size, reformatter)
+                    patience.restart()
                     shown += 1
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, UnreadableVideo) as error:
         if not shown:
             raise UnreadableVideo(describe(error)) from None
     if not shown:
         raise UnreadableVideo("it has no frame that decodes")
 
 
-def decodable(container: av.container.InputContainer, stream: av.video.stream.VideoStream) -> Iterator[av.VideoFrame]:
-    """The frames of the packets that decode."""
-    for packet in container.demux(stream):
+def decodable(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, patience: Patience
+) -> Iterator[av.VideoFrame]:
+    """The frames of the packets that decode, while there is patience for them."""
+    for packet in packets_of(container, stream, patience):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:
@@ -189,8 +194,19 @@ def decodable(container: av.container.InputContainer, stream: av.video.stream.Vi
         yield from frames
 
 
+def check_aspect(frame: av.VideoFrame) -> None:
+    """Raises UnreadableVideo where a frame is too long and thin."""
+    if is_long_and_thin(frame.width, frame.height):
+        raise UnreadableVideo(f"a frame of {frame.width}x{frame.height} is over {MAX_ASPECT} times as long as wide")
+
+
 def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
-    """A frame resized so that its short side is `size`, and its centre: (size, size, 3) uint8 RGB."""
+    """A frame resized so that its short side is `size`, and its centre: (size, size, 3) uint8 RGB.
+
+    Raises:
+        UnreadableVideo: as `check_aspect`.
+    """
+    check_aspect(frame)
     scale = size / min(frame.height, frame.width)
     height, width = round(frame.height * scale), round(frame.width * scale)
     smooth = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC

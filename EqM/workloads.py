@@ -35,11 +35,12 @@ class Work:
     in_channels: int = 4
     temporal_patch: int = 1
     grad_checkpoint: bool = False
+    energy: str = "none"
     ways: tuple[tuple[str, str], ...] = FAST
 
     def build(self, device: torch.device | str) -> EqM:
         torch.manual_seed(0)
-        names = ("model", "input_size", "in_channels", "temporal_patch")
+        names = ("model", "input_size", "in_channels", "temporal_patch", "energy")
         with torch.device(device):
             return build_network({name: getattr(self, name) for name in names} | {"num_classes": NUM_CLASSES})
 
@@ -49,6 +50,7 @@ GUIDE = Work("guide's command: S/4, 4 frames of 64 px", "train", "EqM-S/4", (4, 
 SMALL = Work("S/4, 4 frames, 64 tokens", "train", "EqM-S/4", LATENT_CLIP, 64, temporal_patch=4, ways=FAST_AND_EAGER)
 BASE = Work("B/2, 16 frames, 2,048 tokens", "train", "EqM-B/2", (16, 32, 32), 8, temporal_patch=2)
 LARGE = Work("XL/2, 256 tokens", "train", "EqM-XL/2", 32, 64, ways=FAST_AND_EAGER)
+ENERGY = Work("EqM-E dot B/2, 256 tokens", "train", "EqM-B/2", 32, 32, energy="dot", ways=FAST_AND_EAGER)
 SAMPLE = Work("sampling XL/2, 256 tokens", "sample", "EqM-XL/2", 32, 1)
 CLIPS = [
     Work(f"S/4, {t} frames, {32 * t} tokens", "train", "EqM-S/4", (t, 32, 32), 64, temporal_patch=2, ways=FP32_AND_BF16)
@@ -60,10 +62,13 @@ FULL = {
     "base": [BASE],
     "large": [LARGE],
     "sampling": [SAMPLE, replace(SAMPLE, batch=32)],
+    "energy": [ENERGY],
     "clips": [*CLIPS, replace(CLIPS[-1], name=CLIPS[-1].name + ", --grad-checkpoint", grad_checkpoint=True)],
 }
 TINY = Work("Ti/2, 4 frames of 16 px", "train", "EqM-Ti/2", (4, 16, 16), 16, 3, 4, ways=FAST_AND_EAGER)
 QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frames of 16 px", kind="sample", batch=4)]}
+# Measured where they are asked for by name.
+QUICK_BY_NAME = {"energy": [replace(TINY, name="EqM-E dot Ti/2, 4 frames of 16 px", energy="dot")]}
 
 
 class Training:

@@ -11,6 +11,7 @@ import pytest
 
 from latents import LatentSpace
 from pack import Pack, open_pack
+from packed_samples import PackedSamples
 from packing import pack_shard
 from prepare import finish, make_plan, missing_shards
 
@@ -18,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
 
 
-def run_command(*arguments: object, cwd: Path, threads: int = 1, timeout_s: float = 120) -> subprocess.CompletedProcess:
-    """Runs a command to its end, without the launcher's variables of an outer run."""
+def run_command(
+    *arguments: object, cwd: Path, threads: int = 1, timeout_s: float = 120, gpu: str = ""
+) -> subprocess.CompletedProcess:
+    """Runs a command to its end, without the launcher's variables of an outer run, on a CPU unless a GPU is named."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment["CUDA_VISIBLE_DEVICES"] = gpu
     environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.run(
         [str(argument) for argument in arguments],
@@ -96,3 +99,10 @@ def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 
         pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
     finish(plan)
     return open_pack(folder, show_progress=False)
+
+
+def item_frames(pack: Pack, index: int, flip: bool = False) -> np.ndarray:
+    """All frames of an item, as training gathers them: (T, H, W, 3) uint8, or (T, 2, C, h, w) float16."""
+    length = int(pack.lengths[index])
+    samples = PackedSamples(pack, length, 1, flip=False, seed=0)
+    return samples.gather(np.array([index]), np.arange(length)[None], np.array([flip]))[0]

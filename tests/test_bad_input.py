@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from checkpoint import save_checkpoint
+from conftest import ROOT, SMALL, make_pack, run_command, run_script, run_torchrun
 
 Run = Callable[..., subprocess.CompletedProcess]
 
@@ -292,7 +293,7 @@ def without(key: str) -> Callable[[Path, Path], None]:
     def make(path: Path, whole: Path) -> None:
         contents = torch.load(whole, weights_only=True)
         del contents[key]
-        torch.save(contents, path)
+        save_checkpoint(path, contents)
 
     return make
 
@@ -305,17 +306,23 @@ NO_CHECKPOINTS = {
     "cut to a tenth": (cut_to(0.1), "cut short or is no checkpoint"),
     "cut to a half": (cut_to(0.5), "cut short or is no checkpoint"),
     "cut by a thousand bytes": (cut_to(-1000), "cut short or is no checkpoint"),
-    "cut by a byte": (cut_to(-1), "cut short or is no checkpoint"),
+    "cut by a byte": (cut_to(-1), "cut short or has been changed"),
     "a text": (lambda path, whole: path.write_text("hello, this is text\n"), "is no checkpoint"),
     "zeros": (lambda path, whole: path.write_bytes(bytes(10_000)), "is no checkpoint"),
     "a video": (lambda path, whole: path.write_bytes(b"RIFF\x10\x00\x00\x00AVI LIST" + bytes(99)), "is no checkpoint"),
     "a list": (lambda path, whole: torch.save([1, 2], path), "holds a list"),
     "a tensor": (lambda path, whole: torch.save(torch.ones(3), path), "holds a Tensor"),
-    "another dict": (lambda path, whole: torch.save({"state_dict": {}, "epoch": 3}, path), "was not written by"),
-    "a published one": (lambda path, whole: torch.save({"model": {}, "ema": {}, "opt": {}}, path), "has no config"),
+    "another dict": (lambda path, whole: torch.save({"state_dict": {}, "epoch": 3}, path), "given.pt"),
+    "a published one": (
+        lambda path, whole: torch.save({"model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}, "opt": {}}, path),
+        "has no config",
+    ),
+    "a model's name": (lambda path, whole: torch.save({"model": "resnet50", "lr": 3}, path), "given.pt"),
+    "one bare weight": (lambda path, whole: torch.save({"model": torch.ones(3)}, path), "given.pt"),
+    "weights without names": (lambda path, whole: torch.save({0: torch.ones(3)}, path), "given.pt"),
     "one without config": (without("config"), "has no config"),
     "a config of another kind": (
-        lambda path, whole: torch.save(torch.load(whole, weights_only=True) | {"config": 3}, path),
+        lambda path, whole: save_checkpoint(path, torch.load(whole, weights_only=True) | {"config": 3}),
         "has no classes",
     ),
     "pickled code": (lambda path, whole: path.write_bytes(pickle.dumps(Trap(path.with_name("trap")))), "no checkpoint"),
@@ -359,20 +366,20 @@ def test_a_sampling_flag_that_contradicts_the_checkpoint_is_named_with_both_valu
         (["--clip-len", 8], ["(4, 16, 16)", "(8, 16, 16)"]),
         (["--num-classes", 7], ["num_classes 4", "has 7"]),
         (["--temporal-patch", 1], ["temporal_patch 2", "has 1"]),
-        (["--max-steps", 4], ["step 4", "--max-steps", "raise"]),
-        (["--epochs", 1], ["16 samples", "--epochs", "raise"]),
+        (["--max-steps", 4], ["--ckpt is at step 4", "--max-steps", "raise"]),
+        (["--epochs", 1], ["--ckpt is at step 4", "--epochs", "raise"]),
     ],
 )
 def test_a_checkpoint_does_not_go_on_with_other_settings(run, shapes, checkpoint, flags, words):
     result = run("train.py", "--data-path", shapes, *SMALL, "--num-workers", 0, "--ckpt", checkpoint, *flags)
-    assert_refused(result, "train.py", "--ckpt", *words)
+    assert_refused(result, "train.py", *words)
 
 
 def test_a_checkpoint_does_not_go_on_with_other_classes(run, shapes, checkpoint, tmp_path):
     shutil.copytree(shapes, tmp_path / "data")
     (tmp_path / "data" / "CircleUp").rename(tmp_path / "data" / "StarUp")
     result = run("train.py", "--data-path", tmp_path / "data", *SMALL, "--num-workers", 0, "--ckpt", checkpoint)
-    assert_refused(result, "train.py", "--ckpt", "CircleUp", "StarUp")
+    assert_refused(result, "train.py", "CircleUp", "StarUp")
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample_gd.py"])
@@ -380,7 +387,7 @@ def test_weights_that_are_not_of_the_checkpoints_own_network_are_named(run, shap
     contents = torch.load(checkpoint, weights_only=True)
     for part in ("model", "ema"):
         contents[part].pop("pos_embed")
-    torch.save(contents, tmp_path / "odd.pt")
+    save_checkpoint(tmp_path / "odd.pt", contents)
     arguments = ["--data-path", shapes, *SMALL, "--num-workers", 0] if script == "train.py" else []
     assert_refused(run(script, *arguments, "--ckpt", tmp_path / "odd.pt"), script, "pos_embed")
 
@@ -389,6 +396,100 @@ def test_weights_that_are_not_of_the_checkpoints_own_network_are_named(run, shap
 def test_an_unknown_class_is_named_with_those_there_are(run, checkpoint, name):
     result = run("sample_gd.py", "--ckpt", checkpoint, "--class", "CircleUp", "--class", name)
     assert_refused(result, "sample_gd.py", f"--class {name} is unknown", "CircleRight", "SquareUp", "0 to 3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--compose", "CircleUp + 0.5*Zebra"], ["--compose", "class Zebra is unknown", "CircleRight", "0 to 3"]),
+        (["--compose", "CircleUp + "], ["--compose 'CircleUp + ' is not a sum from '+ '", "A + 0.5*B", "quotes"]),
+        (["--compose", ""], ["--compose ''", "A + 0.5*B"]),
+        (["--compose", "0 - CircleRight"], ["--compose '0 - CircleRight'", "weight"]),
+        (["--compose", "0 + 1", "--class", 2], ["--class", "--compose", "one of them"]),
+        (["--cfg-channels", "4"], ["--cfg-channels", "'4'", "3"]),
+        (["--init-noise", 0.5], ["--init-noise", "--init FOLDER"]),
+        (["--init", "there", "--init-noise", 0], ["--init-noise", "'0'", "above 0"]),
+        (["--init", "there", "--init-noise", 1.01], ["--init-noise", "'1.01'", "at most 1"]),
+        (["--init", "there", "--init-noise", "nan"], ["--init-noise", "'nan'"]),
+        (["--init", "there"], ["there is not a folder", "videos"]),
+        (["--init", "there", "--folder", "there"], ["--init", "--folder", "there"]),
+    ],
+)
+def test_a_start_or_a_sum_that_cannot_be_meant_is_refused(run, checkpoint, flags, words):
+    assert_refused(run("sample_gd.py", "--ckpt", checkpoint, *flags), "sample_gd.py", *words)
+    assert not Path("samples").exists()
+
+
+def flat_images(folder: Path, shapes: Path) -> list:
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "0.png")
+    return [folder, "no videos", "but images"]
+
+
+@pytest.mark.parametrize(
+    "make", [missing, a_file, empty, empty_class_folders, flat_images, no_videos, no_readable_clip]
+)
+def test_files_of_another_kind_or_none_are_neither_started_from_nor_scored(run, shapes, checkpoint, tmp_path, make):
+    words = [word for word in make(tmp_path / "data", shapes) if word != "no readable clip"]
+    assert_refused(run("sample_gd.py", "--ckpt", checkpoint, "--init", tmp_path / "data"), "sample_gd.py", *words)
+    assert not Path("samples").exists()
+    result = run("score.py", "--ckpt", checkpoint, tmp_path / "data")
+    result.stderr = "".join(line for line in re.split("(?<=[\r\n])", result.stderr) if not line.startswith("scoring "))
+    assert_refused(result, "score.py", *(word.name if make is no_readable_clip else word for word in words))
+    assert not Path("scores.csv").exists()
+
+
+def test_guidance_without_any_class_to_guide_to_is_refused(run, shapes, checkpoint, tmp_path):
+    shutil.copy(next(shapes.glob("*/*.avi")), tmp_path / "a.avi")
+    (tmp_path / "only").mkdir()
+    shutil.move(tmp_path / "a.avi", tmp_path / "only")
+    result = run("sample_gd.py", "--ckpt", checkpoint, "--init", tmp_path / "only", "--cfg-scale", 2)
+    assert_refused(result, "sample_gd.py", "--cfg-scale 2 has no class", "--class")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--image-size", 32], ["--image-size 32", "trained with 16"]),
+        (["--clip-len", 8], ["--clip-len 8", "trained with 4"]),
+        (["--class", "Zebra"], ["--class Zebra is unknown", "0 to 3"]),
+        (["--class", 0, "--labels"], ["--class", "--labels", "not allowed"]),
+        (["--global-batch-size", 0], ["--global-batch-size", "'0'"]),
+        (["--output", "scores.png"], ["--output scores.png", ".csv"]),
+        (["--output", "/proc/scores.csv"], ["--output /proc/scores.csv cannot be written"]),
+        (["gone"], ["gone is not a folder"]),
+        (["gone", "too"], ["one PATH, or two"]),
+    ],
+)
+def test_scoring_with_what_contradicts_or_does_not_exist_is_refused(run, shapes, checkpoint, flags, words):
+    assert_refused(run("score.py", "--ckpt", checkpoint, shapes, *flags), "score.py", *words)
+    assert not Path("scores.csv").exists()
+
+
+def test_scoring_one_path_against_itself_or_under_unknown_folders_is_refused(run, shapes, checkpoint, tmp_path):
+    result = run("score.py", "--ckpt", checkpoint, shapes, f"{shapes}/../train")
+    assert_refused(result, "score.py", "two different ones")
+    shutil.copytree(shapes / "CircleUp", tmp_path / "clips" / "Elsewhere")
+    result = run("score.py", "--ckpt", checkpoint, tmp_path / "clips", "--labels")
+    assert_refused(result, "score.py", "--labels", "Elsewhere", "class folder")
+
+
+def test_a_pack_of_another_size_is_not_scored(run, shapes, checkpoint, tmp_path):
+    make_pack(shapes, tmp_path / "pack", image_size=32)
+    result = run("score.py", "--ckpt", checkpoint, tmp_path / "pack")
+    assert_refused(result, "score.py", tmp_path / "pack", "of 32×32 pixels", "takes videos of 16×16 pixels")
+
+
+def test_scores_that_are_not_numbers_are_an_error(run, shapes, checkpoint, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["ema"]["final_layer.linear.bias"][0] = float("nan")
+    save_checkpoint(tmp_path / "nan.pt", saved)
+    result = run("score.py", "--ckpt", tmp_path / "nan.pt", shapes)
+    (line,) = error_lines("score.py", result.stderr)
+    assert result.returncode == 1
+    assert "CircleRight" in line
+    assert "not finite" in line
+    assert not Path("scores.csv").exists()
 
 
 @pytest.mark.parametrize("below", ["", "results"])

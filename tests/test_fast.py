@@ -4,17 +4,20 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import compare
+from adaptive import Descent, Slots
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from fast import Graphed, conditioned_field, training_step
 from models import EqM
 from precision import Precision
-from sampling import guided
+from sampling import Field, gradient_descent, guided, sample_noise
 from training import Recipe, TrainingState, seed_draws
 
 CPU = torch.device("cpu")
@@ -112,9 +115,10 @@ def test_blocks_computed_again_give_the_same_weights(eager):
     ids=str,
 )
 def test_compiled_and_eager_give_the_same_losses_and_weights_over_20_steps(options):
+    torch._dynamo.utils.counters.clear()
     ours = Trained(fast=True, **options)
-    assert_same(ours, Trained(fast=False, **options), **TOLERANCES["fp32"])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_same(ours, Trained(fast=False, **options), **TOLERANCES["fp32"])
 
 
 @pytest.mark.slow
@@ -236,19 +240,107 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
 ):
     caplog.set_level(logging.WARNING, logger="EqM")
     right = Trained(False, "fp16", gpu_stream)
-    take_gradients = TrainingState.take_gradients
+    lr_at = Recipe.lr_at
 
-    def waiting(state: TrainingState) -> torch.Tensor:
-        gradients = take_gradients(state)
-        gradients.sum().item()
-        return gradients
+    def waiting(recipe: Recipe, step: torch.Tensor) -> torch.Tensor:
+        step.item()  # after gradients are unscaled, before the optimizer's step
+        return lr_at(recipe, step)
 
-    monkeypatch.setattr(TrainingState, "take_gradients", waiting)
+    monkeypatch.setattr(Recipe, "lr_at", waiting)
     ours = Trained(True, "fp16", gpu_stream)
     assert not ours.step.recordings
     assert len(caplog.records) == 1
     assert_same(ours, right, **TOLERANCES["fp16"])
     torch.randn(1, device=gpu_stream)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_that_broke_off_does_not_disturb_the_next(precision):
+    right, ours = (TrainingState(new_network(), PRECISIONS[precision], CPU) for _ in range(2))
+    ours.weights.grad = torch.ones_like(ours.weights)
+    ours.scaler.scale(torch.ones(()))
+    ours.scaler.unscale_(ours.optimizer)
+    ours.working.final_layer.linear.weight.grad = torch.ones_like(ours.working.final_layer.linear.weight)
+    ours.drop_half_step()
+    recipe, x = Recipe(1e-3, 0, 0, 0.999), torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for state in (right, ours):
+        seed_draws(state.generator, 0)
+        training_step(state, recipe, 2, fast=False)(x, torch.arange(2), torch.full((2,), 0.1))
+    assert torch.equal(ours.weights, right.weights)
+
+
+def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'EqM')!r})\n"
+        "import torch, distributed, fast, runs\n"
+        "distributed.start()\n"
+        "runs.start_log()\n"
+        "def record(self, shapes, inputs):\n"
+        "    if distributed.rank() == 1:\n"
+        "        raise RuntimeError('not here')\n"
+        "    self.recordings[shapes] = None\n"
+        "fast.Graphed.record = record\n"
+        "step = fast.Graphed(lambda x: x + 1, together=True)\n"
+        "calls = [step(torch.zeros(2)).tolist() for _ in range(fast.WARMUP_CALLS_DISTRIBUTED + 3)]\n"
+        "assert calls == [[1, 1]] * len(calls), calls\n"
+        "assert not step.recordings\n"
+        "distributed.stop()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = run_command(*launcher, script, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("the step cannot be captured: RuntimeError: not here") == 1
+
+
+@torch.no_grad()
+def test_the_part_of_each_label_is_computed_once_and_found_again(monkeypatch):
+    network, computed = new_network().requires_grad_(False), []
+    for block in (*network.blocks, network.final_layer):
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.2)
+    modulations = EqM.modulations
+
+    def counted(self: EqM, t: torch.Tensor, y: torch.Tensor) -> tuple:
+        computed.append(y.tolist())
+        return modulations(self, t, y)
+
+    monkeypatch.setattr(EqM, "modulations", counted)
+    conditioned, x = conditioned_field(network, 3, 0.1, fast=False), torch.randn(3, 3, 4, 8, 8)
+    results = {labels: conditioned(torch.tensor(labels))(x) for labels in ((2, 0, 2), (0, 0, 2), (4, 0, 1), (1, 2, 4))}
+    assert computed == [[2, 0], [4, 1]]
+    for labels, ours in results.items():
+        torch.testing.assert_close(ours, network(x, torch.zeros(3), torch.tensor(labels)), atol=1e-5, rtol=0)
+    assert (results[2, 0, 2] - results[0, 0, 2]).abs().max() > 1e-2
+
+
+@on_gpu
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_adaptive_samples_on_a_gpu_are_those_of_a_fixed_number_of_steps_and_nothing_waits_for_them(
+    gpu_stream, precision
+):
+    network = new_network().requires_grad_(False).to(gpu_stream, PRECISIONS[precision].dtype)
+    torch._dynamo.reset()
+    conditioned, descent = conditioned_field(network, 4, 0.1, fast=True), Descent(0.01, 0.3, 20, 1e-9)
+
+    def field_of(indices: list[int]) -> Field:
+        return conditioned(torch.tensor([index % 4 for index in indices]))
+
+    def starts(indices: list[int]) -> torch.Tensor:
+        return sample_noise(0, indices, network.input_shape)
+
+    field_of([0, 1, 2, 3])(starts(range(4)).to(gpu_stream))  # compiles
+    for _ in range(4):
+        list(Slots(field_of, starts, range(4), 4, descent, gpu_stream).run())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finished = list(Slots(field_of, starts, range(8), 4, descent, gpu_stream).run())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for sample in finished:
+        start = starts([sample.index]).expand(4, -1, -1, -1, -1).to(gpu_stream)
+        right = gradient_descent(field_of([sample.index] * 4), start, 0.01, range(20), 0.3)[0]
+        torch.testing.assert_close(sample.x, right, atol=1e-4 if precision == "fp32" else 5e-2, rtol=0)
 
 
 @on_gpu
@@ -280,11 +372,13 @@ def test_each_set_of_shapes_has_a_graph_of_its_own(gpu_stream):
 
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_distributed_data_parallel_is_captured_with_its_exchange(gpu_stream, tmp_path, precision):
-    alone = Trained(True, precision, gpu_stream)
+def test_distributed_data_parallel_is_captured_with_its_exchange(gpu_stream, tmp_path, monkeypatch, precision):
+    # Eight forward passes a step: the 100th falls into the captured one.
+    monkeypatch.setattr("fast.WARMUP_CALLS_DISTRIBUTED", 12)
+    alone = Trained(True, precision, gpu_stream, micro_batch=1)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=gpu_stream)
     try:
-        ours = Trained(True, precision, gpu_stream)
+        ours = Trained(True, precision, gpu_stream, micro_batch=1)
         assert isinstance(ours.state.parallel, torch.nn.parallel.DistributedDataParallel)
         assert len(ours.step.recordings) == 1
     finally:
@@ -302,11 +396,35 @@ def gpu_stream():
 
 
 @pytest.mark.slow
-def test_the_comparison_of_fast_and_eager_runs_and_finds_a_difference(tmp_path):
+def test_the_comparison_of_fast_and_eager_passes(tmp_path):
     command = [sys.executable, ROOT / "EqM" / "compare.py", "--steps", 10, "--sampling-steps", 3]
     run = run_command(*command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "fast and eager agree" in run.stdout
+
+
+@pytest.mark.parametrize("wrong", ["training", "sampling"])
+def test_the_comparison_finds_a_fast_path_that_differs(monkeypatch, capsys, wrong):
+    def step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) -> object:
+        recipe = replace(recipe, lr=recipe.lr * 100) if fast and wrong == "training" else recipe
+        return training_step(state, recipe, batch, fast=False)
+
+    def field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> object:
+        seconds_per_frame = 0.5 if fast and wrong == "sampling" else seconds_per_frame
+        return conditioned_field(network, batch, seconds_per_frame, fast=False)
+
+    monkeypatch.setattr("workloads.training_step", step)
+    monkeypatch.setattr("workloads.conditioned_field", field)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--steps", "10", "--sampling-steps", "3"])
+    assert compare.main() == 1
+    assert "fast and eager DIFFER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--only", "tiny"], ["--quick", "--only", "guide"], ["--only", "largest"]], ids=str)
+def test_a_part_that_cannot_be_measured_is_refused(tmp_path, flags):
+    run = run_script("benchmark.py", *flags, cwd=tmp_path)
+    assert run.returncode == 1
+    assert f"benchmark.py: error: --only {flags[-1]}: on this device" in run.stderr
 
 
 @pytest.mark.slow
@@ -328,3 +446,7 @@ def test_the_quick_benchmark_writes_every_row_and_ratio_within_two_minutes(tmp_p
     first, second = report["rows"][:2]
     ratio = report["ratios"]["Ti/2, 4 frames of 16 px, batch 16: speed, fast over eager, fp32 IEEE"]
     assert ratio == pytest.approx(first["ms"] / second["ms"], abs=0.01)
+    saving = report["adaptive"]
+    assert saving["ideal"] == pytest.approx(1 - saving["evaluations a sample"] / saving["cap"])
+    assert 0.35 < saving["ideal"] < 0.45
+    assert saving["saved"] == pytest.approx(1 - saving["adaptive s"] / saving["fixed s"])

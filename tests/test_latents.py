@@ -102,6 +102,29 @@ def test_training_on_latents_is_kept_in_the_checkpoint_and_sampling_decodes_them
     assert [frame.shape for frame in frames] == [(16, 16, 3)] * 4
 
 
+@pytest.mark.slow
+def test_clips_start_samples_of_latents_and_are_scored_alike_from_files_and_packs(latent_run, shapes, tmp_path):
+    path, quick = checkpoint(latent_run), ["--num-fid-samples", 2, "--num-sampling-steps", 1]
+    flags = ["--init", shapes, "--init-noise", 0.01, "--cfg-scale", 2, "--cfg-channels", 3, "--compose", "0 + 1"]
+    run = run_script("sample_gd.py", "--ckpt", path, *quick, *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+
+    vae = torch.load(path, weights_only=True)["config"]["vae"]["name"]
+    for name, kind in (("latents", ["--vae", vae]), ("pixels", [])):
+        run = run_script("prepare.py", shapes, tmp_path / name, "--video", "--image-size", 16, *kind, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    scores = {}
+    for source in (shapes, tmp_path / "latents", tmp_path / "pixels"):
+        run = run_script("score.py", "--ckpt", path, source, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        lines = (tmp_path / "scores.csv").read_text().splitlines()[1:]
+        scores[source.name] = np.array([[float(value) for value in line.split(",")[-2:]] for line in lines])
+    assert scores["train"].shape == (16, 2)
+    np.testing.assert_allclose(scores["pixels"], scores["train"], rtol=1e-5)
+    np.testing.assert_allclose(scores["latents"], scores["train"], rtol=0.01, atol=1e-5)  # packed in float16
+
+
 @pytest.mark.parametrize("name", ["none", "another"])
 def test_samples_of_latents_are_not_decoded_by_another_vae(latent_run, tmp_path, name):
     if name == "another":
@@ -117,7 +140,7 @@ def test_a_run_on_latents_does_not_go_on_with_pixels(latent_run, shapes, tmp_pat
     flags = [*SMALL, "--max-steps", 5, "--ckpt", checkpoint(latent_run)]
     run = run_script("train.py", "--data-path", shapes, *flags, cwd=tmp_path)
     assert run.returncode == 1
-    assert "--ckpt was trained with input_size (4, 8, 8), and this run has (4, 16, 16)" in run.stderr
+    assert "was trained with input_size (4, 8, 8), and this run has (4, 16, 16)" in run.stderr
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -132,7 +155,9 @@ def test_a_published_image_checkpoint_samples_with_a_vae(vae_folder, tmp_path, b
     assert run.returncode == 0, run.stderr
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)
     assert Image.open(tmp_path / "samples" / "000002.png").size == (16, 16)
-    assert "--vae" in run_script(*command, cwd=tmp_path).stderr
+    for flags in ([], ["--vae", "none"]):
+        assert "has no config" in (said := run_script(*command, *flags, cwd=tmp_path).stderr)
+        assert "to sample a published one, give --model, and --vae ema or mse" in said
 
 
 def test_without_diffusers_or_weights_one_line_says_what_to_do(tmp_path):

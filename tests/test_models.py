@@ -44,7 +44,8 @@ def test_a_published_checkpoint_file_loads_strictly(tmp_path):
     args = argparse.Namespace(model="EqM-S/2", epochs=80)
     torch.save({"model": {}, "ema": wrapped, "opt": {}, "args": args}, tmp_path / "published.pt")
     network = EqM(**parity["config"]).eval()
-    load_weights(network, network_weights(load_file(tmp_path / "published.pt")), tmp_path / "published.pt")
+    path = tmp_path / "published.pt"
+    load_weights(network, network_weights(load_file(path), path), path)
     with torch.no_grad():
         out = network(parity["x"], parity["t"], parity["y"])
     torch.testing.assert_close(out, parity["out"], atol=1e-5, rtol=0)

@@ -1,7 +1,11 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +14,14 @@ import torch
 from PIL import Image
 
 from cli import UserError
-from conftest import BlockMeans, make_pack, run_script
+from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
 from data import scan
+from files import file_checksum
 from loader import EpochStream, Samples, make_loader
-from make_moving_shapes import write_avi
-from pack import Pack, is_pack, open_pack, shard_path
+from pack import is_pack, open_pack, read_pack
+from pack_settings import shard_path
 from packed_samples import PackedSamples, unpack
-from video import iterate_frames, probe_video, read_frames, write_video
+from video import write_video
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def test_an_image_pack_gives_the_batches_that_the_files_give(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 5, 32])
 def test_items_of_a_shard_follow_one_another_whatever_the_chunks(shapes, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("pack.MIN_SHARDS", 3)
+    monkeypatch.setattr("pack_settings.MIN_SHARDS", 3)
     monkeypatch.setattr("shards.CHUNK_FRAMES", chunk)
     pack = make_pack(shapes, tmp_path / "pack")
     assert pack.shards.tolist() == [0] * 6 + [1] * 6 + [2] * 4
@@ -106,23 +111,23 @@ def test_the_ranks_share_the_batches_of_a_pack(packed):
         assert torch.equal(whole["x"], torch.cat([first["x"], second["x"]]))
 
 
-def test_one_sample_by_its_key_is_the_batchs(packed):
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(packed):
     samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
     keys = [(0, 3), (2, 1)]
     batch = samples.__getitems__(keys)
-    assert all(torch.equal(samples[key]["x"], x) for key, x in zip(keys, batch["x"], strict=True))
+    assert all(torch.equal(samples.__getitems__([key])["x"][0], x) for key, x in zip(keys, batch["x"], strict=True))
 
 
 def test_a_pack_goes_to_another_process_with_its_shards_open(packed):
     pack = open_pack(packed, False)
-    frames = np.array(pack.frames(5))
+    frames = item_frames(pack, 5)
     other = pickle.loads(pickle.dumps(pack))
     assert len(pickle.dumps(pack)) < 20_000
-    assert np.array_equal(other.frames(5), frames)
+    assert np.array_equal(item_frames(other, 5), frames)
 
 
 def test_frames_are_views_of_the_file_that_cannot_be_written(packed):
-    frames = open_pack(packed, False).frames(0)
+    frames = open_pack(packed, False).shard_frames(0)
     assert (frames.shape, frames.dtype) == ((16, 16, 16, 3), np.uint8)
     assert not frames.flags.owndata
     with pytest.raises(ValueError, match="read-only"):
@@ -136,10 +141,14 @@ def test_latents_are_of_the_frames_and_of_their_mirrored_copies(shapes, tmp_path
         "name": "mean", "fingerprint": "block means", "scale": 0.5, "channels": 4, "side": 4
     }  # fmt: skip
     for index in range(len(pixels)):
-        frames, encoded = pixels.frames(index), latents.frames(index)
-        assert (encoded.shape, encoded.dtype) == ((16, 2, 2, 4, 4, 4), np.float16)
-        assert np.array_equal(encoded[:, 0], BlockMeans.encode_moments(frames))
-        assert np.array_equal(encoded[:, 1], BlockMeans.encode_moments(frames[:, :, ::-1]))
+        frames, encoded, mirrored = (
+            item_frames(pixels, index),
+            item_frames(latents, index),
+            item_frames(latents, index, True),
+        )
+        assert (encoded.shape, encoded.dtype) == ((16, 2, 4, 4, 4), np.float16)
+        assert np.array_equal(encoded, BlockMeans.encode_moments(frames))
+        assert np.array_equal(mirrored, BlockMeans.encode_moments(frames[:, :, ::-1]))
 
 
 def test_samples_of_latents_have_the_windows_and_flips_of_the_pixels(shapes, tmp_path):
@@ -247,18 +256,155 @@ def test_a_half_made_pack_is_refused_with_the_command_that_finishes_it(copied, s
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}}'])
-def test_a_damaged_index_is_refused_and_mended(copied, shapes, content):
-    (copied / "index.json").write_text(content)
-    with pytest.raises(UserError, match="index.json is damaged: run python EqM/prepare.py"):
+DAMAGE = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:50],
+    "a list": lambda text: "[]",
+    "nested": lambda text: "[" * 100_000,
+    "no keys": lambda text: "{}",
+    "more keys": lambda text: json.dumps(json.loads(text) | {"more": 1}),
+    "fewer keys": lambda text: json.dumps(dict(list(json.loads(text).items())[:3])),
+    "other types": lambda text: json.dumps({key: [] for key in json.loads(text)}),
+    "a bit": lambda text: text.replace("16", "17", 1),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_index_is_refused_and_mended(copied, shapes, how):
+    path = copied / "index.json"
+    path.write_text(DAMAGE[how](path.read_text()))
+    with pytest.raises(UserError, match="index.json is damaged or may not be read: run python EqM/prepare.py"):
         open_pack(copied, False)
     assert len(make_pack(shapes, copied)) == 16
 
 
+def test_an_index_with_other_labels_lengths_or_shards_is_refused(copied):
+    index = json.loads((copied / "index.json").read_text())
+    for name, column in index["items"].items():
+        for other in (column[:-1], column[::-1] if len(set(column)) > 1 else [99, *column[1:]]):
+            changed = index | {"items": index["items"] | {name: other}}
+            (copied / "index.json").write_text(json.dumps(changed))
+            with pytest.raises(UserError, match="index.json is damaged"):
+                open_pack(copied, False)
+
+
+def test_the_index_of_another_pack_is_refused(copied, shapes, tmp_path):
+    make_pack(shapes, tmp_path / "larger", image_size=24)
+    shutil.copy(tmp_path / "larger" / "index.json", copied)
+    with pytest.raises(UserError, match="index.json is damaged"):
+        open_pack(copied, False)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_settings_are_refused_and_no_folder_is_to_be_deleted(copied, shapes, how):
+    path = copied / "settings.json"
+    path.write_text(DAMAGE[how](path.read_text()))
+    for use in (is_pack, lambda folder: open_pack(folder, False), lambda folder: make_pack(shapes, folder)):
+        with pytest.raises(
+            UserError, match="settings.json is missing, damaged .*: make the pack again, in a new"
+        ) as got:
+            use(copied)
+        assert "delete" not in str(got.value)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_shard_whose_record_is_damaged_is_made_anew(copied, shapes, how):
+    whole = (copied / "shard-00003.json").read_text()
+    (copied / "shard-00003.json").write_text(DAMAGE[how](whole))
+    before = {path.name: path.stat().st_mtime_ns for path in copied.glob("*.bin")}
+    assert len(make_pack(shapes, copied)) == 16
+    after = {path.name: path.stat().st_mtime_ns for path in copied.glob("*.bin")}
+    assert [name for name in after if after[name] != before[name]] == ["shard-00003.bin"]
+    assert json.loads((copied / "shard-00003.json").read_text())["items"] == json.loads(whole)["items"]
+
+
+def without_privileges(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs a script for whom permissions count, which for root they do not."""
+    drop = "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) for capability in (1, 2)];"
+    drop += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return run_command(sys.executable, "-c", drop, ROOT / "EqM" / script, *arguments, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("settings.json", "settings.json is missing, damaged or may not be read: make the pack again, in a new folder"),
+        ("index.json", "index.json is damaged or may not be read: run python"),
+        ("shard-00004.bin", "shard-00004.bin cannot be read (Permission denied): run python"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_one_line(copied, shapes, tmp_path, name, words):
+    (copied / name).chmod(0)
+    result = without_privileges("data.py", copied, cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()[-1:]
+    assert words in line
+    assert "Traceback" not in result.stderr
+    if name != "settings.json":
+        options = ("--video", "--image-size", 16)
+        result = without_privileges("prepare.py", shapes, copied, *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert len(open_pack(copied, False)) == 16
+
+
 def test_a_pack_of_another_version_is_refused(copied):
     settings = json.loads((copied / "settings.json").read_text())
-    (copied / "settings.json").write_text(json.dumps(settings | {"version": 99}))
-    with pytest.raises(UserError, match="version 99, and this is version 1"):
+    (copied / "settings.json").write_text(json.dumps(settings | {"version": 1}))
+    with pytest.raises(UserError, match="of version 1, and this is version 2: make it again, in a new folder"):
+        open_pack(copied, False)
+
+
+@pytest.mark.parametrize("name", ["index.json", "settings.json"])
+@pytest.mark.parametrize("content", ['{"format": "of mine", "version": 1}', "[]", "no JSON", '{"a": 1}'])
+def test_data_with_a_file_of_a_packs_name_is_plain_data(shapes, tmp_path, name, content):
+    source = Path(shutil.copytree(shapes, tmp_path / "data"))
+    (source / name).write_text(content)
+    assert not is_pack(source)
+    with pytest.raises(UserError, match="is not a pack"):
+        read_pack(source)
+    before = sorted(source.rglob("*"))
+    with pytest.raises(UserError, match="data holds something else than a pack: give another folder"):
+        make_pack(shapes, source)
+    assert sorted(source.rglob("*")) == before
+
+
+def test_data_with_files_of_a_packs_names_is_listed_as_plain_data(shapes, tmp_path):
+    source = Path(shutil.copytree(shapes, tmp_path / "data"))
+    for name in ("index.json", "settings.json"):
+        (source / name).write_text('{"format": "of mine", "version": 1}')
+    result = run_script("data.py", source, "--video", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "16 clips of 4 classes" in result.stdout
+
+
+def test_the_suggested_command_can_be_pasted(shapes, tmp_path):
+    source = Path(shutil.copytree(shapes, tmp_path / "my clips; $(all)"))
+    folder = tmp_path / "it's a pack"
+    make_pack(source, folder)
+    (folder / "index.json").unlink()
+    with pytest.raises(UserError) as got:
+        open_pack(folder, False)
+    command = str(got.value).partition("run ")[2].rpartition(" again to finish it")[0]
+    words = ["python", "EqM/prepare.py", str(source), str(folder), "--video", "--image-size", "16"]
+    assert shlex.split(command) == words
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5432])
+def test_a_checksum_is_over_the_whole_file_whatever_is_read_at_a_time(tmp_path, monkeypatch, size):
+    data = np.random.default_rng(0).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr("files.READ_BYTES", 1000)
+    assert file_checksum(tmp_path / "file") == zlib.crc32(data)
+
+
+@pytest.mark.parametrize("place", [0, 5_000, 12_287])
+def test_a_changed_byte_is_found_in_every_part_of_a_shard(copied, monkeypatch, place):
+    monkeypatch.setattr("files.READ_BYTES", 5_000)
+    path = shard_path(copied, 7)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="shard-00007.bin has changed"):
         open_pack(copied, False)
 
 
@@ -270,26 +416,8 @@ def test_another_folder_is_no_pack(shapes):
 
 def test_more_shards_than_may_be_open_are_read(packed, monkeypatch):
     pack = open_pack(packed, False)
-    expected = [np.array(pack.frames(i)) for i in range(16)]
+    expected = [item_frames(pack, i) for i in range(16)]
     monkeypatch.setattr("pack.MAX_MAPPED", 2)
-    other = Pack(packed, json.loads((packed / "index.json").read_text()))
-    assert all(np.array_equal(other.frames(i), expected[i]) for i in range(16))
+    other = read_pack(packed)
+    assert all(np.array_equal(item_frames(other, i), expected[i]) for i in range(16))
     assert other.shard_frames.cache_info().currsize == 2
-
-
-def test_frames_one_by_one_are_those_that_are_read_by_index(shapes):
-    for path in sorted(shapes.glob("*/*.avi"))[:4]:
-        info = probe_video(path)
-        assert np.array_equal(list(iterate_frames(path, info, 16)), read_frames(path, info, range(16), 16))
-
-
-def test_a_damaged_packet_is_passed_over(tmp_path):
-    path = tmp_path / "a.avi"
-    rng = np.random.default_rng(0)
-    write_avi(path, rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
-    data = bytearray(path.read_bytes())
-    packets = [i for i in range(len(data)) if data[i : i + 4] == b"00dc"]
-    data[packets[10] + 8 : packets[11]] = bytes(packets[11] - packets[10] - 8)
-    path.write_bytes(data)
-    info = probe_video(path)
-    assert len(list(iterate_frames(path, info, 16))) >= 29

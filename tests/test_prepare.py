@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import shutil
@@ -15,11 +16,11 @@ import pytest
 from tqdm import tqdm
 
 from cli import UserError
-from conftest import ROOT, BlockMeans, make_pack, run_command, run_script, run_torchrun
+from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
 from data import scan
 from make_moving_shapes import write_avi
 from pack import is_pack, open_pack
-from packing import pack_shards
+from packing import pack_shard, pack_shards
 from prepare import finish, make_plan, missing_shards
 from video import probe_video, read_frames
 
@@ -28,8 +29,9 @@ OPTIONS = ("--video", "--image-size", 16)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The shards, and the index without the times."""
+    """The shards, and the index without the times and the checksum over them."""
     index = json.loads((folder / "index.json").read_text())
+    del index["checksum"]
     for record in index["shards"]:
         del record["mtime_ns"]
     return {path.name: path.read_bytes() for path in folder.glob("*.bin")} | {"index": json.dumps(index).encode()}
@@ -139,14 +141,99 @@ def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_pat
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_a_whole_pack_is_checked_and_left_as_it_is(shapes, tmp_path):
+def written(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What changes where anything in a folder is written, be it for a moment: its own time tells of every name."""
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (folder, *folder.iterdir())}
+
+
+def test_a_whole_pack_is_checked_and_nothing_is_written(shapes, tmp_path):
     make_pack(shapes, tmp_path / "pack")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("shard-*")}
+    before = written(tmp_path / "pack")
     result = run_script("prepare.py", shapes, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "checking the pack: 100%" in result.stderr
     assert f"{tmp_path}/pack is whole: 16 clips" in result.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "pack").glob("shard-*")}
+    assert written(tmp_path / "pack") == before
+
+
+def test_a_moved_pack_of_a_moved_source_is_checked_and_mended(shapes, tmp_path):
+    source, folder = Path(shutil.copytree(shapes, tmp_path / "old")), tmp_path / "pack"
+    make_pack(source, folder)
+    source, folder = source.rename(tmp_path / "new"), folder.rename(tmp_path / "moved")
+    before = written(folder)
+    make_pack(source, folder)
+    assert written(folder) == before
+    whole = contents(folder)
+    (folder / "shard-00002.bin").unlink()
+    make_pack(source, folder)
+    assert contents(folder) == whole
+
+
+def test_a_source_that_is_gone_is_one_line(shapes, tmp_path):
+    make_pack(shapes, tmp_path / "pack")
+    result = run_script("prepare.py", tmp_path / "gone", tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert f"{tmp_path}/gone is not a folder" in line
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_source_behind_symbolic_links_gives_the_same_pack(shapes, tmp_path, monkeypatch, relative):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "real").mkdir()
+    for folder in shapes.iterdir():
+        (tmp_path / "deep" / "real" / folder.name).symlink_to(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "real")
+    source = Path("link") if relative else tmp_path / "link"
+    pack, straight = make_pack(source, tmp_path / "pack"), make_pack(shapes, tmp_path / "straight")
+    assert contents(tmp_path / "pack") == contents(tmp_path / "straight")
+    assert pack.paths == [str(path.relative_to(shapes)) for path in sorted(shapes.glob("*/*.avi"))]
+    for ours, theirs in zip(pack.found().items, straight.found().items, strict=True):
+        assert Path(ours.path).samefile(theirs.path)
+
+
+def test_a_table_that_names_the_folder_itself_works_behind_a_symbolic_link(tmp_path):
+    clips = noise_clips(tmp_path / "real", 3)
+    names = [path.rename(clips / path.name).name for path in sorted((clips / "A").iterdir())]
+    (clips / "A").rmdir()
+    (clips / "real.csv").write_text("\n".join(["clip_name,clip_path,label", *(f"{n},/real/{n},A" for n in names)]))
+    (tmp_path / "link").symlink_to(clips)
+    pack = make_pack(tmp_path / "link", tmp_path / "pack")
+    assert pack.paths == names
+    assert all(Path(item.path).is_file() for item in pack.found().items)
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(shapes, tmp_path):
+    (tmp_path / "pack").mkdir()
+    descriptor = os.open(tmp_path / "pack", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    result = run_script("prepare.py", shapes, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert f"another run is packing into {tmp_path}/pack: let it end" in line
+    assert not list((tmp_path / "pack").glob("shard-*"))
+    os.close(descriptor)
+    result = run_script("prepare.py", shapes, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_a_killed_run_left_is_not_taken_for_shards_and_is_removed(shapes, tmp_path):
+    make_pack(shapes, tmp_path / "whole")
+    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
+    (tmp_path / "pack").mkdir()
+    names = ("settings.json", "shard-00000.bin", "shard-00001.json", "index.json")
+    for name in names:
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "pack" / f"{name}.4711.tmp")
+        if name == "settings.json":
+            assert missing_shards(make_plan(args, None)) == list(range(16))
+    (tmp_path / "pack" / "mine.tmp").write_text("notes")
+    assert missing_shards(make_plan(args, None)) == list(range(16))
+    with pytest.raises(UserError, match="half-made"):
+        is_pack(tmp_path / "pack")
+    make_pack(shapes, tmp_path / "pack")
+    assert [path.name for path in (tmp_path / "pack").glob("*.tmp")] == ["mine.tmp"]
+    assert contents(tmp_path / "pack") == contents(tmp_path / "whole")
 
 
 def test_other_settings_for_a_pack_are_refused_with_both_values(shapes, tmp_path):
@@ -155,7 +242,6 @@ def test_other_settings_for_a_pack_are_refused_with_both_values(shapes, tmp_path
     for changes, words in (
         ({"image_size": 24}, "with image_size 16, and this run has 24"),
         ({"vae": BlockMeans}, "with values pixels, and this run has latents"),
-        ({"source": shutil.copytree(shapes, tmp_path / "copy")}, f"with source {shapes}, and this run has"),
     ):
         with pytest.raises(UserError, match=words):
             make_pack(**{"source": shapes, "folder": pack} | changes)
@@ -242,6 +328,17 @@ def test_a_disk_that_is_full_when_the_shard_is_flushed_leaves_no_shard(shapes, t
     assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
 
 
+def test_a_main_process_that_has_gone_is_not_taken_for_a_full_disk(shapes, tmp_path):
+    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="mean")
+
+    def encode(frames):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        pack_shard(make_plan(args, BlockMeans), 0, encode, lambda: None)
+    assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
+
+
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(shapes, tmp_path, monkeypatch):
     args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
     plan = make_plan(args, None)
@@ -264,7 +361,7 @@ def test_damaged_copies_of_a_clip_are_packed_or_skipped(tmp_path, monkeypatch):
     assert len(pack) + len(pack.unreadable) == 301
     assert len(pack) > 50
     assert len(pack.unreadable) > 5
-    assert all(pack.frames(i).shape == (pack.lengths[i], 16, 16, 3) for i in range(len(pack)))
+    assert all(item_frames(pack, i).shape == (pack.lengths[i], 16, 16, 3) for i in range(len(pack)))
     assert pack.lengths.min() >= 1
 
 
@@ -335,5 +432,5 @@ def test_damaged_real_clips_give_the_frames_that_still_decode(real_clips, tmp_pa
     info = probe_video(clip)
     assert 1 <= pack.lengths[0] < len(info.times)
     whole = read_frames(clip, info, range(5), 16)
-    assert np.array_equal(pack.frames(0)[:5], whole)
-    assert np.array_equal(pack.frames(1)[:5], whole)
+    assert np.array_equal(item_frames(pack, 0)[:5], whole)
+    assert np.array_equal(item_frames(pack, 1)[:5], whole)

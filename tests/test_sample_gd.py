@@ -11,13 +11,17 @@ import torch
 from PIL import Image
 
 import distributed
+from checkpoint import save_checkpoint
 from conftest import run_script, run_torchrun
+from descents import Finished
 from fast import conditioned_field
 from models import EqM
-from sample_gd import batches_of_rank, sample_batch
+from sample_gd import Plan, adaptive_samples, batches_of_rank, field_of, sample_batch
 from sampling import sample_noise
+from starts import Starts
 
 STEPS = ["--num-sampling-steps", 3]
+CPU = torch.device("cpu")
 
 
 def sampled(checkpoint: Path, folder: Path, *flags: object, processes: int = 0) -> Path:
@@ -38,6 +42,20 @@ def rows(folder: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def assert_same_tables(ours: list[dict], right: list[dict]) -> None:
+    """Everything but the norms is the same to the letter."""
+    assert [float(row.pop("final_norm")) for row in ours] == pytest.approx(
+        [float(row.pop("final_norm")) for row in right], rel=1e-3
+    )
+    assert ours == right
+
+
+def assert_same_videos(ours: Path, right: Path, number: int) -> None:
+    for i in range(number):
+        found, expected = (read_video(folder / f"{i:06d}.mp4")[0].astype(int) for folder in (ours, right))
+        assert abs(expected - found).max() <= 2
+
+
 @pytest.fixture(scope="module")
 def lively_checkpoint(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint with larger output weights, so that the field moves samples a long way."""
@@ -46,7 +64,7 @@ def lively_checkpoint(checkpoint, tmp_path_factory) -> Path:
     weight = saved["ema"]["final_layer.linear.weight"]
     saved["ema"]["final_layer.linear.weight"] = torch.randn(weight.shape, generator=generator)
     path = tmp_path_factory.mktemp("lively") / "lively.pt"
-    torch.save(saved, path)
+    save_checkpoint(path, saved)
     return path
 
 
@@ -106,31 +124,89 @@ def test_videos_do_not_depend_on_batch_size_or_number_of_processes(lively_checkp
     parts = sampled(
         lively_checkpoint, tmp_path / "other", "--num-fid-samples", 5, "--stepsize", 0.05, *flags, processes=processes
     )
-    for i in range(5):
-        expected, found = (read_video(folder / f"{i:06d}.mp4")[0].astype(int) for folder in (whole, parts))
-        assert abs(expected - found).max() <= 2
-    assert rows(whole) == rows(parts)
+    assert_same_videos(parts, whole, 5)
+    assert_same_tables(rows(whole), rows(parts))
+
+
+class FallingField(EqM):
+    """A field whose norm falls on the way, at another rate for each sample."""
+
+    def field(self, x: torch.Tensor, *modulations: torch.Tensor, seconds_per_frame: float) -> torch.Tensor:
+        return 0.3 * super().field(x, *modulations, seconds_per_frame=seconds_per_frame) - 2 * x
+
+
+def random_network(kind: type[EqM]) -> EqM:
+    torch.manual_seed(0)
+    network = kind((4, 8, 8), 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=3, temporal_patch=2)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.requires_grad_(False)
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
-    torch.manual_seed(0)
-    network = EqM((4, 8, 8), 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=3, temporal_patch=2)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    network.requires_grad_(False)
-    args = argparse.Namespace(global_seed=3, cfg_scale=cfg_scale, stepsize=0.01, mu=0.3, sampler="ngd")
+    network = random_network(EqM)
+    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
     classes = torch.tensor([0, 1, 2, 0])
 
     @torch.no_grad()
     def sample(indices: list[int]) -> torch.Tensor:
         conditioned = conditioned_field(network, len(indices), seconds_per_frame=0.12, fast=False)
-        return sample_batch(args, network, conditioned, classes[indices], indices, range(50))
+        noise = sample_noise(3, indices, network.input_shape)
+        return sample_batch(args, network, conditioned, classes[indices], noise, range(50))
 
     together = sample([0, 1, 2, 3])
     for i in range(4):
         torch.testing.assert_close(sample([i]), together[i : i + 1], atol=1e-4, rtol=0)
     assert (together[0] - together[3]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("cfg_scale", "cfg_channels"), [(1.0, "all"), (2.5, "all"), (2.5, "3")])
+@pytest.mark.parametrize("terms", [[], [(1.0, 0), (-0.5, 2)]])
+def test_the_field_is_that_of_the_flags_and_the_sum(cfg_scale, cfg_channels, terms):
+    torch.manual_seed(0)
+    network = EqM((4, 8, 8), 4, 4, hidden_size=32, depth=1, num_heads=2, num_classes=3, temporal_patch=2)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels=cfg_channels)
+    x, y = torch.randn(2, 4, 4, 8, 8), torch.tensor([1, 2])
+
+    @torch.no_grad()
+    def of_class(labels: torch.Tensor) -> torch.Tensor:
+        conditional, unconditional = (network(x, torch.zeros(2), label, 0.12) for label in (labels, 0 * labels + 3))
+        field = unconditional + cfg_scale * (conditional - unconditional)
+        return field if cfg_channels == "all" else torch.cat([field[:, :3], conditional[:, 3:]], dim=1)
+
+    by_hand = sum(weight * of_class(0 * y + label) for weight, label in terms) if terms else of_class(y)
+    with torch.no_grad():
+        field = field_of(args, network, conditioned_field(network, 6, seconds_per_frame=0.12, fast=False), y, terms)
+        torch.testing.assert_close(field(x), by_hand, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_an_adaptive_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
+    network = random_network(FallingField)
+    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
+    args.num_sampling_steps, args.compile = 50, None
+    plan = Plan([0, 1, 2, 0, 2], [], Starts(3, network.input_shape))
+
+    def sample(threshold: float, *batches: range) -> dict[int, Finished]:
+        args.adaptive, seen = threshold, []
+        conditioned = conditioned_field(network, max(map(len, batches)), seconds_per_frame=0.12, fast=False)
+        groups = adaptive_samples(args, network, conditioned, plan, list(batches), seen.append)
+        return {finished.index: finished for group in groups for finished in group}
+
+    norms = sorted(norm for finished in sample(1e-9, range(8)).values() for norm in finished.norms)
+    half = norms[len(norms) // 4 : len(norms) * 3 // 4]
+    _, low, high = max((high - low, low, high) for low, high in zip(half, half[1:], strict=False))
+    threshold = (low + high) / 2  # as far from all norms as can be: rounding decides nothing
+    together = sample(threshold, range(4), range(4, 8))
+    assert len({finished.evaluations for finished in together.values()}) > 2
+    for i in range(8):
+        ((_, alone),) = sample(threshold, range(i, i + 1)).items()
+        assert alone.evaluations == together[i].evaluations
+        torch.testing.assert_close(alone.x, together[i].x, atol=1e-4, rtol=0)
 
 
 def test_as_many_updates_are_made_as_asked_for():
@@ -139,10 +215,11 @@ def test_as_many_updates_are_made_as_asked_for():
             return torch.ones_like(x)
 
     network = ConstantField(8, 4, 3, hidden_size=32, depth=1, num_heads=2, num_classes=3)
-    args = argparse.Namespace(global_seed=3, cfg_scale=1.0, stepsize=0.01, mu=0.3, sampler="ngd")
+    args = argparse.Namespace(cfg_scale=1.0, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
     conditioned = conditioned_field(network, 1, seconds_per_frame=0.1, fast=False)
-    x = sample_batch(args, network, conditioned, torch.tensor([0]), [5], range(7))
-    torch.testing.assert_close(x, sample_noise(3, [5], (3, 8, 8)) + 7 * 0.01)
+    noise = sample_noise(3, [5], (3, 8, 8))
+    x = sample_batch(args, network, conditioned, torch.tensor([0]), noise, range(7))
+    torch.testing.assert_close(x, noise + 7 * 0.01)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -182,3 +259,74 @@ def test_samples_that_are_not_finite_are_an_error(lively_checkpoint, tmp_path):
     assert run.returncode == 1
     assert "samples are not finite: lower --stepsize" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+# Some samples of the lively checkpoint stop on the way, at different steps, and some come to the cap.
+ADAPTIVE = ["--num-fid-samples", 5, "--stepsize", 0.05, "--num-sampling-steps", 12, "--adaptive", 11.15]
+
+
+@pytest.fixture(scope="module")
+def adaptive_samples_of_three_slots(lively_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adaptive")
+    return sampled(lively_checkpoint, folder, *ADAPTIVE, "--global-batch-size", 3, "--trace")
+
+
+@pytest.mark.parametrize(("batch", "processes"), [(1, 0), (4, 2)])
+def test_adaptive_videos_do_not_depend_on_batch_size_or_number_of_processes(
+    lively_checkpoint, adaptive_samples_of_three_slots, tmp_path, batch, processes
+):
+    folder = sampled(lively_checkpoint, tmp_path, *ADAPTIVE, "--global-batch-size", batch, processes=processes)
+    assert_same_videos(folder, adaptive_samples_of_three_slots, 5)
+    assert_same_tables(rows(folder), rows(adaptive_samples_of_three_slots))
+
+
+def read_trace(folder: Path) -> dict[int, list[float]]:
+    with folder.with_name(folder.name + "-trace.csv").open() as file:
+        table = list(csv.DictReader(file))
+    samples = sorted({int(row["sample"]) for row in table})
+    traces = {i: [(int(row["step"]), float(row["norm"])) for row in table if int(row["sample"]) == i] for i in samples}
+    assert all([step for step, _ in trace] == list(range(1, len(trace) + 1)) for trace in traces.values())
+    return {i: [norm for _, norm in trace] for i, trace in traces.items()}
+
+
+def test_the_table_and_the_trace_say_when_each_sample_stopped(adaptive_samples_of_three_slots):
+    folder = adaptive_samples_of_three_slots
+    table, traces = rows(folder), read_trace(folder)
+    counts = [int(row["evaluations"]) for row in table]
+    assert len(set(counts)) > 2
+    assert max(counts) == 12
+    for index, (row, count) in enumerate(zip(table, counts, strict=True)):
+        trace = traces[index]
+        assert len(trace) == count
+        assert float(row["final_norm"]) == pytest.approx(trace[-1], rel=1e-3)
+        assert (trace[-1] < 11.15) == (count < 12)
+        assert min(trace[:-1]) >= 11.15
+        assert row["adaptive"] == "11.15"
+    with Image.open(folder.with_name("out-trace.png")) as plot:
+        assert plot.width > 500
+
+
+def test_the_trace_of_fixed_steps_has_the_first_samples_only(image_checkpoint, tmp_path):
+    folder = sampled(image_checkpoint, tmp_path, "--num-fid-samples", 10, "--global-batch-size", 4, "--trace")
+    traces, table = read_trace(folder), rows(folder)
+    assert {i: len(trace) for i, trace in traces.items()} == dict.fromkeys(range(8), 3)
+    assert [row["evaluations"] for row in table] == ["3"] * 10
+    for row in table[:8]:
+        assert float(row["final_norm"]) == pytest.approx(traces[int(row["index"])][-1], rel=1e-3)
+    assert {row["adaptive"] for row in table} == {""}
+
+
+def test_the_end_says_what_stopping_saved_when_some_ranks_have_no_sample(checkpoint, tmp_path):
+    flags = ["--ckpt", checkpoint, "--num-fid-samples", 1, "--adaptive", 100, "--global-batch-size", 2]
+    run = run_torchrun(2, "sample_gd.py", *flags, "--num-sampling-steps", 4, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "evaluations a sample: mean 1, median 1, from 1 to 1; 0 of 1 came to the cap of 4; 75% fewer" in run.stdout
+
+
+@pytest.mark.parametrize("threshold", ["0", "-1"])
+def test_a_threshold_that_is_no_number_above_0_is_refused(checkpoint, tmp_path, threshold):
+    run = run_script("sample_gd.py", "--ckpt", checkpoint, "--adaptive", threshold, cwd=tmp_path)
+    assert run.returncode == 2
+    assert f"error: argument --adaptive: '{threshold}' is not a number above 0" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "samples").exists()

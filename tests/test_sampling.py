@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sampling import gradient_descent, guided, sample_noise
+from sampling import composed, gradient_descent, guided, sample_noise
 
 MINIMUM = torch.tensor([1.0, -2.0, 0.5])
 
@@ -58,6 +58,49 @@ def test_guidance_moves_away_from_the_null_class_in_one_call():
     assert calls == [[1, 2, 9, 9]]
     guided(conditioned, y, null_class=9, scale=1.0)(x)
     assert calls[1:] == [[1, 2]]
+
+
+def fields_by_label(values: dict[int, torch.Tensor], calls: list) -> Callable:
+    """Stands for a network: the field of label k is values[k] − x. Each call's labels go into `calls`."""
+
+    def conditioned(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        def field(x: torch.Tensor) -> torch.Tensor:
+            calls.append(y.tolist())
+            return torch.stack([values[label] for label in y.tolist()]) - x
+
+        return field
+
+    return conditioned
+
+
+@pytest.mark.parametrize(("weights", "middle"), [((1.0, 1.0), 0.5), ((1.0, 3.0), 0.75), ((1.0, -0.5), -1.0)])
+def test_a_sum_of_two_quadratics_lands_at_their_weighted_minimum(weights, middle):
+    minima, calls = {0: torch.zeros(3, 2), 1: torch.ones(3, 2), 9: torch.full((3, 2), 100.0)}, []
+    conditioned, y = fields_by_label(minima, calls), torch.tensor([[0, 0], [1, 1]])
+    field = composed(conditioned, y, weights, null_class=9, scale=1)
+    end = gradient_descent(field, torch.randn(2, 3, 2), 0.1, range(300))
+    torch.testing.assert_close(end, torch.full((2, 3, 2), middle))
+    assert calls[0] == [0, 0, 1, 1]
+
+
+def test_guidance_adds_one_row_to_a_sum_and_guides_each_class_of_it():
+    values, calls = {k: torch.full((2,), float(k)) for k in (1, 2, 9)}, []
+    field = composed(fields_by_label(values, calls), torch.tensor([[1], [2]]), [1.0, 0.5], null_class=9, scale=3)
+    by_hand = (9 + 3 * (1 - 9)) + 0.5 * (9 + 3 * (2 - 9))
+    torch.testing.assert_close(field(torch.zeros(1, 2)), torch.full((1, 2), by_hand))
+    assert calls == [[1, 2, 9]]
+
+
+def test_guidance_of_three_channels_leaves_the_fourth_conditional():
+    values, calls = {k: torch.full((4, 2, 2), float(k)) for k in (1, 2, 9)}, []
+    conditioned = fields_by_label(values, calls)
+    guided_one, guided_two = 9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)
+    field = guided(conditioned, torch.tensor([1, 2]), null_class=9, scale=[1.5, 1.5, 1.5, 1.0])
+    expected = torch.tensor([[guided_one] * 3 + [1], [guided_two] * 3 + [2]])
+    torch.testing.assert_close(field(torch.zeros(2, 4, 2, 2))[:, :, 0, 1], expected)
+    both = composed(conditioned, torch.tensor([[1], [2]]), [1.0, -2.0], null_class=9, scale=[1.5, 1.5, 1.5, 1.0])
+    expected = torch.tensor([[guided_one - 2 * guided_two] * 3 + [1 - 2 * 2.0]])
+    torch.testing.assert_close(both(torch.zeros(1, 4, 2, 2))[:, :, 1, 0], expected)
 
 
 def test_noise_depends_on_seed_and_index_alone():

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+from checkpoint_writer import CheckpointWriter
 from config import network_settings
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data import Found, Item, scan_for_training
 from loader import Samples, to_unit_range
 from models import build_network
-from objective import eqm_loss
+from objective import Objective
 from precision import Precision
 from runs import create_run_folder
 from source import Source
@@ -152,7 +153,8 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     # Half the batches overflow: after each update the scale is doubled, over what fp16 can hold.
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1)
     (tmp_path / "checkpoints").mkdir()
-    train(args, state, Source(args.image_size, found, None, None, None), 4, {}, tmp_path)
+    source, writer = Source(args.image_size, found, None, None, None), CheckpointWriter(tmp_path, None, None)
+    assert train(args, state, source, 4, {}, writer)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
     assert lines[-1]["skipped"] == state.skipped >= 3
@@ -231,16 +233,16 @@ def loss_on_clips(run: Path, clips: Path, step: int) -> float:
     seed_draws(generator, 99, 0, 0)
     noise, gamma, _ = draw_random_numbers(x, generator)
     if step == 0:
-        return eqm_loss(lambda x_gamma, _: torch.zeros_like(x_gamma), x, noise, gamma).item()
+        return Objective().loss(lambda x_gamma, _: (torch.zeros_like(x_gamma), None), x, noise, gamma).item()
     saved = load(run, step)
     network = build_network(saved["config"]["network"]).eval()
     network.load_state_dict(saved["model"])
 
-    def field(x_gamma: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        return network(x_gamma, gamma, batch["label"], seconds_per_frame)
+    def field(x_gamma: torch.Tensor, gamma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return network(x_gamma, gamma, batch["label"], seconds_per_frame, with_tokens=True)
 
     with torch.no_grad():
-        return eqm_loss(field, x, noise, gamma).item()
+        return Objective().loss(field, x, noise, gamma).item()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import video
-from video import UnreadableVideo, probe_video, read_frames, write_video
+from video import UnreadableVideo, iterate_frames, probe_video, read_frames, write_video
 
 # A frame's grey level tells which one it is; neighbours differ much, so that coding does not blur them together.
 LEVELS = [10 + 6 * (17 * i % 40) for i in range(40)]
@@ -73,32 +73,14 @@ def levels_at(path: Path, places: Sequence[int]) -> list[float]:
 def decoded(monkeypatch) -> list[int]:
     """The times of the frames that `video` decodes from now on."""
     times: list[int] = []
-    open_video = video.open_video
+    frames_of = video.frames_of
 
-    class Counted:
-        def __init__(self, container):
-            self.container = container
+    def counted(*arguments):
+        for frame in frames_of(*arguments):
+            times.append(frame.pts)
+            yield frame
 
-        def __enter__(self):
-            self.container.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.container.__exit__(*error)
-
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
-        def decode(self, stream):
-            for frame in self.container.decode(stream):
-                times.append(frame.pts)
-                yield frame
-
-    def counted(path):
-        container, stream = open_video(path)
-        return Counted(container), stream
-
-    monkeypatch.setattr(video, "open_video", counted)
+    monkeypatch.setattr(video, "frames_of", counted)
     return times
 
 
@@ -304,6 +286,77 @@ def test_a_cut_file_gives_the_frames_that_it_still_has(tmp_path):
     info = probe_video(path)
     assert 5 < len(info.times) < 35
     assert np.array_equal(read_frames(path, info, range(5), 32), whole[:5])
+
+
+def moving(count: int = 40) -> list[np.ndarray]:
+    """Frames that all differ, in more than their level."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    return [np.roll(picture, (i // 32, i), axis=(0, 1)) for i in range(count)]
+
+
+def encode_uneven(path: Path) -> Path:
+    times = np.cumsum([0, *[20, 60] * 19, 20]).tolist()
+    return encode(path.with_suffix(".mkv"), "libx264", moving(), H264, times_ms=times)
+
+
+OTHER_KINDS = {
+    "B-frames": lambda path: encode(path, "mpeg4", moving(), {"qmin": "3", "qmax": "3", "g": "12", "bf": "2"}),
+    "uneven times": encode_uneven,
+    "edit list": lambda path: encode(path.with_suffix(".mp4"), "libx264", moving(), {"g": "50", "bf": "0"}, shift=10),
+    "one frame": lambda path: encode(path, "mpeg4", moving(1), {}),
+    "lossless": lambda path: encode(path, "ffv1", moving(), {"g": "10"}, pix_fmt="bgr0"),
+    "wide": lambda path: encode(path, "mpeg4", [np.tile(frame, (1, 3, 1)) for frame in moving()], {"g": "12"}),
+}
+
+
+@pytest.mark.parametrize("name", [*KINDS, *OTHER_KINDS])
+def test_frames_one_by_one_are_those_that_are_read_by_index(tmp_path, name):
+    path = OTHER_KINDS[name](tmp_path / "a.avi") if name in OTHER_KINDS else encode_kind(tmp_path, name)
+    info = probe_video(path)
+    frames = list(iterate_frames(path, info, 16))
+    assert len(frames) == len(info.times)
+    assert np.array_equal(frames, read_frames(path, info, range(len(frames)), 16))
+    assert len(np.unique(frames, axis=0)) == len(frames)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_one_by_one_end_where_the_file_ends_early(tmp_path, name):
+    path = encode_kind(tmp_path, name)
+    info = probe_video(path)
+    shorter = encode(tmp_path / f"short-{name}", KINDS[name][0], grey(LEVELS[:30]), KINDS[name][1])
+    frames = list(iterate_frames(shorter, info, 16))
+    assert len(frames) == 30
+    assert np.array_equal(frames, read_frames(shorter, info, range(30), 16))
+
+
+def test_frames_one_by_one_of_a_cut_file_are_those_that_it_still_has(tmp_path):
+    path = encode(tmp_path / "a.avi", "mpeg4", moving(), {"qmin": "2", "qmax": "2", "g": "12"})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 7 // 10])
+    info = probe_video(path)
+    frames = list(iterate_frames(path, info, 16))
+    assert len(info.times) - 1 <= len(frames) < 40
+    assert np.array_equal(frames, read_frames(path, info, range(len(frames)), 16))
+
+
+def test_a_broken_packet_is_passed_over_and_costs_one_frame(tmp_path):
+    path = encode(tmp_path / "a.avi", "mpeg4", moving(), {"qmin": "2", "qmax": "2", "g": "12"})
+    data = bytearray(path.read_bytes())
+    packets = [i for i in range(len(data)) if data[i : i + 4] == b"00dc"]
+    data[packets[15] + 8 : packets[16]] = bytes(packets[16] - packets[15] - 8)
+    path.write_bytes(data)
+    info = probe_video(path)
+    frames = list(iterate_frames(path, info, 16))
+    assert len(frames) == len(info.times) == 40
+    broken = []
+    for i in range(40):
+        try:
+            assert np.array_equal(frames[i], read_frames(path, info, [i], 16)[0]), i
+        except UnreadableVideo:
+            broken.append(i)
+    assert broken == list(range(14, 24))  # up to the next key frame
+    assert np.array_equal(frames[14], frames[15])
+    assert len(np.unique(frames, axis=0)) == 39
 
 
 @pytest.mark.parametrize("rate", [25, 8.333333, 29.97, 10 / 3])

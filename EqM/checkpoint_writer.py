@@ -1,0 +1,143 @@
+"""Writes checkpoints while training goes on, and keeps the newest ones."""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import is_sealed, save_checkpoint
+from cli import UserError
+from runs import log
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint file, or −1 for another file's name."""
+    return int(path.stem) if path.stem.isdecimal() else -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a run's folder, the newest first."""
+    paths = [path for path in (folder / "checkpoints").glob("*.pt") if step_of(path) >= 0]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run in a thread of its own.
+
+    The step waits only for copies into the host's memory, which a GPU makes between two steps.
+
+    Args:
+        folder: the run's.
+        keep: how many good checkpoints to keep; None: all.
+
+    Attributes:
+        newest: the last one that was written or gone on from; None: there is none yet.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, newest: Path | None):
+        self.folder, self.keep, self.newest = folder, keep, newest
+        self.good = {newest} if newest else set()
+        self.buffers: dict[str, Tensor] = {}
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+
+    def save(self, contents: dict) -> None:
+        """Copies a checkpoint's contents and has them written; waits until the one before is.
+
+        What keeps it from being written is logged, and training goes on.
+        """
+        problem = self.wait()
+        if problem:
+            log.error("%s", problem)
+        try:
+            copied = self.to_host(contents)
+        except (MemoryError, RuntimeError) as error:
+            self.pending = Future()
+            self.pending.set_exception(error)
+            return
+        done = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
+        if done:
+            done.record()
+        path = self.folder / "checkpoints" / f"{contents['step']:07d}.pt"
+        self.pending = self.pool.submit(self.write, path, copied, done)
+
+    def to_host(self, value: Any, name: str = "") -> Any:
+        """A copy, of which every tensor has host memory of its own; on a GPU it is there once the stream gets here."""
+        if isinstance(value, dict):
+            return {key: self.to_host(part, f"{name}/{key}") for key, part in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return self.buffers[name].copy_(value.detach(), non_blocking=True)
+
+    def write(self, path: Path, contents: dict, done: torch.cuda.Event | None) -> None:
+        """Writes one checkpoint, then removes those that are not to be kept."""
+        if done:
+            done.synchronize()
+        save_checkpoint(path, contents)
+        log.info("saved %s", path)
+        self.newest = path
+        self.good.add(path)
+        try:
+            if self.keep:
+                self.remove_old()
+        except OSError as error:
+            log.error("cannot remove old checkpoints in %s: %s", path.parent, error.strerror)
+
+    def remove_old(self) -> None:
+        """Removes what is older than the `keep` newest good checkpoints."""
+        found = 0
+        for path in checkpoints(self.folder):
+            if found == self.keep:
+                path.unlink(missing_ok=True)
+            else:
+                found += path in self.good or self.is_good(path)
+
+    def is_good(self, path: Path) -> bool:
+        try:
+            good = is_sealed(path)
+        except (OSError, UserError):
+            return False
+        if good:
+            self.good.add(path)
+        return good
+
+    def wait(self) -> str:
+        """Waits for the thread; returns what kept the last checkpoint from being written, or an empty text."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending:
+                pending.result()
+        except (OSError, MemoryError, RuntimeError) as error:
+            return f"cannot save to {self.folder / 'checkpoints'}: {self.reason(error)}; {self.last_good()}"
+        return ""
+
+    def reason(self, error: Exception) -> str:
+        """A full disk ends torch's writer in errors that do not say so."""
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if not (self.folder / "checkpoints").is_dir():
+            return "the folder is gone"
+        free = shutil.disk_usage(self.folder).free
+        return f"{(str(error) or type(error).__name__).splitlines()[0]} ({free / 1e9:.2f} GB are free on the disk)"
+
+    def advice(self) -> str:
+        """Where to go on, for error lines, once the checkpoint under way is there or not."""
+        return self.wait() or self.last_good()
+
+    def last_good(self) -> str:
+        return f"the last good checkpoint is {self.newest}" if self.newest else "there is no good checkpoint yet"
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        problem = self.wait()
+        if problem:
+            raise UserError(f"{problem}: make room, and go on with --resume (in place of --ckpt)")

@@ -1,0 +1,42 @@
+"""Ends a run on SIGTERM or SIGINT after a whole step, on every rank after the same one."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+from distributed import SharedFlag
+from runs import log
+
+# A scheduler signals every process of a job, and torchrun hands its own signal on: those are one request.
+ONE_REQUEST_S = 1.0
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command can go on later
+
+
+class StopSignals:
+    """Notes the first SIGTERM or SIGINT; a later one ends the process at once, as if nothing noted it."""
+
+    def __init__(self):
+        self.received, self.received_at = "", 0.0
+        self.flag = SharedFlag()
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and time.monotonic() > self.received_at + ONE_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received_at = self.received_at if self.received else time.monotonic()
+        self.received = self.received or signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """True on every rank once any of them was asked to stop; all must call it after every step."""
+        stopping = self.flag.raised(bool(self.received))
+        if stopping:
+            log.warning("stopping after this step: %s", self.received or "another process was asked to")
+        return stopping
+
+    def close(self) -> None:
+        """Signals do again what they did before."""
+        self.flag.wait()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""What writing checkpoints in the background costs the training step, for the benchmark."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from checkpoint_writer import CheckpointWriter, checkpoints
+from precision import Precision
+from workloads import Training, Work
+
+STEPS_AHEAD = 4  # that the host gives to the device before it waits
+USUAL_SECONDS = 2.0
+
+
+def seconds_a_step(step: Training, goes_on: Callable[[], bool]) -> float:
+    """The mean over all steps until `goes_on` says no."""
+    start, steps = time.perf_counter(), 0
+    while goes_on():
+        for _ in range(STEPS_AHEAD):
+            step()
+        if step.x.is_cuda:
+            torch.cuda.synchronize()
+        steps += STEPS_AHEAD
+    return (time.perf_counter() - start) / steps
+
+
+def saving_times(work: Work, precision: Precision, fast: bool, device: torch.device, folder: Path) -> dict[str, float]:
+    """A step's milliseconds as usual and while a checkpoint is written to `folder`, its size, and how long it takes."""
+    step = Training(work, precision, fast, device)
+    for _ in range(5):  # the graph is recorded at the fourth
+        step()
+
+    def save() -> None:
+        step.state.read_counts()
+        writer.save(step.state.state_dict() | {"config": {}})
+
+    def usual() -> float:
+        end = time.perf_counter() + USUAL_SECONDS
+        return seconds_a_step(step, lambda: time.perf_counter() < end)
+
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        (Path(name) / "checkpoints").mkdir()
+        writer = CheckpointWriter(Path(name), 1, None)
+        save()  # the first one allocates the host's memory
+        writer.finish()
+        before, start = usual(), time.perf_counter()
+        save()
+        saving = seconds_a_step(step, lambda: not writer.pending.done())
+        seconds = time.perf_counter() - start
+        writer.finish()
+        size = checkpoints(Path(name))[0].stat().st_size
+    after = usual()
+    times = {"usual ms": 500 * (before + after), "ms while saving": 1000 * saving}
+    return times | {"ratio": 2 * saving / (before + after), "seconds": seconds, "megabytes": size / 1e6}

@@ -1,0 +1,272 @@
+"""Scores clips or images by a network's field and energy at them: of what is like the training data, both are low.
+
+    python EqM/score.py --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0100000.pt videos other-videos
+
+Of each clip the first window counts. The field vanishes at the data (Wang & Du 2025, arXiv 2510.02300):
+
+    norm    root mean square of f(x) over the elements of x
+    energy  −E(x) over the number of elements: of a network that was trained to have an energy, its own; of
+            another −⟨x, f(x)⟩, the `dot` energy of the same paper, read off its field
+"""
+
+import argparse
+import csv
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+import distributed
+from cli import UserError
+from compose import class_index
+from config import add_known_args, class_names
+from data import Item, find_loose_files, unreadable_errors
+from energy import sample_energy
+from latents import VAE
+from loader import Samples
+from models import EqM
+from pack import Pack, is_pack, open_pack
+from packed_samples import PackedSamples, unpack
+from pictures import write_png
+from plots import histogram_plot
+from precision import add_precision_args, agree_on_precision, requested_precision
+from runs import log, log_precision, start_log
+from sample_gd import batches_of_rank, open_network
+from starts import encode, first_windows
+from video import probe_video
+
+SCORES = ("norm", "energy")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Scores clips or images; of two paths it says how well the scores tell them apart.")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one or two folders of files, or packs")
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint that EqM/train.py wrote")
+    parser.add_argument(
+        "--output", type=Path, default=Path("scores.csv"), help="the table; of two paths, a plot beside"
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--class", dest="label", metavar="CLASS", help="that files are scored under; default none")
+    group.add_argument("--labels", action="store_true", help="score each file under the class of its class folder")
+    parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
+    add_precision_args(parser)
+    parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default the training's")
+    add_known_args(parser)
+    args = parser.parse_args()
+    if len(args.paths) > 2 or len({path.resolve() for path in args.paths}) < len(args.paths):
+        raise UserError("give one PATH, or two different ones to tell apart")
+    return args
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a PATH holds: names of files, their classes' names ("" for none), and how one is read by its place.
+
+    `read` gives pixels (3, [T,] H, W) uint8, or of packed latents the means (C, [T,] h, w), and the
+    seconds per frame; it raises one of `unreadable_errors`.
+    """
+
+    names: list[str]
+    classes: list[str]
+    read: Callable[[int], tuple[Tensor, float]]
+
+
+def open_path(path: Path, windows: Samples, video: bool, space: dict | None) -> Content:
+    """The content of a folder or of a pack; `space` is that of the latents that the network takes.
+
+    Raises:
+        UserError: nothing there, or nothing of the checkpoint's kind and size.
+    """
+    if path.is_dir() and is_pack(path):
+        return packed_content(open_pack(path, distributed.is_main()), windows, video, space)
+    files = find_loose_files(path, video)
+
+    def read(place: int) -> tuple[Tensor, float]:
+        file = files[place][0]
+        return windows.read(Item(file, 0, probe_video(file) if video else None), 0.0)
+
+    return Content([str(Path(file).relative_to(path)) for file, _ in files], [name for _, name in files], read)
+
+
+def packed_content(pack: Pack, windows: Samples, video: bool, space: dict | None) -> Content:
+    """The content of a pack.
+
+    Raises:
+        UserError: it holds other samples than the network takes.
+    """
+    settings = pack.settings
+    packed = (settings.video, settings.image_size, (settings.vae or {}).get("fingerprint"))
+    wanted = (video, windows.image_size, (space or {}).get("fingerprint"))
+    if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
+        takes = f"{'videos' if video else 'images'} of {windows.image_size}×{windows.image_size} pixels"
+        raise UserError(f"{pack.folder} is {pack.describe()}: the checkpoint takes {takes}, give it a pack of those")
+    samples = PackedSamples(pack, windows.clip_len, windows.frame_interval, flip=False, seed=0)
+
+    def read(place: int) -> tuple[Tensor, float]:
+        frames = np.minimum(np.arange(samples.clip_len) * samples.frame_interval, pack.lengths[place] - 1)  # (T,)
+        x = torch.from_numpy(samples.gather(np.array([place]), frames[None], np.array([False])))
+        x = unpack(x, torch.tensor([False]), video)[0]  # (3, T, H, W), or (2, C, T, h, w)
+        return x if samples.pixels else x[0], samples.frame_interval / pack.rates[place] if video else 0.0
+
+    return Content(list(pack.paths), [settings.classes[label] for label in pack.labels], read)
+
+
+def norm_and_energy(network: EqM, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
+    """Both scores (N, 2), float32, of inputs x (N, C, …) under labels y (N,); seconds_per_frame (N,)."""
+    # γ = 1 at the data; most networks do not look at it.
+    field = network(x, torch.ones_like(seconds_per_frame), y, seconds_per_frame).float().flatten(1)  # (N, elements)
+    if network.energy == "none":
+        energy = -(x.flatten(1) * field).mean(1)  # (N,)
+    else:
+        energy = sample_energy(network, x, y, seconds_per_frame) / field.shape[1]  # (N,)
+    return torch.stack([field.square().mean(1).sqrt(), energy], dim=1)
+
+
+@torch.no_grad()
+def score(
+    content: Content, labels: list[int], network: EqM, vae: VAE | None, batch: int, name: str
+) -> tuple[dict[int, list[float]], list[tuple[str, str]]]:
+    """This rank's scores (norm, energy) by place, and the files that cannot be read, with the reason.
+
+    Args:
+        labels: one for each file.
+        batch: files at once, over all ranks.
+        name: of the content, for the progress bar.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    device, rows, unreadable = network.pos_embed.device, {}, []
+
+    def read(place: int) -> tuple[Tensor, float] | str:
+        try:
+            return content.read(place)
+        except unreadable_errors(network.is_video) as error:
+            return str(error) or type(error).__name__
+
+    batches = batches_of_rank(len(content.names), batch)
+    hidden = not distributed.is_main()
+    bar = tqdm(total=sum(map(len, batches)), desc=f"scoring {name}", unit="file", disable=hidden)
+    with ThreadPoolExecutor() as pool, bar:
+        for places in batches:
+            results = dict(zip(places, pool.map(read, places), strict=True))
+            unreadable += [(content.names[i], reason) for i, reason in results.items() if isinstance(reason, str)]
+            read_ones = {i: result for i, result in results.items() if not isinstance(result, str)}
+            if read_ones:
+                x = torch.stack([x for x, _ in read_ones.values()]).to(device)
+                x = encode(x, vae) if x.dtype == torch.uint8 else x.float() * vae.space.scale  # (N, C, …)
+                seconds = torch.tensor([seconds for _, seconds in read_ones.values()], device=device)  # (N,)
+                y = torch.tensor([labels[i] for i in read_ones], device=device)  # (N,)
+                rows |= dict(zip(read_ones, norm_and_energy(network, x, y, seconds).tolist(), strict=True))
+            bar.update(len(places))
+    bad = next((i for i, row in rows.items() if not np.isfinite(row).all()), None)
+    if bad is not None:
+        raise UserError(f"the field at {content.names[bad]} is not finite: score in fp32, or check the checkpoint")
+    return rows, unreadable
+
+
+def choose_labels(args: argparse.Namespace, content: Content, names: list[str]) -> list[int]:
+    """The class that each file is scored under; the null class, `len(names)`, is the default.
+
+    Raises:
+        UserError: a class that the checkpoint does not know.
+    """
+    if not args.labels:
+        label = len(names) if args.label is None else class_index(args.label, names)
+        return [label] * len(content.names)
+    unknown = [i for i, name in enumerate(content.classes) if name not in names]
+    if unknown:
+        raise UserError(
+            f"--labels: {content.names[unknown[0]]} is in no class folder that the checkpoint knows: leave it out"
+        )
+    return [names.index(name) for name in content.classes]
+
+
+def auroc(first: np.ndarray, second: np.ndarray) -> float:
+    """How often a value of the second (M,) is above one of the first (N,), ties counted half.
+
+    This is the area under the ROC curve: Mann & Whitney's U (1947), from ranks, over N·M.
+    """
+    _, place, counts = np.unique(np.concatenate([first, second]), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # (N + M,), the mean one of equal values
+    u = ranks[len(first) :].sum() - len(second) * (len(second) + 1) / 2
+    return float(u / (len(first) * len(second)))
+
+
+def write_scores(path: Path, scores: dict[Path, dict[str, list[float]]]) -> None:
+    """Writes a line for each file: the PATH given, the file below it, and its scores."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "file", *SCORES])
+        for root, rows in scores.items():
+            writer.writerows([root, name, *(f"{value:.7g}" for value in row)] for name, row in rows.items())
+
+
+def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
+    """Prints how well each score tells two paths apart, and draws both scores' histograms."""
+    (first, a), (second, b) = ((path, np.array(list(rows.values()))) for path, rows in scores.items())  # (N, 2)
+    log.info("AUROC: how often a file of %s (%d) has a higher score than one of %s (%d)", second, len(b), first, len(a))
+    short = [path.resolve().name for path in scores]
+    names = short if len(set(short)) == 2 else [str(first), str(second)]
+    plots = []
+    for i, name in enumerate(SCORES):
+        area = auroc(a[:, i], b[:, i])
+        log.info("AUROC of the %s: %.4f", name, area)
+        series = {names[0]: a[:, i].tolist(), names[1]: b[:, i].tolist()}
+        plots.append(histogram_plot(series, f"{name} (AUROC {area:.3f})"))
+    write_png(picture, np.concatenate(plots))
+    log.info("histograms: %s", picture)
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError where the table, or the plot beside it, could not be written."""
+    if path.suffix == ".png" or path.is_dir():
+        raise UserError(f"--output {path} names the table: give a file that ends in .csv")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
+
+
+def main() -> None:
+    args = parse_args()
+    device = distributed.start()
+    start_log()
+    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
+    network, config, vae = open_network(args, device, precision)
+    names, windows = class_names(config), first_windows(config)
+    contents = {path: open_path(path, windows, network.is_video, config.get("vae")) for path in args.paths}
+    labels = {path: choose_labels(args, content, names) for path, content in contents.items()}
+    distributed.on_main(lambda: check_output(args.output))
+    log_precision(precision)
+
+    scores = {}
+    for path, content in contents.items():
+        parts = distributed.gather(score(content, labels[path], network, vae, args.global_batch_size, path.name))
+        rows = {i: row for part, _ in parts for i, row in part.items()}
+        unreadable = [problem for _, problems in parts for problem in problems]
+        if unreadable:
+            log.warning("%d files in %s cannot be read, as %s: %s", len(unreadable), path, *unreadable[0])
+        if not rows:
+            raise UserError(f"no readable file in {path}: {unreadable[0][0]}: {unreadable[0][1]}")
+        scores[path] = {content.names[i]: rows[i] for i in sorted(rows)}
+        means = np.mean(list(scores[path].values()), axis=0)
+        log.info("%s: %d files, mean norm %.4g, mean energy %.4g", path, len(rows), *means)
+    if distributed.is_main():
+        write_scores(args.output, scores)
+        log.info("scores: %s", args.output)
+        if len(scores) == 2:
+            compare(scores, args.output.with_suffix(".png"))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main, "lower --global-batch-size")

@@ -1,0 +1,144 @@
+"""Where samples start: from noise, or from given clips or images with noise mixed in.
+
+Source of the mixture γ₀·x + (1 − γ₀)·ε: Wang & Du 2025, arXiv 2510.02300, which denoises from any point
+between noise and data. With S the share of noise, γ₀ = 1 − S.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cli
+import distributed
+from cli import UserError
+from data import Found, Item, check_files, find_loose_files, unreadable_errors
+from latents import VAE, batch_moments
+from loader import Samples, to_unit_range
+from objective import Objective
+from runs import log
+from sampling import sample_noise
+
+INIT_NOISE = 0.5  # where --init-noise is not given
+
+noise_share = cli.checked(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
+
+
+def add_start_args(parser: argparse.ArgumentParser) -> None:
+    """Adds --init and --init-noise."""
+    group = parser.add_argument_group("start")
+    group.add_argument(
+        "--init",
+        type=Path,
+        metavar="FOLDER",
+        help="vary its clips or images, the first window of each, in sorted order; without --class, each under"
+        " the class whose name its class folder has, else under none",
+    )
+    group.add_argument(
+        "--init-noise",
+        type=noise_share,
+        metavar="S",
+        help=f"share of noise in --init; 1: only noise; default {INIT_NOISE}",
+    )
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where samples start, by index: with `items`, sample i is the file i mod their number with noise mixed in.
+
+    `window` reads a file, `vae` encodes it where samples are latents, `noise` is the share S of noise, and
+    `objective` mixes it in as in training.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+    items: tuple[Item, ...] = ()
+    window: Samples | None = None
+    vae: VAE | None = None
+    noise: float = 1.0
+    objective: Objective = Objective()
+
+    def __call__(self, indices: Sequence[int]) -> Tensor:
+        """The starts (N, *shape) of samples, float32; each sample's noise follows from (seed, its index) alone.
+
+        Raises:
+            UserError: a file cannot be read any more.
+        """
+        noise = sample_noise(self.seed, indices, self.shape)  # (N, …)
+        if not self.items:
+            return noise
+        places = [index % len(self.items) for index in indices]
+        distinct = list(dict.fromkeys(places))
+        x = encode(torch.stack([self.read(self.items[place]) for place in distinct]), self.vae).cpu()  # (D, …)
+        x = x[[distinct.index(place) for place in places]]  # (N, …)
+        return self.objective.interpolate(x, noise, torch.full((len(x),), 1 - self.noise))
+
+    def read(self, item: Item) -> Tensor:
+        """A file's pixels, (3, [T,] H, W) uint8."""
+        try:
+            return self.window.read(item, 0.0)[0]
+        except unreadable_errors(item.video is not None) as error:
+            raise UserError(f"--init: {item.path} cannot be read: {error}: remove it") from None
+
+
+def first_windows(config: dict) -> Samples:
+    """What reads files as the checkpoint's training did: its size, frames and frame interval.
+
+    Of each clip it is to read the first window, `read(item, 0.0)`.
+    """
+    size, pixels = config["network"]["input_size"], (config.get("vae") or {}).get("downsampling", 1)
+    clip_len, side = (1, size) if isinstance(size, int) else (size[0], size[-1])
+    interval = config.get("args", {}).get("frame_interval", 1)
+    return Samples(Found("", (), (), ()), side * pixels, clip_len, interval, flip=False, seed=0)
+
+
+def encode(x: Tensor, vae: VAE | None) -> Tensor:
+    """uint8 pixels (N, 3, [T,] H, W) as the network's input: in [−1, 1], or the means of their scaled latents."""
+    return batch_moments(vae, x)[:, 0] * vae.space.scale if vae else to_unit_range(x)
+
+
+def choose_starts(
+    args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None, names: Sequence[str]
+) -> tuple[Starts, list[int]]:
+    """The starts that the flags ask for, and the class of each file; without --init no classes.
+
+    A file in no class folder, or in one of another name than the classes', has the null class, `len(names)`.
+
+    Raises:
+        UserError: no readable file of the checkpoint's kind, --init-noise without --init, or samples that
+            would replace the files.
+    """
+    if not args.init:
+        if args.init_noise is not None:
+            raise UserError("--init-noise says how much noise is mixed into --init FOLDER: give that too")
+        return Starts(args.global_seed, shape), []
+    if args.init.resolve() == args.folder.resolve():
+        raise UserError(f"--init and --folder are both {args.init}: samples would replace what they start from")
+    items = distributed.on_main(lambda: first_readable(args.init, len(shape) == 4, args.num_fid_samples, names))
+    noise = INIT_NOISE if args.init_noise is None else args.init_noise
+    objective = Objective(**config.get("objective", {}))
+    starts = Starts(args.global_seed, shape, items, first_windows(config), vae, noise, objective)
+    return starts, [item.label for item in items]
+
+
+def first_readable(folder: Path, video: bool, wanted: int, names: Sequence[str]) -> tuple[Item, ...]:
+    """As many of the first readable files of a folder as are wanted, fewer where there are no more."""
+    found = find_loose_files(folder, video)
+    labelled = [(path, names.index(name) if name in names else len(names)) for path, name in found]
+    items: tuple[Item, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
+    while labelled and len(items) < wanted:
+        missing = wanted - len(items)
+        readable, rest = check_files(labelled[:missing], video)
+        items, unreadable, labelled = items + readable, unreadable + rest, labelled[missing:]
+    if not items:
+        path, reason = unreadable[0]
+        raise UserError(f"no readable {'clip' if video else 'image'} in --init {folder}: {path}: {reason}")
+    if unreadable:
+        log.warning("--init: %d files cannot be read and are left out, as %s: %s", len(unreadable), *unreadable[0])
+    known = sum(item.label < len(names) for item in items)
+    log.info("--init: %d files, %d of them in class folders that the checkpoint knows", len(items), known)
+    return items

@@ -1,0 +1,99 @@
+"""Spoils a folder of clips in three ways, to see whether a network tells them from whole ones (EqM/score.py).
+
+    python datasets/make_corruptions.py datasets/moving-shapes/test datasets/spoiled --image-size 64
+
+makes, with the same names and class folders as the clips,
+
+    noise/     standard normal noise, as pixels: where sampling starts
+    shuffled/  the clip's frames in another order
+    frozen/    its first frame, held
+
+They are cropped and resized as training does it, to the network's own size, and stored without loss (FFV1 in
+.mkv): nothing else tells them from the clips. The same seed spoils in the same way.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "EqM"))
+
+import cli
+from cli import UserError
+from data import find_loose_files
+from untrusted import UnreadableVideo
+from video import iterate_frames, probe_video
+
+
+def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """A random order (T,) of frames that is neither the clip's own nor the reverse, where there is another."""
+    own = np.arange(num_frames)  # (T,)
+    while True:
+        order = rng.permutation(num_frames)  # (T,)
+        if num_frames < 3 or not (np.array_equal(order, own) or np.array_equal(order, own[::-1])):
+            return order
+
+
+def spoil(frames: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """(kind, frames) of each kind of a clip, all (T, H, W, 3) uint8."""
+    noise = rng.standard_normal(frames.shape)  # (T, H, W, 3)
+    yield "noise", ((noise.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    yield "shuffled", frames[shuffled_order(len(frames), rng)]
+    yield "frozen", frames[:1].repeat(len(frames), axis=0)
+
+
+def write_lossless(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
+    """Writes (T, H, W, 3) uint8 frames as FFV1, which gives back the same pixels."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=Fraction(frames_per_second).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.ArgumentParser("Spoils clips: noise, shuffled frames, frozen frames.")
+    parser.add_argument("source", type=Path, help="a folder of clips, or of class folders of clips")
+    parser.add_argument("destination", type=Path, help="gets the folders noise/, shuffled/ and frozen/")
+    parser.add_argument("--image-size", type=cli.side, default=64, help="height and width in pixels: the network's")
+    parser.add_argument("--seed", type=cli.non_negative_int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    files = find_loose_files(args.source, video=True)
+    if args.destination.resolve().is_relative_to(args.source.resolve()):
+        raise UserError(f"{args.destination} lies in {args.source}, and would be taken for clips: name another")
+    unreadable = []
+    for number, (path, _) in enumerate(tqdm(files, desc="spoiling", unit="clip")):
+        try:
+            info = probe_video(path)
+            frames = np.stack(list(iterate_frames(path, info, args.image_size)))  # (T, H, W, 3)
+        except (UnreadableVideo, OSError) as error:
+            unreadable.append((path, error))
+            continue
+        for kind, spoiled in spoil(frames, np.random.default_rng((args.seed, number))):
+            target = args.destination / kind / Path(path).relative_to(args.source).with_suffix(".mkv")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_lossless(target, spoiled, info.frames_per_second)
+            except OSError as error:
+                raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    if len(unreadable) == len(files):
+        raise UserError("no readable clip in {}: {}: {}".format(args.source, *unreadable[0]))
+    for path, error in unreadable:
+        print(f"left out {path}: {error}")
+    print(f"{len(files) - len(unreadable)} clips, each spoiled in three ways, in {args.destination}")
+
+
+if __name__ == "__main__":
+    cli.run(main, "take shorter clips or a smaller --image-size")

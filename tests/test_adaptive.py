@@ -1,0 +1,212 @@
+"""Samples stop where they should, and their batch stays full, on a field whose norms are known."""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from adaptive import Descent, Slots, summary
+from descents import Finished, Norms, fixed_descents
+from sampling import gradient_descent, sample_noise, value_norms
+
+CPU = torch.device("cpu")
+SHAPE = (2, 3)
+THRESHOLD, STEPSIZE = 0.02, 0.1
+
+
+def minimum(index: int) -> torch.Tensor:
+    """Of a sample's quadratic energy: the further, the higher its index within ten."""
+    return torch.full(SHAPE, 1.5 ** (index % 10))
+
+
+class Quadratic:
+    """The fields m − x of the quadratics ½‖x − m‖², and the batches that they were evaluated for."""
+
+    def __init__(self):
+        self.batches: list[list[int]] = []
+
+    def of(self, indices: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
+        minima, indices = torch.stack([minimum(i) for i in indices]), list(indices)
+
+        def field(x: torch.Tensor) -> torch.Tensor:
+            self.batches.append(indices)
+            return minima - x
+
+        return field
+
+
+def starts(indices: Sequence[int]) -> torch.Tensor:
+    return sample_noise(0, indices, SHAPE)
+
+
+def descend(
+    indices: Sequence[int],
+    size: int,
+    mu: float = 0.0,
+    threshold: float = THRESHOLD,
+    cap: int = 200,
+    lag: int = 0,
+    quadratic: Quadratic | None = None,
+    progress: Callable[[int], object] = lambda evaluations: None,
+    shrinks: bool = False,
+) -> dict[int, Finished]:
+    field_of, descent = (quadratic or Quadratic()).of, Descent(STEPSIZE, mu, cap, threshold)
+    finished = list(Slots(field_of, starts, indices, size, descent, CPU, progress, shrinks, lag).run())
+    assert sorted(sample.index for sample in finished) == sorted(indices)
+    return {sample.index: sample for sample in finished}
+
+
+def expected_evaluations(index: int) -> int:
+    """Without look-ahead the distance, which is the norm, shrinks by 1 − η a step."""
+    distance = (starts([index])[0] - minimum(index)).square().mean().sqrt().item()
+    return 1 + math.ceil(math.log(THRESHOLD / distance) / math.log(1 - STEPSIZE))
+
+
+def test_the_norm_is_the_root_mean_square_whatever_the_size_and_type():
+    value = torch.full((2, 3, 4), 0.5)
+    value[1] = torch.tensor([3.0, 4.0, 0.0, 0.0])
+    torch.testing.assert_close(value_norms(value.to(torch.bfloat16)), torch.tensor([0.5, 2.5]))
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_sample_stops_in_the_first_evaluation_whose_norm_is_below_the_threshold(lag):
+    finished = descend(range(25), 4, lag=lag)
+    for index, sample in finished.items():
+        assert sample.evaluations == len(sample.norms) == expected_evaluations(index)
+        assert sample.norms[-1] < THRESHOLD <= min(sample.norms[:-1])
+        # x is where the norm was taken, not a step further.
+        distance = (minimum(index) - sample.x).square().mean().sqrt().item()
+        assert distance == pytest.approx(sample.norms[-1], rel=1e-2)
+    assert len({sample.evaluations for sample in finished.values()}) > 10
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+def test_a_sample_is_the_same_in_any_batch_and_order(mu):
+    whole = descend(range(25), 25, mu)
+    for other in (
+        descend(range(25), 1, mu),
+        descend(list(reversed(range(25))), 7, mu),
+        descend(range(3, 25, 2), 4, mu),
+    ):
+        for index, sample in other.items():
+            assert sample.evaluations == whole[index].evaluations
+            assert sample.norms == pytest.approx(whole[index].norms, rel=1e-5)
+            torch.testing.assert_close(sample.x, whole[index].x)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+def test_knowing_of_norms_later_changes_no_sample(mu):
+    at_once = descend(range(25), 4, mu)
+    for index, sample in descend(range(25), 4, mu, lag=1).items():
+        assert torch.equal(sample.x, at_once[index].x)
+        assert sample.norms == at_once[index].norms
+
+
+def test_a_refilled_slot_looks_ahead_from_its_own_start():
+    """What the look-ahead would add of the sample before is large, since its steps are."""
+    (alone,) = descend([0], 1, mu=0.9).values()
+    behind = descend([9, 0], 1, mu=0.9)[0]
+    assert behind.norms == alone.norms
+
+
+def busy_steps(evaluations: Sequence[int], size: int) -> int:
+    """Steps of a batch whose slots, as they come free, take the next sample at once."""
+    ends = [0] * size
+    for count in evaluations:
+        heapq.heappush(ends, heapq.heappop(ends) + count)
+    return max(ends)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_slot_is_filled_at_once(lag):
+    quadratic = Quadratic()
+    finished = descend(range(25), 4, lag=lag, quadratic=quadratic)
+    assert {len(batch) for batch in quadratic.batches} == {4}
+    # Where the host knows of a norm `lag` steps later, so does a slot's next sample come.
+    counts = [finished[index].evaluations + lag for index in range(25)]
+    assert len(quadratic.batches) == busy_steps(counts, 4)
+    assert len(quadratic.batches) < 0.75 * math.ceil(25 / 4) * max(counts)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_the_bit(mu, lag):
+    cap, quadratic = 30, Quadratic()
+
+    def sample(indices: Sequence[int], steps: Sequence[int], norms: Norms) -> torch.Tensor:
+        return gradient_descent(quadratic.of(indices), starts(indices), STEPSIZE, steps, mu, norms)
+
+    batches = [range(4), range(4, 8)]
+    fixed = [x for group in fixed_descents(sample, batches, cap, 8, lambda samples: None) for x in group]
+    finished = descend(range(8), 4, mu, threshold=1e-30, cap=cap, lag=lag)
+    for right in fixed:
+        ours = finished[right.index]
+        assert ours.evaluations == right.evaluations == cap
+        assert torch.equal(ours.x, right.x)
+        assert ours.norms == right.norms
+        assert len(right.norms) == cap
+
+
+def test_fixed_steps_know_the_last_norm_and_all_of_those_that_are_traced():
+    def sample(indices: Sequence[int], steps: Sequence[int], norms: Norms) -> torch.Tensor:
+        return gradient_descent(Quadratic().of(indices), starts(indices), STEPSIZE, steps, 0.0, norms)
+
+    seen = []
+    (first, last) = fixed_descents(sample, [range(3), range(3, 5)], 7, 2, seen.append)
+    assert [(each.index, len(each.norms)) for each in first] == [(0, 7), (1, 7), (2, 7)]
+    assert [(each.index, len(each.norms)) for each in last] == [(3, 1), (4, 1)]
+    for each in (*first, *last):
+        distance = (starts([each.index])[0] - minimum(each.index)).square().mean().sqrt().item()
+        assert each.norms[-1] == pytest.approx(distance * 0.9**6, rel=1e-4)
+    assert sum(seen) == 5 * 7
+
+
+def test_the_cap_ends_a_sample_that_is_not_there_yet():
+    finished = descend(range(10), 3, cap=50)
+    assert {index for index, sample in finished.items() if sample.evaluations == 50} == {
+        index for index in range(10) if expected_evaluations(index) >= 50
+    }
+    assert 3 < sum(sample.evaluations == 50 for sample in finished.values()) < 10
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_batch_may_have_more_slots_than_there_are_samples(number):
+    finished = descend(range(number), 8)
+    assert {index: sample.evaluations for index, sample in finished.items()} == {
+        index: expected_evaluations(index) for index in range(number)
+    }
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_progress_comes_to_the_cap_for_each_sample(lag):
+    seen = []
+    descend(range(10), 3, cap=60, lag=lag, progress=seen.append)
+    assert sum(seen) == 10 * 60
+    assert len(seen) > 60
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+def test_a_batch_that_may_shrink_makes_no_evaluation_that_does_not_count(mu):
+    quadratic = Quadratic()
+    finished = descend(range(25), 4, mu, quadratic=quadratic, shrinks=True)
+    for index, sample in descend(range(25), 4, mu).items():
+        assert torch.equal(finished[index].x, sample.x)
+        assert finished[index].norms == sample.norms
+    assert sum(map(len, quadratic.batches)) == sum(sample.evaluations for sample in finished.values())
+    assert {len(batch) for batch in quadratic.batches} == {1, 2, 3, 4}
+
+
+def test_starts_are_not_written_to():
+    given, descent = starts(range(3)), Descent(STEPSIZE, 0.3, 50, 1e9)
+    before = given.clone()
+    list(Slots(Quadratic().of, lambda indices: given[indices[0] : indices[-1] + 1], range(3), 2, descent, CPU).run())
+    assert torch.equal(given, before)
+
+
+def test_the_summary_says_how_evaluations_are_distributed_and_what_was_saved():
+    assert summary([90, 110, 200, 250, 100], 250) == (
+        "evaluations a sample: mean 150, median 110, from 90 to 250; 1 of 5 came to the cap of 250;"
+        " 40% fewer than fixed steps"
+    )
