@@ -16,6 +16,7 @@ from adaptive import Descent, Slots
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from fast import Graphed, conditioned_field, training_step
 from models import EqM
+from pictures import read_png
 from precision import Precision
 from sampling import Field, gradient_descent, guided, sample_noise
 from training import Recipe, TrainingState, seed_draws
@@ -157,8 +158,8 @@ def test_compiled_samples_are_the_eager_ones(checkpoint, tmp_path):
         run = run_script("sample_gd.py", *flags, compiled, "--folder", name, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         assert ("compiled in" in run.stdout) == (name == "fast")
-    for i in range(3):
-        assert (tmp_path / f"fast/{i:06d}.mp4").read_bytes() == (tmp_path / f"eager/{i:06d}.mp4").read_bytes()
+    fast, eager = (read_png(tmp_path / f"{name}-sheet.png").astype(int) for name in ("fast", "eager"))
+    assert abs(fast - eager).max() <= 1  # a pixel may be rounded otherwise
 
 
 @pytest.mark.parametrize("processes", [1, 2])

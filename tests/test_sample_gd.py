@@ -16,6 +16,7 @@ from conftest import run_script, run_torchrun
 from descents import Finished
 from fast import conditioned_field
 from models import EqM
+from pictures import read_png
 from sample_gd import Plan, adaptive_samples, batches_of_rank, field_of, sample_batch
 from sampling import sample_noise
 from starts import Starts
@@ -50,10 +51,10 @@ def assert_same_tables(ours: list[dict], right: list[dict]) -> None:
     assert ours == right
 
 
-def assert_same_videos(ours: Path, right: Path, number: int) -> None:
-    for i in range(number):
-        found, expected = (read_video(folder / f"{i:06d}.mp4")[0].astype(int) for folder in (ours, right))
-        assert abs(expected - found).max() <= 2
+def assert_same_frames(ours: Path, right: Path) -> None:
+    """On the contact sheets, which show all frames: a video file is lossy, and a pixel's rounding changes others."""
+    found, expected = (read_png(folder.with_name(folder.name + "-sheet.png")).astype(int) for folder in (ours, right))
+    assert abs(expected - found).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_videos_do_not_depend_on_batch_size_or_number_of_processes(lively_checkp
     parts = sampled(
         lively_checkpoint, tmp_path / "other", "--num-fid-samples", 5, "--stepsize", 0.05, *flags, processes=processes
     )
-    assert_same_videos(parts, whole, 5)
+    assert_same_frames(parts, whole)
     assert_same_tables(rows(whole), rows(parts))
 
 
@@ -276,7 +277,7 @@ def test_adaptive_videos_do_not_depend_on_batch_size_or_number_of_processes(
     lively_checkpoint, adaptive_samples_of_three_slots, tmp_path, batch, processes
 ):
     folder = sampled(lively_checkpoint, tmp_path, *ADAPTIVE, "--global-batch-size", batch, processes=processes)
-    assert_same_videos(folder, adaptive_samples_of_three_slots, 5)
+    assert_same_frames(folder, adaptive_samples_of_three_slots)
     assert_same_tables(rows(folder), rows(adaptive_samples_of_three_slots))
 
 
