@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from descents import Finished
-from sampling import Field, update, value_norms
+from descents import Finished, Measure, norm_alone
+from sampling import Field, update
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Descent:
 
 @dataclass(frozen=True)
 class Step:
-    """A batch (N, …) before and after an update, and what reads the norms (N,) that decide whether it counts."""
+    """A batch (N, …) before and after an update, and what reads what was measured, which decides whether it counts."""
 
     before: Tensor
     after: Tensor
-    read_norms: Callable[[], list[float]]
+    read: Callable[[], list[list[float]]]
 
 
 class Slots:
@@ -49,6 +49,7 @@ class Slots:
         indices: the samples.
         size: slots; there are as many as samples if those are fewer.
         progress: gets the number of evaluations that were made, or that a sample which stopped has saved.
+        measure: takes the norm, which decides, and whatever else `Finished` is to have of each evaluation.
         shrinks: slots go once no sample is left for them, so that none idles; not for a field that is compiled
             for batches of one size. A GPU keeps them: it would hardly be faster.
     """
@@ -64,14 +65,16 @@ class Slots:
         progress: Callable[[int], object] = lambda evaluations: None,
         shrinks: bool = False,
         lag: int | None = None,
+        measure: Measure = norm_alone,
     ):
         self.field_of, self.starts, self.descent, self.progress = field_of, starts, descent, progress
+        self.measure = measure
         self.lag = int(device.type == "cuda") if lag is None else lag
         self.shrinks = shrinks and not self.lag  # what is under way has the slots that there were
         self.indices = list(indices[:size])
         self.waiting = deque(indices[size:])
         self.busy = [True] * len(self.indices)
-        self.norms: list[list[float]] = [[] for _ in self.indices]
+        self.measured: list[list[list[float]]] = [[] for _ in self.indices]
         self.stale = [0] * len(self.indices)  # evaluations under way of the sample that a slot had before
         if self.indices:
             self.x = self.previous = to_device(starts(self.indices), device).clone()  # (N, …), written to
@@ -90,26 +93,27 @@ class Slots:
 
     def step(self) -> Step:
         before = self.x
-        self.x, value = update(self.field, before, self.previous, self.descent.stepsize, self.descent.mu)  # (N, …)
+        descent = self.descent
+        self.x, point, value = update(self.field, before, self.previous, descent.stepsize, descent.mu)  # (N, …)
         self.previous = before
-        return Step(before, self.x, read_later(value_norms(value)))
+        return Step(before, self.x, read_later(self.measure(self.indices, point, value)))
 
     def finish(self, step: Step) -> list[Finished]:
         """The samples that the step was the last of; others take their slots."""
         places, finished, evaluations = [], [], 0
-        for place, norm in enumerate(step.read_norms()):
+        for place, numbers in enumerate(step.read()):
             if self.stale[place]:
                 self.stale[place] -= 1
             elif self.busy[place]:
-                norms = self.norms[place]
-                norms.append(norm)
+                measured = self.measured[place]
+                measured.append(numbers)
                 evaluations += 1
-                stops = norm < self.descent.threshold
-                if stops or len(norms) == self.descent.cap:
+                stops = numbers[0] < self.descent.threshold
+                if stops or len(measured) == self.descent.cap:
                     x = (step.before if stops else step.after)[place].clone()  # (…)
-                    finished.append(Finished(self.indices[place], x, len(norms), norms))
+                    finished.append(Finished(self.indices[place], x, len(measured), measured))
                     places.append(place)
-                    evaluations += self.descent.cap - len(norms)
+                    evaluations += self.descent.cap - len(measured)
         self.progress(evaluations)
         self.fill(places)
         return finished
@@ -121,7 +125,7 @@ class Slots:
             new = [self.waiting.popleft() for _ in filled]
             starts = to_device(self.starts(new), self.x.device)  # (n, …)
             for place, index, start in zip(filled, new, starts, strict=True):
-                self.indices[place], self.norms[place], self.stale[place] = index, [], self.lag
+                self.indices[place], self.measured[place], self.stale[place] = index, [], self.lag
                 self.x[place] = start
                 self.previous[place] = start
         for place in idle:
@@ -134,7 +138,7 @@ class Slots:
     def drop_idle(self) -> None:
         kept = [place for place, busy in enumerate(self.busy) if busy]
         self.x, self.previous = self.x[kept], self.previous[kept]  # (n, …)
-        self.indices, self.norms = [self.indices[p] for p in kept], [self.norms[p] for p in kept]
+        self.indices, self.measured = [self.indices[p] for p in kept], [self.measured[p] for p in kept]
         self.busy, self.stale = [True] * len(kept), [0] * len(kept)
 
 
@@ -145,14 +149,14 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, torch.float32, non_blocking=True)
 
 
-def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Starts to copy values (N,) to the host; what it returns waits for this copy alone."""
+def read_later(values: Tensor) -> Callable[[], list[list[float]]]:
+    """Starts to copy values (N, K) to the host; what it returns waits for this copy alone."""
     if not values.is_cuda:
         return values.tolist
     host, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
     copied.record()
 
-    def read() -> list[float]:
+    def read() -> list[list[float]]:
         copied.synchronize()
         return host.tolist()
 

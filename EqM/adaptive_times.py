@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive import Descent, Slots
-from descents import Finished, Norms, fixed_descents
+from descents import Finished, Watch, fixed_descents
 from fast import conditioned_field
 from precision import Precision
 from sampling import Field, gradient_descent, sample_noise
@@ -47,8 +47,8 @@ def adaptive_times(
     def starts(indices: Sequence[int]) -> Tensor:
         return sample_noise(0, indices, network.input_shape)
 
-    def sample(indices: Sequence[int], steps: Iterable, norms: Norms) -> Tensor:
-        return gradient_descent(field_of(indices), starts(indices).to(device), DESCENT.stepsize, steps, watch=norms)
+    def sample(indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
+        return gradient_descent(field_of(indices), starts(indices).to(device), DESCENT.stepsize, steps, watch=watch)
 
     def fixed() -> Iterator[list[Finished]]:
         batches = [range(first, first + work.batch) for first in range(0, number, work.batch)]

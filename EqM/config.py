@@ -13,7 +13,7 @@ from data import Found
 from energy import ENERGIES
 from latents import IMAGE_SIZE, LatentSpace
 from models import EqM_models, build_network
-from objective import Objective, objective_of
+from objective import Objective
 from precision import Precision
 
 
@@ -21,10 +21,8 @@ def network_settings(args: argparse.Namespace, image_size: int, num_classes: int
     """The network's settings, as checkpoints keep them; `image_size` in pixels.
 
     Raises:
-        UserError: sizes that do not divide; an energy, and blocks that are to be computed again.
+        UserError: sizes that do not divide.
     """
-    if args.ebm != "none" and args.grad_checkpoint:
-        raise UserError(f"--grad-checkpoint does not work with --ebm {args.ebm}: use --micro-batch-size for memory")
     side, channels = (space.side(image_size), space.channels) if space else (image_size, 3)
     settings = {
         "model": args.model,
@@ -53,6 +51,7 @@ def check_classes(found: Found, asked: int | None) -> int:
 def make_config(
     args: argparse.Namespace,
     settings: dict,
+    objective: Objective,
     found: Found,
     precision: Precision,
     batch: int,
@@ -62,7 +61,7 @@ def make_config(
     rate = found.mean_frame_rate() / args.frame_interval if args.video else None
     return {
         "network": settings,
-        "objective": asdict(objective_of(args)),
+        "objective": asdict(objective),
         "classes": list(found.classes),
         "frames_per_second": rate,
         "precision": precision.as_dict(),

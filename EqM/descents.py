@@ -1,4 +1,4 @@
-"""Samples as they come out of descent: how often their field was evaluated, and its norms on the way."""
+"""Samples as they come out of descent: how often their field was evaluated, and what was measured on the way."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,47 +8,60 @@ from torch import Tensor
 
 from sampling import value_norms
 
+# From samples' indices, the points x (N, …) and the field's values there to numbers (N, K), the norm first.
+Measure = Callable[[Sequence[int], Tensor, Tensor], Tensor]
+
+
+def norm_alone(indices: Sequence[int], x: Tensor, value: Tensor) -> Tensor:
+    """The Measure of the norm: (N, 1)."""
+    return value_norms(value)[:, None]
+
 
 @dataclass(frozen=True)
 class Finished:
-    """A sample x (…) in float32, and how often its field was evaluated; its norms, of each time or of the last."""
+    """A sample x (…) in float32, and how often its field was evaluated; what was measured each time or the last."""
 
     index: int
     x: Tensor
     evaluations: int
-    norms: list[float]
+    measured: list[list[float]]
+
+    @property
+    def final_norm(self) -> float:
+        return self.measured[-1][0]
 
 
-class Norms:
-    """The norms of a field's values, as `gradient_descent` shows them: of the last, or of `every` step."""
+class Watch:
+    """Measures the descent of samples as `gradient_descent` shows it: the last step of it, or `every` one."""
 
-    def __init__(self, every: bool):
-        self.every = every
-        self.steps: list[Tensor] = []  # (N,) each
-        self.last: Tensor | None = None
+    def __init__(self, measure: Measure, indices: Sequence[int], every: bool):
+        self.measure, self.indices, self.every = measure, indices, every
+        self.steps: list[Tensor] = []  # (N, K) each
+        self.last: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, value: Tensor) -> None:
-        self.last = value
+    def __call__(self, point: Tensor, value: Tensor) -> None:
+        self.last = point, value
         if self.every:
-            self.steps.append(value_norms(value))
+            self.steps.append(self.measure(self.indices, point, value))
 
-    def read(self) -> list[list[float]]:
-        """A list of norms for each sample. To be called before the field is, since that may overwrite its value."""
-        return torch.stack(self.steps or [value_norms(self.last)], dim=1).tolist()
+    def read(self) -> list[list[list[float]]]:
+        """What was measured of each sample. To be called before the field is, since that may overwrite its value."""
+        return torch.stack(self.steps or [self.measure(self.indices, *self.last)], dim=1).tolist()
 
 
 def fixed_descents(
-    sample: Callable[[Sequence[int], Iterable, Norms], Tensor],
+    sample: Callable[[Sequence[int], Iterable, Watch], Tensor],
     batches: Sequence[Sequence[int]],
     steps: int,
     traced: int,
     progress: Callable[[int], object],
+    measure: Measure = norm_alone,
 ) -> Iterator[list[Finished]]:
     """Samples batch by batch, each after the same number of steps.
 
     Args:
-        sample: makes samples (N, …) of indices, in steps that it iterates over, and shows the field's values.
-        traced: the samples of the first so many indices have the norms of each step.
+        sample: makes samples (N, …) of indices, in steps that it iterates over, and shows each to the watch.
+        traced: the samples of the first so many indices are measured at each step.
         progress: gets the number of evaluations as they are made.
     """
     size = max(map(len, batches), default=0)
@@ -61,6 +74,6 @@ def fixed_descents(
     for indices in batches:
         # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
         padded = [*indices, *[indices[-1]] * (size - len(indices))]
-        norms = Norms(every=indices[0] < traced)
-        x = sample(padded, counted_steps(len(indices)), norms)  # (N, …)
-        yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), norms.read(), strict=False)]
+        watch = Watch(measure, padded, every=indices[0] < traced)
+        x = sample(padded, counted_steps(len(indices)), watch)  # (N, …)
+        yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), watch.read(), strict=False)]

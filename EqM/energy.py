@@ -41,9 +41,14 @@ def energy_gradient(kind: str, output: Callable[[Tensor], tuple[Tensor, Tensor]]
     return torch.func.grad(total, has_aux=True)(x)
 
 
+def energy_of_field(x: Tensor, field: Tensor) -> Tensor:
+    """−⟨x, f(x)⟩ over the number of elements, the `dot` energy read off any field: x, field (N, …) → (N,)."""
+    return -(x.float() * field.float()).flatten(1).mean(1)
+
+
 @torch.no_grad()
 def sample_energy(network: "EqM", x: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1) -> Tensor:
-    """The energy −E of samples, low at the data, in float32: (N,).
+    """The energy −E of samples over their number of elements, low at the data, in float32: (N,).
 
     Args:
         network: one with an explicit energy.
@@ -58,4 +63,4 @@ def sample_energy(network: "EqM", x: Tensor, y: Tensor, seconds_per_frame: Tenso
         raise ValueError("the network has no explicit energy")
     blocks, final = network.modulations(torch.zeros(len(x), device=x.device), y)
     f, _ = network.output(x, blocks, final, seconds_per_frame)
-    return -energy(network.energy, x, f)
+    return -energy(network.energy, x, f) / x[0].numel()

@@ -64,19 +64,19 @@ class Report:
     """What there is to say of samples, by index.
 
     `shown` has the frames (T, H, W, 3) uint8 for the contact sheet, `descents` evaluations of the field
-    and its norm at the last, `traces` the first samples' norms at each.
+    and its norm at the last, `traces` what was measured of the first samples at each.
     """
 
     shown: dict[int, np.ndarray] = field(default_factory=dict)
     descents: dict[int, tuple[int, float]] = field(default_factory=dict)
-    traces: dict[int, list[float]] = field(default_factory=dict)
+    traces: dict[int, list[list[float]]] = field(default_factory=dict)
 
     def add(self, sample: Finished, frames: np.ndarray) -> None:
-        self.descents[sample.index] = sample.evaluations, sample.norms[-1]
+        self.descents[sample.index] = sample.evaluations, sample.final_norm
         if sample.index < SHEET_SAMPLES:
             self.shown[sample.index] = frames
         if sample.index < TRACED:
-            self.traces[sample.index] = sample.norms
+            self.traces[sample.index] = sample.measured
 
     @staticmethod
     def of_all(reports: Sequence["Report"]) -> "Report":
@@ -122,7 +122,7 @@ def write_table(
         for index in range(args.num_fid_samples):
             label = classes[index % len(classes)]
             known = label if label < len(names) - 1 else ""
-            start = starts.items[index % len(starts.items)].path if starts.items else ""
+            start = starts.item(index).path if starts.items else ""
             evaluations, norm = report.descents[index]
             about = [output.path(index).name, index, known, names[label], start, evaluations, f"{norm:.4g}"]
             writer.writerow([*about, *settings.values()])
@@ -135,9 +135,18 @@ def write_npz(output: Output, num_samples: int) -> Path:
     return path
 
 
-def write_sheet(output: Output, shown: dict[int, np.ndarray], classes: list[int], names: list[str]) -> Path:
-    """Draws samples, (T, H, W, 3) uint8 by index, with their classes' names, into a file beside the folder."""
+def write_sheet(
+    output: Output, shown: dict[int, np.ndarray], classes: list[int], names: list[str], starts: Starts
+) -> Path:
+    """Draws samples, (T, H, W, 3) uint8 by index, with their classes' names, into a file beside the folder.
+
+    Before a sample that starts from a file stands what the file shows.
+    """
     path = output.folder.with_name(output.folder.name + "-sheet.png")
-    captions = [names[classes[i % len(classes)]] for i in sorted(shown)]
-    write_png(path, contact_sheet([shown[i] for i in sorted(shown)], captions))
+    strips = []
+    for index, frames in sorted(shown.items()):
+        if starts.items:
+            strips.append((starts.given(index), f"from {Path(starts.item(index).path).name}"))
+        strips.append((frames, names[classes[index % len(classes)]]))
+    write_png(path, contact_sheet(*zip(*strips, strict=True)))
     return path

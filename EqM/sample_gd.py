@@ -6,7 +6,6 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -19,19 +18,20 @@ import distributed
 from adaptive import Descent, Slots, summary
 from checkpoint import check_written_here, load_file, load_weights, network_weights
 from cli import UserError
-from compose import class_index, parse_sum
 from config import add_known_args, check_flags, class_names, published_config
-from descents import Finished, Norms, fixed_descents
+from descents import Finished, Measure, Watch, fixed_descents, norm_alone
+from energy import sample_energy
 from fast import add_compile_arg, conditioned_field, is_fast
 from latents import VAE, load_vae
 from loader import to_pixels
 from models import EqM, build_network
 from outputs import Output, Report, write_npz, write_sheet, write_table
+from plan import Plan, make_plan
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
 from sampling import Field, composed, gradient_descent
-from starts import Starts, add_start_args, choose_starts
-from traces import TRACED, write_evaluations, write_trace
+from starts import add_start_args
+from traces import TRACED, norm_and_energy, write_evaluations, write_trace
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compose", metavar="SUM", help='adds the fields of classes, as "A + 0.5*B - 0.3*C"')
     parser.add_argument("--target-fps", type=cli.frame_rate, help="frames a second; default the training clips' mean")
     parser.add_argument("--video-format", choices=("mp4", "gif"), default="mp4", help="of videos")
-    parser.add_argument("--trace", action="store_true", help="table and plot of the first samples' norms by step")
+    parser.add_argument("--trace", action="store_true", help="norms and energies by step: table and plots")
     parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
     parser.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of the noise")
     add_precision_args(parser)
@@ -113,41 +113,6 @@ def open_network(args: argparse.Namespace, device: torch.device, precision: Prec
     return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What samples show and where they start.
-
-    They have the classes in turn, or all show the sum of (weight, class) `terms`, in place of which, as
-    of no class, `classes` has the null class.
-    """
-
-    classes: list[int]
-    terms: list[tuple[float, int]]
-    starts: Starts
-
-    def labels(self, samples: Sequence[int]) -> Tensor:
-        """The classes of samples (N,), on the host, which thus knows them without waiting for a GPU."""
-        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
-
-
-def make_plan(args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None) -> Plan:
-    """The plan that the flags ask for, of samples of one shape.
-
-    Raises:
-        UserError: a class that is not known, no sum, or flags that contradict each other.
-    """
-    names = class_names(config)
-    terms = parse_sum(args.compose, names) if args.compose is not None else []
-    asked = [class_index(text, names) for text in args.classes or []]
-    if terms and asked:
-        raise UserError("--class and --compose both say what samples show: give one of them")
-    starts, of_starts = choose_starts(args, config, shape, vae, names)
-    classes = asked or of_starts or list(range(len(config["classes"])))
-    if args.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
-        raise UserError(f"--cfg-scale {args.cfg_scale:g} has no class to guide to: add --class, or leave it out")
-    return Plan([len(names)] if terms else classes, terms, starts)
-
-
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
     """The sample indices of this rank, cut into batches of nearly the same size."""
     rank, ranks = distributed.rank(), distributed.world_size()
@@ -182,7 +147,7 @@ def sample_batch(
     start: Tensor,
     steps: Iterable,
     terms: Sequence[tuple[float, int]] = (),
-    watch: Callable[[Tensor], None] = lambda value: None,
+    watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
 ) -> Tensor:
     """Samples of the classes y (N,) or of a sum, from where they start, in float32: (N, C, H, W) or (N, C, T, H, W)."""
     field, mu = field_of(args, network, conditioned, y, terms), args.mu if args.sampler == "ngd" else 0.0
@@ -196,6 +161,7 @@ def adaptive_samples(
     plan: Plan,
     batches: list[range],
     progress: Callable[[int], object],
+    measure: Measure = norm_alone,
 ) -> Iterator[list[Finished]]:
     """The samples of all batches in the order in which they stop, as many at once as a batch has."""
     indices, size = [index for batch in batches for index in batch], max(map(len, batches), default=1)
@@ -209,9 +175,29 @@ def adaptive_samples(
     mu = args.mu if args.sampler == "ngd" else 0.0
     descent = Descent(args.stepsize, mu, args.num_sampling_steps, args.adaptive)
     device, shrinks = network.pos_embed.device, not is_fast(args, network.pos_embed.device)
-    finished = Slots(field_of_samples, plan.starts, indices, size, descent, device, progress, shrinks).run()
+    slots = Slots(field_of_samples, plan.starts, indices, size, descent, device, progress, shrinks, measure=measure)
+    finished = slots.run()
     while group := list(islice(finished, size)):
         yield group
+
+
+def measure_of(args: argparse.Namespace, network: EqM, plan: Plan, seconds_per_frame: float) -> Measure:
+    """What is measured of samples on their way: the norm, with --trace also the energy that their field climbs down.
+
+    The energy of a sum of classes, or of guidance, is the same sum; where --cfg-channels guides some of the
+    channels alone, the mean over channels, each with its own.
+    """
+    if not args.trace or network.energy == "none":
+        return norm_and_energy() if args.trace else norm_alone
+
+    def conditioned(y: Tensor) -> Field:  # of one number a sample, in the shape (N, 1, …) of a field
+        return lambda x: sample_energy(network, x, y.to(x.device), seconds_per_frame).view(-1, *[1] * (x.dim() - 1))
+
+    def energy(indices: Sequence[int], x: Tensor) -> Tensor:
+        of_each_channel = field_of(args, network, conditioned, plan.labels(indices), plan.terms)(x)  # (N, C or 1, 1, …)
+        return of_each_channel.flatten(1).mean(1)
+
+    return norm_and_energy(energy)
 
 
 @torch.no_grad()
@@ -229,17 +215,19 @@ def write_samples(
     evaluations = (max(len(plan.terms), 1) + (args.cfg_scale != 1)) * size  # in one call
     conditioned = conditioned_field(network, evaluations, seconds_per_frame, is_fast(args, device))
 
-    def sample(indices: Sequence[int], steps: Iterable, norms: Norms) -> Tensor:
+    measure = measure_of(args, network, plan, seconds_per_frame)
+
+    def sample(indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
         y, start = plan.labels(indices), plan.starts(indices)
-        return sample_batch(args, network, conditioned, y, start, steps, plan.terms, norms)
+        return sample_batch(args, network, conditioned, y, start, steps, plan.terms, watch)
 
     total = num_samples * args.num_sampling_steps
     with tqdm(total=total, desc="sampling", unit="evaluation", disable=not distributed.is_main()) as bar:
         if args.adaptive:
-            groups = adaptive_samples(args, network, conditioned, plan, batches, bar.update)
+            groups = adaptive_samples(args, network, conditioned, plan, batches, bar.update, measure)
         else:
             traced = TRACED if args.trace else 0
-            groups = fixed_descents(sample, batches, args.num_sampling_steps, traced, bar.update)
+            groups = fixed_descents(sample, batches, args.num_sampling_steps, traced, bar.update, measure)
         for group in groups:
             x = torch.stack([finished.x for finished in group])  # (N, …)
             if not x.isfinite().all():
@@ -274,9 +262,9 @@ def main() -> None:
         if not network.is_video:
             log.info("all images: %s", write_npz(output, args.num_fid_samples))
         log.info("%d samples in %s", args.num_fid_samples, output.folder)
-        log.info("contact sheet: %s", write_sheet(output, report.shown, plan.classes, names))
+        log.info("contact sheet: %s", write_sheet(output, report.shown, plan.classes, names, plan.starts))
         if args.trace:
-            log.info("norms by step: %s, %s", *write_trace(output.folder, {"norm": report.traces}))
+            log.info("norms and energies by step: %s, %s, %s", *write_trace(output.folder, report.traces))
         if args.adaptive:
             counts = [count for count, _ in report.descents.values()]
             log.info(summary(counts, args.num_sampling_steps))

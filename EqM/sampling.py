@@ -20,26 +20,26 @@ def gradient_descent(
     stepsize: float,
     steps: Iterable,
     mu: float = 0.0,
-    watch: Callable[[Tensor], None] = lambda value: None,
+    watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
 ) -> Tensor:
     """x ← x + η·f(x + μ·(x − x₋₁)), once for each element of `steps`, with x₋₁ = x at the start.
 
     With mu = 0 this is GD, otherwise NAG-GD. `steps` is any iterable, a progress bar included; `watch`
-    sees each value of the field.
+    sees each point and the field's value there.
     """
     previous = x
     for _ in steps:
-        after, value = update(field, x, previous, stepsize, mu)
+        after, point, value = update(field, x, previous, stepsize, mu)
         previous, x = x, after
-        watch(value)
+        watch(point, value)
     return x
 
 
-def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor]:
-    """x one step on, and the field's value that it went along, both (N, …) in float32."""
-    look_ahead = x + mu * (x - previous) if mu else x
-    value = field(look_ahead).float()
-    return x + stepsize * value, value
+def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x one step on, the point ahead where the field was evaluated, and its value there; (N, …) each, in float32."""
+    point = x + mu * (x - previous) if mu else x
+    value = field(point).float()
+    return x + stepsize * value, point, value
 
 
 def value_norms(value: Tensor) -> Tensor:

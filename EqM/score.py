@@ -28,7 +28,7 @@ from cli import UserError
 from compose import class_index
 from config import add_known_args, class_names
 from data import Item, find_loose_files, unreadable_errors
-from energy import sample_energy
+from energy import energy_of_field, sample_energy
 from latents import VAE
 from loader import Samples
 from models import EqM
@@ -39,6 +39,7 @@ from plots import histogram_plot
 from precision import add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
 from sample_gd import batches_of_rank, open_network
+from sampling import value_norms
 from starts import encode, first_windows
 from video import probe_video
 
@@ -121,12 +122,10 @@ def packed_content(pack: Pack, windows: Samples, video: bool, space: dict | None
 def norm_and_energy(network: EqM, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
     """Both scores (N, 2), float32, of inputs x (N, C, …) under labels y (N,); seconds_per_frame (N,)."""
     # γ = 1 at the data; most networks do not look at it.
-    field = network(x, torch.ones_like(seconds_per_frame), y, seconds_per_frame).float().flatten(1)  # (N, elements)
-    if network.energy == "none":
-        energy = -(x.flatten(1) * field).mean(1)  # (N,)
-    else:
-        energy = sample_energy(network, x, y, seconds_per_frame) / field.shape[1]  # (N,)
-    return torch.stack([field.square().mean(1).sqrt(), energy], dim=1)
+    field = network(x, torch.ones_like(seconds_per_frame), y, seconds_per_frame)  # (N, C, …)
+    has_energy = network.energy != "none"
+    energy = sample_energy(network, x, y, seconds_per_frame) if has_energy else energy_of_field(x, field)  # (N,)
+    return torch.stack([value_norms(field), energy], dim=1)
 
 
 @torch.no_grad()

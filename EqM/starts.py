@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,11 +71,20 @@ class Starts:
         noise = sample_noise(self.seed, indices, self.shape)  # (N, …)
         if not self.items:
             return noise
-        places = [index % len(self.items) for index in indices]
-        distinct = list(dict.fromkeys(places))
-        x = encode(torch.stack([self.read(self.items[place]) for place in distinct]), self.vae).cpu()  # (D, …)
-        x = x[[distinct.index(place) for place in places]]  # (N, …)
+        items = [self.item(index) for index in indices]
+        distinct = list(dict.fromkeys(items))
+        x = encode(torch.stack([self.read(item) for item in distinct]), self.vae).cpu()  # (D, …)
+        x = x[[distinct.index(item) for item in items]]  # (N, …)
         return self.objective.interpolate(x, noise, torch.full((len(x),), 1 - self.noise))
+
+    def item(self, index: int) -> Item:
+        """The file that a sample starts from."""
+        return self.items[index % len(self.items)]
+
+    def given(self, index: int) -> np.ndarray:
+        """What that file shows, (T, H, W, 3) uint8."""
+        pixels = self.read(self.item(index))  # (3, [T,] H, W)
+        return (pixels if pixels.dim() == 4 else pixels[:, None]).permute(1, 2, 3, 0).numpy()
 
     def read(self, item: Item) -> Tensor:
         """A file's pixels, (3, [T,] H, W) uint8."""

@@ -1,39 +1,66 @@
-"""How the first samples' fields change along the way, and how long all samples took: a table and plots."""
+"""The first samples' norms and energies along the way, and how long all samples took: a table and plots."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from descents import Measure
+from energy import energy_of_field
 from pictures import write_png
 from plots import histogram_plot, line_plot
+from sampling import value_norms
 
 TRACED = 8  # how many of the first samples
+QUANTITIES = ("norm", "energy")
 
 
-def write_trace(folder: Path, columns: Mapping[str, Mapping[int, list[float]]]) -> list[Path]:
-    """Writes a table of quantities by sample and step, from 1, and a plot of each, beside the folder.
+def norm_and_energy(explicit: Callable[[Sequence[int], Tensor], Tensor] | None = None) -> Measure:
+    """The Measure of both (N, 2): the energy −⟨x, f(x)⟩ of the field over the number of elements, or an explicit one.
 
     Args:
-        folder: the samples'.
-        columns: by a quantity's name, its value at each step by the sample's index. A norm is plotted on a
-            logarithmic axis; the other plots have the quantity's name in theirs.
+        explicit: from samples' indices and points (N, …) to their energies (N,). As it takes an evaluation,
+            samples that are not traced have NaN instead.
+    """
+
+    def measure(indices: Sequence[int], x: Tensor, value: Tensor) -> Tensor:
+        norms = value_norms(value)  # (N,)
+        if explicit is None:
+            return torch.stack([norms, energy_of_field(x, value)], dim=1)
+        energies, places = torch.full_like(norms, torch.nan), [p for p, i in enumerate(indices) if i < TRACED]
+        if places:
+            energies[places] = explicit([indices[place] for place in places], x[places])
+        return torch.stack([norms, energies], dim=1)
+
+    return measure
+
+
+def write_trace(folder: Path, traces: Mapping[int, list[list[float]]]) -> list[Path]:
+    """Writes a table of norm and energy by sample and step, from 1, and a plot of each, beside the samples' folder.
+
+    Args:
+        traces: norm and energy at each step, by the sample's index.
 
     Returns:
         What it wrote, the table first.
     """
-    path = folder.with_name(folder.name + "-trace.csv")
-    first = next(iter(columns.values()))
-    with path.open("w", newline="") as file:
+    table = folder.with_name(folder.name + "-trace.csv")
+    with table.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["sample", "step", *columns])
-        for sample in sorted(first):
-            for step in range(len(first[sample])):
-                writer.writerow([sample, step + 1, *(f"{column[sample][step]:.6g}" for column in columns.values())])
-    plots = [folder.with_name(f"{folder.name}-trace{'' if name == 'norm' else '-' + name}.png") for name in columns]
-    for plot, (name, column) in zip(plots, columns.items(), strict=True):
-        series = {f"sample {i}": list(enumerate(column[i], start=1)) for i in sorted(column)}
+        writer.writerow(["sample", "step", *QUANTITIES])
+        for sample, steps in sorted(traces.items()):
+            for step, numbers in enumerate(steps, start=1):
+                writer.writerow([sample, step, *(f"{number:.6g}" for number in numbers)])
+    plots = [folder.with_name(f"{folder.name}-trace-{name}.png") for name in QUANTITIES]
+    for column, (plot, name) in enumerate(zip(plots, QUANTITIES, strict=True)):
+        series = {
+            f"sample {sample}": [(step, numbers[column]) for step, numbers in enumerate(steps, start=1)]
+            for sample, steps in sorted(traces.items())
+        }
         write_png(plot, line_plot(series, "step", name, log_y=name == "norm"))
-    return [path, *plots]
+    return [table, *plots]
 
 
 def write_evaluations(folder: Path, counts: Sequence[int]) -> Path:

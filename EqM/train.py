@@ -94,6 +94,15 @@ def parse_args() -> argparse.Namespace:
     add_compile_arg(speed)
     speed.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too")
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
+    add_run_args(parser)
+    args = parser.parse_args()
+    if args.ebm != "none" and args.grad_checkpoint:
+        raise UserError(f"--grad-checkpoint does not work with --ebm {args.ebm}: use --micro-batch-size for memory")
+    return args
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    """Adds where a run leaves what it makes, how often, and from where it goes on."""
     run = parser.add_argument_group("run")
     run.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
     run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
@@ -102,7 +111,6 @@ def parse_args() -> argparse.Namespace:
     start = run.add_mutually_exclusive_group()
     start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument("--resume", action="store_true", help="go on with the newest run of this model, if there is one")
-    return parser.parse_args()
 
 
 def global_batch(args: argparse.Namespace, device_type: str) -> int:
@@ -180,13 +188,17 @@ def report(
 
 
 def train(
-    args: argparse.Namespace, state: TrainingState, source: Source, batch: int, config: dict, writer: CheckpointWriter
+    args: argparse.Namespace,
+    recipe: Recipe,
+    state: TrainingState,
+    source: Source,
+    batch: int,
+    config: dict,
+    writer: CheckpointWriter,
 ) -> bool:
     """The loop: data, step, log, save. Returns False where a signal ended it early."""
     signals, loader, found = StopSignals(), open_data(args, state, source, batch), source.found
     last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
-    objective = objective_of(args)
-    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
     state.working.grad_checkpoint = args.grad_checkpoint
     step = training_step(state, recipe, batch // distributed.world_size(), is_fast(args, state.device))
     unreadable = UnreadableLog(found)
@@ -247,6 +259,8 @@ def report_finished(start: Start, step: int) -> None:
 
 def main() -> None:
     args = parse_args()
+    objective = objective_of(args)
+    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
     device = distributed.start()
     if args.deterministic:
         make_deterministic()
@@ -258,7 +272,7 @@ def main() -> None:
     source = open_source(args, device, precision)
     found = source.found
     settings = network_settings(args, source.image_size, check_classes(found, args.num_classes), source.space)
-    config = make_config(args, settings, found, precision, batch, source.space)
+    config = make_config(args, settings, objective, found, precision, batch, source.space)
     if saved:
         check_resumable(saved, config, start.checkpoint)
         if is_finished(saved, sample_limit(args, found), args.max_steps or math.inf):
@@ -278,7 +292,8 @@ def main() -> None:
         del saved  # as large as the state itself
     distributed.on_main(lambda: write_config(folder, config | {"launcher": launcher()}))
     with logging_redirect_tqdm([log]):
-        finished = train(args, state, source, batch, config, CheckpointWriter(folder, args.keep, start.checkpoint))
+        writer = CheckpointWriter(folder, args.keep, start.checkpoint)
+        finished = train(args, recipe, state, source, batch, config, writer)
     log.info("done: %s" if finished else "stopped: %s; --resume (in place of --ckpt) goes on", folder)
     distributed.stop()
     sys.exit(0 if finished else EXIT_STATUS)

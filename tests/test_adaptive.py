@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptive import Descent, Slots, summary
-from descents import Finished, Norms, fixed_descents
+from descents import Finished, Watch, fixed_descents
 from sampling import gradient_descent, sample_noise, value_norms
 
 CPU = torch.device("cpu")
@@ -58,6 +58,10 @@ def descend(
     return {sample.index: sample for sample in finished}
 
 
+def norms(sample: Finished) -> list[float]:
+    return [norm for (norm,) in sample.measured]
+
+
 def expected_evaluations(index: int) -> int:
     """Without look-ahead the distance, which is the norm, shrinks by 1 − η a step."""
     distance = (starts([index])[0] - minimum(index)).square().mean().sqrt().item()
@@ -74,11 +78,11 @@ def test_the_norm_is_the_root_mean_square_whatever_the_size_and_type():
 def test_a_sample_stops_in_the_first_evaluation_whose_norm_is_below_the_threshold(lag):
     finished = descend(range(25), 4, lag=lag)
     for index, sample in finished.items():
-        assert sample.evaluations == len(sample.norms) == expected_evaluations(index)
-        assert sample.norms[-1] < THRESHOLD <= min(sample.norms[:-1])
+        assert sample.evaluations == len(norms(sample)) == expected_evaluations(index)
+        assert norms(sample)[-1] < THRESHOLD <= min(norms(sample)[:-1])
         # x is where the norm was taken, not a step further.
         distance = (minimum(index) - sample.x).square().mean().sqrt().item()
-        assert distance == pytest.approx(sample.norms[-1], rel=1e-2)
+        assert distance == pytest.approx(norms(sample)[-1], rel=1e-2)
     assert len({sample.evaluations for sample in finished.values()}) > 10
 
 
@@ -92,7 +96,7 @@ def test_a_sample_is_the_same_in_any_batch_and_order(mu):
     ):
         for index, sample in other.items():
             assert sample.evaluations == whole[index].evaluations
-            assert sample.norms == pytest.approx(whole[index].norms, rel=1e-5)
+            assert norms(sample) == pytest.approx(norms(whole[index]), rel=1e-5)
             torch.testing.assert_close(sample.x, whole[index].x)
 
 
@@ -101,14 +105,14 @@ def test_knowing_of_norms_later_changes_no_sample(mu):
     at_once = descend(range(25), 4, mu)
     for index, sample in descend(range(25), 4, mu, lag=1).items():
         assert torch.equal(sample.x, at_once[index].x)
-        assert sample.norms == at_once[index].norms
+        assert norms(sample) == norms(at_once[index])
 
 
 def test_a_refilled_slot_looks_ahead_from_its_own_start():
     """What the look-ahead would add of the sample before is large, since its steps are."""
     (alone,) = descend([0], 1, mu=0.9).values()
     behind = descend([9, 0], 1, mu=0.9)[0]
-    assert behind.norms == alone.norms
+    assert norms(behind) == norms(alone)
 
 
 def busy_steps(evaluations: Sequence[int], size: int) -> int:
@@ -135,8 +139,8 @@ def test_a_slot_is_filled_at_once(lag):
 def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_the_bit(mu, lag):
     cap, quadratic = 30, Quadratic()
 
-    def sample(indices: Sequence[int], steps: Sequence[int], norms: Norms) -> torch.Tensor:
-        return gradient_descent(quadratic.of(indices), starts(indices), STEPSIZE, steps, mu, norms)
+    def sample(indices: Sequence[int], steps: Sequence[int], watch: Watch) -> torch.Tensor:
+        return gradient_descent(quadratic.of(indices), starts(indices), STEPSIZE, steps, mu, watch)
 
     batches = [range(4), range(4, 8)]
     fixed = [x for group in fixed_descents(sample, batches, cap, 8, lambda samples: None) for x in group]
@@ -145,22 +149,36 @@ def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_t
         ours = finished[right.index]
         assert ours.evaluations == right.evaluations == cap
         assert torch.equal(ours.x, right.x)
-        assert ours.norms == right.norms
-        assert len(right.norms) == cap
+        assert norms(ours) == norms(right)
+        assert len(norms(right)) == cap
 
 
 def test_fixed_steps_know_the_last_norm_and_all_of_those_that_are_traced():
-    def sample(indices: Sequence[int], steps: Sequence[int], norms: Norms) -> torch.Tensor:
-        return gradient_descent(Quadratic().of(indices), starts(indices), STEPSIZE, steps, 0.0, norms)
+    def sample(indices: Sequence[int], steps: Sequence[int], watch: Watch) -> torch.Tensor:
+        return gradient_descent(Quadratic().of(indices), starts(indices), STEPSIZE, steps, 0.0, watch)
 
     seen = []
     (first, last) = fixed_descents(sample, [range(3), range(3, 5)], 7, 2, seen.append)
-    assert [(each.index, len(each.norms)) for each in first] == [(0, 7), (1, 7), (2, 7)]
-    assert [(each.index, len(each.norms)) for each in last] == [(3, 1), (4, 1)]
+    assert [(each.index, len(norms(each))) for each in first] == [(0, 7), (1, 7), (2, 7)]
+    assert [(each.index, len(norms(each))) for each in last] == [(3, 1), (4, 1)]
     for each in (*first, *last):
         distance = (starts([each.index])[0] - minimum(each.index)).square().mean().sqrt().item()
-        assert each.norms[-1] == pytest.approx(distance * 0.9**6, rel=1e-4)
+        assert norms(each)[-1] == pytest.approx(distance * 0.9**6, rel=1e-4)
     assert sum(seen) == 5 * 7
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_is_measured_is_each_samples_own_whatever_slot_and_step_it_is_at(lag):
+    def measure(indices: Sequence[int], x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value_norms(value)[:, None], torch.tensor(indices)[:, None], x.flatten(1)[:, :1]], dim=1)
+
+    descent = Descent(STEPSIZE, 0.0, 200, THRESHOLD)
+    for sample in Slots(Quadratic().of, starts, range(9), 4, descent, CPU, lag=lag, measure=measure).run():
+        norm, index, first = torch.tensor(sample.measured).T
+        assert set(index.tolist()) == {sample.index}
+        assert sample.final_norm == norm[-1] < THRESHOLD <= norm[:-1].min()
+        start, end = starts([sample.index])[0, 0, 0], minimum(sample.index)[0, 0]
+        torch.testing.assert_close(first, end + (start - end) * (1 - STEPSIZE) ** torch.arange(sample.evaluations))
 
 
 def test_the_cap_ends_a_sample_that_is_not_there_yet():
@@ -193,7 +211,7 @@ def test_a_batch_that_may_shrink_makes_no_evaluation_that_does_not_count(mu):
     finished = descend(range(25), 4, mu, quadratic=quadratic, shrinks=True)
     for index, sample in descend(range(25), 4, mu).items():
         assert torch.equal(finished[index].x, sample.x)
-        assert finished[index].norms == sample.norms
+        assert norms(finished[index]) == norms(sample)
     assert sum(map(len, quadratic.batches)) == sum(sample.evaluations for sample in finished.values())
     assert {len(batch) for batch in quadratic.batches} == {1, 2, 3, 4}
 

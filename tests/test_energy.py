@@ -99,6 +99,7 @@ def test_the_field_is_the_energys_slope_without_autograd_too(kind, input_size):
         ahead, behind = (-sample_energy(network, x + h * direction, Y, SECONDS) for h in (1e-2, -1e-2))
     assert field.dtype == torch.float32
     slope = (field * direction).flatten(1).sum(1)  # (N,)
+    slope /= x[0].numel()
     torch.testing.assert_close(slope, (ahead - behind) / 2e-2, rtol=2e-3, atol=2e-3 * slope.abs().max().item())
 
 
@@ -330,6 +331,13 @@ def test_a_network_that_sees_gamma_is_trained_on_it_and_not_sampled(shapes, tmp_
 def test_energies_and_blocks_computed_again_are_refused_together(shapes, tmp_path):
     run = run_script(*TRAIN, shapes, *SMALL, "--ebm", "dot", "--grad-checkpoint", cwd=tmp_path)
     assert_refused(run, "--grad-checkpoint", "--ebm dot", "--micro-batch-size")
+    assert "checking files" not in run.stderr
+
+
+def test_a_meaningless_c_b_is_refused_before_the_data_are_looked_at(shapes, tmp_path):
+    run = run_script(*TRAIN, shapes, *SMALL, "--c-b", 2, cwd=tmp_path)
+    assert_refused(run, "--c-b", "--c-schedule truncated")
+    assert "checking files" not in run.stderr
 
 
 def test_a_checkpoint_from_before_these_flags_means_their_defaults(checkpoint, shapes, tmp_path):

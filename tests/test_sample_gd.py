@@ -17,7 +17,8 @@ from descents import Finished
 from fast import conditioned_field
 from models import EqM
 from pictures import read_png
-from sample_gd import Plan, adaptive_samples, batches_of_rank, field_of, sample_batch
+from plan import Plan
+from sample_gd import adaptive_samples, batches_of_rank, field_of, sample_batch
 from sampling import sample_noise
 from starts import Starts
 
@@ -198,7 +199,7 @@ def test_an_adaptive_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg
         groups = adaptive_samples(args, network, conditioned, plan, list(batches), seen.append)
         return {finished.index: finished for group in groups for finished in group}
 
-    norms = sorted(norm for finished in sample(1e-9, range(8)).values() for norm in finished.norms)
+    norms = sorted(norm for finished in sample(1e-9, range(8)).values() for (norm,) in finished.measured)
     half = norms[len(norms) // 4 : len(norms) * 3 // 4]
     _, low, high = max((high - low, low, high) for low, high in zip(half, half[1:], strict=False))
     threshold = (low + high) / 2  # as far from all norms as can be: rounding decides nothing
@@ -282,8 +283,10 @@ def test_adaptive_videos_do_not_depend_on_batch_size_or_number_of_processes(
 
 
 def read_trace(folder: Path) -> dict[int, list[float]]:
+    """The norms by step of each sample that is traced."""
     with folder.with_name(folder.name + "-trace.csv").open() as file:
         table = list(csv.DictReader(file))
+    assert all(np.isfinite(float(row["energy"])) for row in table)
     samples = sorted({int(row["sample"]) for row in table})
     traces = {i: [(int(row["step"]), float(row["norm"])) for row in table if int(row["sample"]) == i] for i in samples}
     assert all([step for step, _ in trace] == list(range(1, len(trace) + 1)) for trace in traces.values())
@@ -303,8 +306,9 @@ def test_the_table_and_the_trace_say_when_each_sample_stopped(adaptive_samples_o
         assert (trace[-1] < 11.15) == (count < 12)
         assert min(trace[:-1]) >= 11.15
         assert row["adaptive"] == "11.15"
-    with Image.open(folder.with_name("out-trace.png")) as plot:
-        assert plot.width > 500
+    for name in ("norm", "energy"):
+        with Image.open(folder.with_name(f"out-trace-{name}.png")) as plot:
+            assert plot.width > 500
 
 
 def test_the_trace_of_fixed_steps_has_the_first_samples_only(image_checkpoint, tmp_path):

@@ -16,6 +16,7 @@ from checkpoint import save_checkpoint
 from cli import UserError
 from conftest import run_script
 from loader import to_unit_range
+from pictures import CAPTION_HEIGHT, MARGIN, read_png
 from sampling import gradient_descent, sample_noise
 from starts import Starts, choose_starts, encode
 from video import iterate_frames, probe_video, read_frames, write_video
@@ -127,6 +128,17 @@ def test_the_sampler_varies_the_clips_of_a_folder(still_checkpoint, shapes, tmp_
         distances = [abs(sample - clip).mean() for clip in given]
         assert np.argmin(distances) == index % 16
         assert min(distances) < 12
+    strips = strips_of(read_png(tmp_path / "out-sheet.png").astype(int), 36)
+    for before, sample in zip(strips[::2], strips[1::2], strict=True):
+        assert 0 < abs(before - sample).mean() < 12, "a sample stands behind what it starts from"
+
+
+def strips_of(sheet: np.ndarray, number: int) -> list[np.ndarray]:
+    """The strips of a contact sheet, (H, W, 3) each, of four frames of 64 pixels and two between."""
+    height, width = 64 + MARGIN + CAPTION_HEIGHT, 4 * 66 + MARGIN
+    columns = sheet.shape[1] // width
+    corners = [(MARGIN + CAPTION_HEIGHT + i // columns * height, MARGIN + i % columns * width) for i in range(number)]
+    return [sheet[top : top + 64, left : left + 4 * 66] for top, left in corners]
 
 
 @pytest.mark.slow

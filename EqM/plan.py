@@ -1,0 +1,49 @@
+"""What samples show, one class or a sum of classes, and where they start."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cli import UserError
+from compose import class_index, parse_sum
+from config import class_names
+from latents import VAE
+from starts import Starts, choose_starts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What samples show and where they start.
+
+    They have the classes in turn, or all show the sum of (weight, class) `terms`, in place of which, as
+    of no class, `classes` has the null class.
+    """
+
+    classes: list[int]
+    terms: list[tuple[float, int]]
+    starts: Starts
+
+    def labels(self, samples: Sequence[int]) -> Tensor:
+        """The classes of samples (N,), on the host, which thus knows them without waiting for a GPU."""
+        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
+
+
+def make_plan(args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None) -> Plan:
+    """The plan that the flags ask for, of samples of one shape.
+
+    Raises:
+        UserError: a class that is not known, no sum, or flags that contradict each other.
+    """
+    names = class_names(config)
+    terms = parse_sum(args.compose, names) if args.compose is not None else []
+    asked = [class_index(text, names) for text in args.classes or []]
+    if terms and asked:
+        raise UserError("--class and --compose both say what samples show: give one of them")
+    starts, of_starts = choose_starts(args, config, shape, vae, names)
+    classes = asked or of_starts or list(range(len(config["classes"])))
+    if args.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
+        raise UserError(f"--cfg-scale {args.cfg_scale:g} has no class to guide to: add --class, or leave it out")
+    return Plan([len(names)] if terms else classes, terms, starts)

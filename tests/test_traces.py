@@ -1,0 +1,68 @@
+"""What is traced of samples on their way: the energy that their field climbs down."""
+
+import argparse
+
+import pytest
+import torch
+
+from fast import conditioned_field
+from models import EqM
+from plan import Plan
+from sample_gd import field_of, measure_of, sample_batch
+from sampling import sample_noise, value_norms
+from starts import Starts
+
+SECONDS = 0.12
+LABELS = Plan([0, 1, 2], [], Starts(0, (3, 4, 8, 8)))
+SUM = Plan([3], [(1.0, 0), (-0.5, 2)], Starts(0, (3, 4, 8, 8)))
+
+
+def network_and_args(kind: str, **flags: object) -> tuple[EqM, argparse.Namespace]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3, "temporal_patch": 2}
+    network = EqM((4, 8, 8), 4, 3, **sizes, energy=kind)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    given = {"cfg_scale": 1.5, "cfg_channels": "all", "trace": True, "stepsize": 0.02, "mu": 0.3, "sampler": "gd"}
+    return network.requires_grad_(False).eval(), argparse.Namespace(**given | flags)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", [LABELS, SUM], ids=["classes", "sum"])
+@pytest.mark.parametrize("kind", ["dot", "l2"])
+def test_the_slope_of_the_traced_energy_is_the_guided_field(kind, plan):
+    network, args = network_and_args(kind)
+    x, indices = sample_noise(0, range(4), network.input_shape), [1, 2, 0, 8]
+    conditioned = conditioned_field(network, 12, SECONDS, fast=False)
+    field = field_of(args, network, conditioned, plan.labels(indices), plan.terms)
+    measure, direction = measure_of(args, network, plan, SECONDS), sample_noise(1, range(4), network.input_shape)
+    value = field(x)
+    norms, energies = measure(indices, x, value).T
+    torch.testing.assert_close(norms, value_norms(value))
+    ahead, behind = (measure(indices, x + h * direction, value)[:, 1] for h in (1e-2, -1e-2))
+    slope = -(value * direction).flatten(1).mean(1)[:3]  # sampling adds the field and climbs down
+    torch.testing.assert_close((ahead - behind)[:3] / 2e-2, slope, rtol=5e-3, atol=5e-3 * slope.abs().max().item())
+    assert energies[:3].isfinite().all()
+    assert energies[3].isnan(), "not one of the first samples, it needs no evaluation more"
+
+
+@torch.no_grad()
+def test_a_network_without_an_energy_has_one_read_off_its_field():
+    network, args = network_and_args("none")
+    x, value = (sample_noise(seed, range(2), network.input_shape) for seed in (0, 1))
+    found = measure_of(args, network, LABELS, SECONDS)([0, 9], x, value)
+    torch.testing.assert_close(found[:, 1], -torch.stack([(a * b).mean() for a, b in zip(x, value, strict=True)]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dot", "l2"])
+def test_the_traced_energy_falls_on_the_way(kind):
+    network, args = network_and_args(kind)
+    energies, measure = [], measure_of(args, network, LABELS, SECONDS)
+    conditioned = conditioned_field(network, 6, SECONDS, fast=False)
+
+    def watch(point: torch.Tensor, value: torch.Tensor) -> None:
+        energies.append(measure(range(3), point, value)[:, 1])
+
+    sample_batch(args, network, conditioned, LABELS.labels(range(3)), LABELS.starts(range(3)), range(6), watch=watch)
+    assert all((after < before).all() for before, after in zip(energies, energies[1:], strict=False))
