@@ -117,10 +117,8 @@ def add_known_args(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace, config: dict) -> None:
-    """Raises UserError, with both values, where a flag contradicts the checkpoint; or where its network needs γ."""
+    """Raises UserError, with both values, where a flag contradicts the checkpoint."""
     network = config["network"]
-    if not network.get("uncond", True):
-        raise UserError("the checkpoint was trained with --no-uncond: its field wants γ, which gradient descent lacks")
     size, pixels = network["input_size"], (config.get("vae") or {}).get("downsampling", 1)
     video = not isinstance(size, int)
     trained = {

@@ -52,8 +52,8 @@ def training_step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) 
     return Graphed(step, state.generator, state.drop_half_step, together=True) if fast and on_gpu else step
 
 
-def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> Callable[[Tensor], Field]:
-    """The network as labels (N,) ↦ field, for batches of one size."""
+def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> Callable[..., Field]:
+    """The network as labels (N,), and γ if it looks at it, ↦ field, for batches of one size."""
     field = partial(network.field, seconds_per_frame=seconds_per_frame)
     if fast:
         compile_network(network, batch, training=False, seconds_per_frame=seconds_per_frame)
@@ -62,8 +62,8 @@ def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: 
 
     modulations = Modulations(network)
 
-    def conditioned(labels: Tensor) -> Field:
-        blocks, final = modulations(labels)  # (depth, N, 6D), (N, 2D)
+    def conditioned(labels: Tensor, gamma: float = 0.0) -> Field:
+        blocks, final = modulations(labels, gamma)  # (depth, N, 6D), (N, 2D)
         return lambda x: field(x, blocks, final)
 
     return conditioned
@@ -72,17 +72,20 @@ def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: 
 class Modulations:
     """What labels (N,) do to a network's blocks, (depth, N, 6D), and to its last layer, (N, 2D).
 
-    It is the same in every step of sampling, and computed once for each label: another batch of known
-    labels takes a look into a table. Nothing waits for the device where the labels are on the host.
+    While γ stays what it is, it is computed once for each label: another batch of known labels takes a
+    look into a table. Nothing waits for the device where the labels are on the host.
     """
 
     def __init__(self, network: EqM):
         self.network = network
+        self.gamma = 0.0
         self.rows: dict[int, int] = {}  # of the table, by label
         self.blocks: Tensor | None = None  # (depth, rows, 6D)
         self.final: Tensor | None = None  # (rows, 2D)
 
-    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, labels: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+        if gamma != self.gamma and not self.network.uncond:
+            self.gamma, self.rows = gamma, {}
         wanted = labels.tolist()
         new = [label for label in dict.fromkeys(wanted) if label not in self.rows]
         if new:
@@ -92,7 +95,7 @@ class Modulations:
 
     def add(self, labels: list[int]) -> None:
         y = self.on_device(labels)  # (n,)
-        parts, final = self.network.modulations(torch.zeros_like(y, dtype=torch.float32), y)
+        parts, final = self.network.modulations(torch.full_like(y, self.gamma, dtype=torch.float32), y)
         blocks = torch.stack(parts)  # (depth, n, 6D)
         known = bool(self.rows)
         self.blocks = torch.cat([self.blocks, blocks], dim=1) if known else blocks

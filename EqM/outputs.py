@@ -105,7 +105,7 @@ def write_table(
     settings = {
         "seed": args.global_seed,
         "sampler": args.sampler,
-        "stepsize": args.stepsize,
+        "stepsize": args.stepsize if args.sampler != "euler" else "",
         "mu": args.mu if args.sampler == "ngd" else 0.0,
         "steps": args.num_sampling_steps,
         "adaptive": args.adaptive,

@@ -1,4 +1,4 @@
-"""What samples show, one class or a sum of classes, and where they start."""
+"""What samples show, one class or a sum of classes, where they start and how they get to the data."""
 
 import argparse
 from collections.abc import Sequence
@@ -35,8 +35,16 @@ def make_plan(args: argparse.Namespace, config: dict, shape: tuple[int, ...], va
     """The plan that the flags ask for, of samples of one shape.
 
     Raises:
-        UserError: a class that is not known, no sum, or flags that contradict each other.
+        UserError: a class that is not known, no sum, flags that contradict each other, or a network that
+            cannot be sampled in this way.
     """
+    if args.sampler == "euler" and args.adaptive:
+        raise UserError("--adaptive stops gradient descent, and --sampler euler takes its steps over time: drop one")
+    if args.sampler != "euler" and not config["network"].get("uncond", True):
+        raise UserError(
+            "the checkpoint was trained with --no-uncond: its field wants γ, which gradient descent lacks:"
+            " add --sampler euler"
+        )
     names = class_names(config)
     terms = parse_sum(args.compose, names) if args.compose is not None else []
     asked = [class_index(text, names) for text in args.classes or []]

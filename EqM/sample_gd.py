@@ -1,4 +1,4 @@
-"""Samples images or videos from a checkpoint by gradient descent along its field.
+"""Samples images or videos from a checkpoint by gradient descent along its field, or over time.
 
     torchrun --nproc_per_node=1 EqM/sample_gd.py --folder video_samples --num-fid-samples 16 --use-bf16 \\
         --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0100000.pt
@@ -6,6 +6,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,9 +30,11 @@ from outputs import Output, Report, write_npz, write_sheet, write_table
 from plan import Plan, make_plan
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
-from sampling import Field, composed, gradient_descent
+from sampling import Field, composed, gradient_descent, integrate
 from starts import add_start_args
 from traces import TRACED, norm_and_energy, write_evaluations, write_trace
+
+SAMPLERS = ("gd", "ngd", "euler")
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,8 +59,10 @@ def parse_args() -> argparse.Namespace:
     add_compile_arg(parser)
     parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default the training's")
     method = parser.add_argument_group("method")
-    method.add_argument("--sampler", choices=("gd", "ngd"), default="ngd", help="ngd looks ahead, as Nesterov")
-    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field")
+    method.add_argument(
+        "--sampler", choices=SAMPLERS, default="ngd", help="ngd looks ahead, as Nesterov; euler integrates over time"
+    )
+    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field; gd, ngd")
     method.add_argument("--mu", type=cli.fraction, default=0.3, help="look-ahead of ngd")
     method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250, help="updates a sample")
     method.add_argument(
@@ -142,16 +147,25 @@ def field_of(
 def sample_batch(
     args: argparse.Namespace,
     network: EqM,
-    conditioned: Callable[[Tensor], Field],
-    y: Tensor,
-    start: Tensor,
+    conditioned: Callable[..., Field],
+    plan: Plan,
+    indices: Sequence[int],
     steps: Iterable,
-    terms: Sequence[tuple[float, int]] = (),
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
 ) -> Tensor:
-    """Samples of the classes y (N,) or of a sum, from where they start, in float32: (N, C, H, W) or (N, C, T, H, W)."""
-    field, mu = field_of(args, network, conditioned, y, terms), args.mu if args.sampler == "ngd" else 0.0
-    return gradient_descent(field, start.to(network.pos_embed.device), args.stepsize, steps, mu, watch)
+    """Samples of the plan, each after so many steps, in float32: (N, C, H, W) or (N, C, T, H, W)."""
+    y, x, objective = plan.labels(indices), plan.starts(indices).to(network.pos_embed.device), plan.starts.objective
+    if args.sampler != "euler":
+        field, mu = field_of(args, network, conditioned, y, plan.terms), args.mu if args.sampler == "ngd" else 0.0
+        return gradient_descent(field, x, args.stepsize, steps, mu, watch)
+
+    def velocity_at(gamma: float) -> Field:
+        field = field_of(args, network, partial(conditioned, gamma=gamma), y, plan.terms)
+        magnitude = objective.c(torch.tensor([gamma])).item()
+        return lambda x: field(x) / magnitude
+
+    gammas = torch.linspace(1 - plan.starts.noise, 1, args.num_sampling_steps + 1).tolist()  # (K + 1,)
+    return integrate(velocity_at, x, gammas, steps, watch)
 
 
 def adaptive_samples(
@@ -218,8 +232,7 @@ def write_samples(
     measure = measure_of(args, network, plan, seconds_per_frame)
 
     def sample(indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
-        y, start = plan.labels(indices), plan.starts(indices)
-        return sample_batch(args, network, conditioned, y, start, steps, plan.terms, watch)
+        return sample_batch(args, network, conditioned, plan, indices, steps, watch)
 
     total = num_samples * args.num_sampling_steps
     with tqdm(total=total, desc="sampling", unit="evaluation", disable=not distributed.is_main()) as bar:

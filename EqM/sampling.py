@@ -1,7 +1,8 @@
 """Sampling as optimisation: gradient descent, plain or with Nesterov's look-ahead, along a field.
 
 A field is a function x ↦ f(x) that points from noise to data and is added (Wang & Du 2025,
-arXiv 2510.02300). Nothing here knows of networks or ranks; x stays in float32.
+arXiv 2510.02300). One that depends on time can be integrated over it instead. Nothing here knows of
+networks or ranks; x stays in float32.
 """
 
 import math
@@ -31,6 +32,24 @@ def gradient_descent(
     for _ in steps:
         after, point, value = update(field, x, previous, stepsize, mu)
         previous, x = x, after
+        watch(point, value)
+    return x
+
+
+def integrate(
+    velocity_at: Callable[[float], Field],
+    x: Tensor,
+    gammas: Sequence[float],
+    steps: Iterable,
+    watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
+) -> Tensor:
+    """Euler's steps x ← x + (γ₊₁ − γ)·v(x, γ) from each of K + 1 times to the next, one for each of K `steps`.
+
+    This is how flow matching samples, from noise at γ = 0 to data at γ = 1 (Lipman et al. 2023, arXiv 2210.02747).
+    """
+    for _, gamma, after in zip(steps, gammas, gammas[1:], strict=False):
+        point, value = x, velocity_at(gamma)(x).float()  # (N, …)
+        x = point + (after - gamma) * value
         watch(point, value)
     return x
 

@@ -121,15 +121,15 @@ def choose_starts(
         UserError: no readable file of the checkpoint's kind, --init-noise without --init, or samples that
             would replace the files.
     """
+    objective = Objective(**config.get("objective", {}))
     if not args.init:
         if args.init_noise is not None:
             raise UserError("--init-noise says how much noise is mixed into --init FOLDER: give that too")
-        return Starts(args.global_seed, shape), []
+        return Starts(args.global_seed, shape, objective=objective), []
     if args.init.resolve() == args.folder.resolve():
         raise UserError(f"--init and --folder are both {args.init}: samples would replace what they start from")
     items = distributed.on_main(lambda: first_readable(args.init, len(shape) == 4, args.num_fid_samples, names))
     noise = INIT_NOISE if args.init_noise is None else args.init_noise
-    objective = Objective(**config.get("objective", {}))
     starts = Starts(args.global_seed, shape, items, first_windows(config), vae, noise, objective)
     return starts, [item.label for item in items]
 

@@ -326,6 +326,11 @@ def test_a_network_that_sees_gamma_is_trained_on_it_and_not_sampled(shapes, tmp_
     assert saved["config"]["network"]["uncond"] is False
     assert_refused(run_script("sample_gd.py", "--ckpt", checkpoint, cwd=tmp_path), "--no-uncond", "γ")
     assert not (tmp_path / "samples").exists()
+    euler = ["sample_gd.py", "--ckpt", checkpoint, "--sampler", "euler", "--num-sampling-steps", 2]
+    assert_refused(run_script(*euler, "--adaptive", 1, cwd=tmp_path), "--adaptive", "--sampler euler")
+    run = run_script(*euler, "--num-fid-samples", 1, "--init", shapes, "--trace", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "samples-trace-norm.png").exists()
 
 
 def test_energies_and_blocks_computed_again_are_refused_together(shapes, tmp_path):

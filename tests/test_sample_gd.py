@@ -16,6 +16,7 @@ from conftest import run_script, run_torchrun
 from descents import Finished
 from fast import conditioned_field
 from models import EqM
+from objective import Objective
 from pictures import read_png
 from plan import Plan
 from sample_gd import adaptive_samples, batches_of_rank, field_of, sample_batch
@@ -137,9 +138,10 @@ class FallingField(EqM):
         return 0.3 * super().field(x, *modulations, seconds_per_frame=seconds_per_frame) - 2 * x
 
 
-def random_network(kind: type[EqM]) -> EqM:
+def random_network(kind: type[EqM], uncond: bool = True) -> EqM:
     torch.manual_seed(0)
-    network = kind((4, 8, 8), 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=3, temporal_patch=2)
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3, "temporal_patch": 2}
+    network = kind((4, 8, 8), 4, 3, **sizes, uncond=uncond)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return network.requires_grad_(False)
@@ -149,13 +151,12 @@ def random_network(kind: type[EqM]) -> EqM:
 def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
     network = random_network(EqM)
     args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
-    classes = torch.tensor([0, 1, 2, 0])
+    plan = Plan([0, 1, 2], [], Starts(3, network.input_shape))
 
     @torch.no_grad()
     def sample(indices: list[int]) -> torch.Tensor:
         conditioned = conditioned_field(network, len(indices), seconds_per_frame=0.12, fast=False)
-        noise = sample_noise(3, indices, network.input_shape)
-        return sample_batch(args, network, conditioned, classes[indices], noise, range(50))
+        return sample_batch(args, network, conditioned, plan, indices, range(50))
 
     together = sample([0, 1, 2, 3])
     for i in range(4):
@@ -219,9 +220,25 @@ def test_as_many_updates_are_made_as_asked_for():
     network = ConstantField(8, 4, 3, hidden_size=32, depth=1, num_heads=2, num_classes=3)
     args = argparse.Namespace(cfg_scale=1.0, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
     conditioned = conditioned_field(network, 1, seconds_per_frame=0.1, fast=False)
-    noise = sample_noise(3, [5], (3, 8, 8))
-    x = sample_batch(args, network, conditioned, torch.tensor([0]), noise, range(7))
-    torch.testing.assert_close(x, noise + 7 * 0.01)
+    x = sample_batch(args, network, conditioned, Plan([0], [], Starts(3, (3, 8, 8))), [5], range(7))
+    torch.testing.assert_close(x, sample_noise(3, [5], (3, 8, 8)) + 7 * 0.01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize("uncond", [False, True], ids=["sees γ", "does not"])
+def test_euler_takes_equal_steps_over_time_with_the_velocity_that_the_field_was_learnt_from(cfg_scale, uncond):
+    network = random_network(EqM, uncond=uncond)
+    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", sampler="euler", num_sampling_steps=5)
+    plan = Plan([0, 1, 2], [], Starts(3, network.input_shape, objective=Objective(a=0.3, scale=2.0)))
+    conditioned, counted = conditioned_field(network, 4, seconds_per_frame=0.12, fast=False), iter(range(9))
+    found = sample_batch(args, network, conditioned, plan, range(4), counted)
+    assert len(list(counted)) == 3, "five steps, and one look for another"
+    x, y = plan.starts(range(4)), plan.labels(range(4))
+    for gamma, c in ((0.0, 2.0), (0.2, 2.0), (0.4, 2 * 0.6 / 0.7), (0.6, 2 * 0.4 / 0.7), (0.8, 2 * 0.2 / 0.7)):
+        given, null = (network(x, torch.full((4,), gamma), labels, 0.12) for labels in (y, torch.full_like(y, 3)))
+        x = x + 0.2 * (null + cfg_scale * (given - null)) / c
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

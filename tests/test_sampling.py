@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sampling import composed, gradient_descent, guided, sample_noise
+from sampling import Field, composed, gradient_descent, guided, integrate, sample_noise
 
 MINIMUM = torch.tensor([1.0, -2.0, 0.5])
 
@@ -115,3 +115,18 @@ def test_noise_is_standard_normal():
     noise = sample_noise(0, range(200), (3, 16, 16))
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.7])
+def test_steps_over_time_along_straight_lines_end_at_the_data(first):
+    data, x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 3)
+    seen = []
+
+    def velocity_at(gamma: float) -> Field:
+        return lambda x: (data - x) / (1 - gamma)
+
+    end = integrate(velocity_at, x, torch.linspace(first, 1, 11).tolist(), range(10), lambda *at: seen.append(at))
+    torch.testing.assert_close(end, data)
+    assert len(seen) == 10
+    torch.testing.assert_close(seen[5][0], data * 0.5)
+    torch.testing.assert_close(seen[5][1], data / (1 - first))
