@@ -1,4 +1,4 @@
-"""datasets/make_corruptions.py as people run it."""
+"""EqM/make_corruptions.py as people run it."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from video import iterate_frames, probe_video
 
 
 def spoil(source: Path, destination: Path, *flags: object) -> subprocess.CompletedProcess:
-    script = ROOT / "datasets" / "make_corruptions.py"
+    script = ROOT / "EqM" / "make_corruptions.py"
     return run_command(sys.executable, script, source, destination, *flags, cwd=destination.parent)
 
 

@@ -1,6 +1,6 @@
 """Spoils a folder of clips in three ways, to see whether a network tells them from whole ones (EqM/score.py).
 
-    python datasets/make_corruptions.py datasets/moving-shapes/test datasets/spoiled --image-size 64
+    python EqM/make_corruptions.py datasets/moving-shapes/test datasets/spoiled --image-size 64
 
 makes, with the same names and class folders as the clips,
 
@@ -13,7 +13,6 @@ They are cropped and resized as training does it, to the network's own size, and
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,8 +20,6 @@ from pathlib import Path
 import av
 import numpy as np
 from tqdm import tqdm
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "EqM"))
 
 import cli
 from cli import UserError
