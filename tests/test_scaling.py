@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ WORK = replace(TINY, batch=2)
 
 def spawned(rank: int, folder: Path, ranks: int, function: Callable[[], object]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    # An exchange with ranks that are elsewhere fails soon.
+    wait = timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=wait)
     torch.save(function(), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
