@@ -94,11 +94,12 @@ class Training:
         self.seed = seed
         self.state = TrainingState(work.build(device), precision, device)
         self.state.working.grad_checkpoint = work.grad_checkpoint
-        self.step = training_step(self.state, recipe, work.batch, fast)
+        # Before compiling, which may draw random numbers too, and others for another share of the batch.
         samples, mine = work.batch * distributed.world_size(), part_of_rank(work.batch)
         self.x = torch.randn(samples, *self.state.network.input_shape, device=device)[mine].clone()
         self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
         self.seconds_per_frame = torch.full((work.batch,), 0.1, device=device)
+        self.step = training_step(self.state, recipe, work.batch, fast)
 
     def __call__(self) -> Tensor:
         state = self.state
