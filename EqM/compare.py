@@ -8,6 +8,7 @@ trainings with other random numbers do is noise. The exit status is 1 where anyt
 
 import argparse
 import sys
+from dataclasses import replace
 from datetime import date
 
 import torch
@@ -18,7 +19,7 @@ import distributed
 from models import EqM
 from precision import Precision, agree_on_precision
 from runs import device_name, start_log
-from workloads import SMALL, TINY, Sampling, Training, Work
+from workloads import RECIPE, SMALL, TINY, Sampling, Training, Work
 
 WINDOWS = 5  # parts of a training whose mean losses are compared
 LR = 5e-4
@@ -38,7 +39,7 @@ def train(
 ) -> tuple[Tensor, EqM]:
     """The mean loss of each window of steps, (WINDOWS,), and the averaged network."""
     torch._dynamo.reset()
-    step = Training(work, precision, fast, device, seed, LR)
+    step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))
     losses = torch.stack([step()[0].clone() for _ in range(steps)])  # (steps,)
     return torch.stack([window.mean() for window in losses.chunk(WINDOWS)]).cpu(), step.state.ema
 

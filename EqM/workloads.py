@@ -15,7 +15,7 @@ from training import Recipe, TrainingState, seed_draws
 
 NUM_CLASSES = 101
 GUIDANCE, STEPSIZE = 1.5, 0.0017
-
+RECIPE = Recipe(lr=1e-4, warmup_steps=0, grad_clip=0, ema_decay=0.9999)
 
 FAST = (("fp32", "fast"), ("tf32", "fast"), ("bf16", "fast"), ("fp16", "fast"))
 FAST_AND_EAGER = (("fp32", "eager"), ("bf16", "eager"), *FAST)
@@ -71,20 +71,35 @@ QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frame
 QUICK_BY_NAME = {"energy": [replace(TINY, name="EqM-E dot Ti/2, 4 frames of 16 px", energy="dot")]}
 
 
+def part_of_rank(batch: int) -> slice:
+    """Where this rank's samples lie among those of all ranks, so many of each."""
+    return slice(distributed.rank() * batch, (distributed.rank() + 1) * batch)
+
+
 class Training:
-    """Training on always the same random batch; each call is a step, and returns loss and gradient norm, (2,)."""
+    """Training on always the same random batch; each call is a step, and returns loss and gradient norm, (2,).
+
+    The batch is a rank's. The ranks' batches are parts of one, which is the same however many share it.
+    """
 
     def __init__(
-        self, work: Work, precision: Precision, fast: bool, device: torch.device, seed: int = 0, lr: float = 1e-4
+        self,
+        work: Work,
+        precision: Precision,
+        fast: bool,
+        device: torch.device,
+        seed: int = 0,
+        recipe: Recipe = RECIPE,
     ):
         self.seed = seed
         self.state = TrainingState(work.build(device), precision, device)
         self.state.working.grad_checkpoint = work.grad_checkpoint
-        recipe = Recipe(lr, warmup_steps=0, grad_clip=0, ema_decay=0.9999)
-        self.step = training_step(self.state, recipe, work.batch, fast)
-        self.x = torch.randn(work.batch, *self.state.network.input_shape, device=device)
-        self.y = torch.arange(work.batch, device=device) % NUM_CLASSES
+        # Before compiling, which may draw random numbers too, and others for another share of the batch.
+        samples, mine = work.batch * distributed.world_size(), part_of_rank(work.batch)
+        self.x = torch.randn(samples, *self.state.network.input_shape, device=device)[mine].clone()
+        self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
         self.seconds_per_frame = torch.full((work.batch,), 0.1, device=device)
+        self.step = training_step(self.state, recipe, work.batch, fast)
 
     def __call__(self) -> Tensor:
         state = self.state

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import benchmark
+import throughput
 from checkpoint import save_checkpoint
 from config import check_resumable
 from conftest import SMALL, run_script
@@ -366,5 +367,5 @@ def test_an_energy_is_measured_where_it_is_asked_for_and_trains(monkeypatch):
     assert step.state.working.energy == "dot"
     assert step()[0].isfinite()
     # An inner gradient takes as many products as the forward pass.
-    plain = benchmark.forward_flops(replace(work, energy="none"))
-    assert benchmark.forward_flops(work) == pytest.approx(2 * plain, rel=0.1)
+    plain = throughput.forward_flops(replace(work, energy="none"))
+    assert throughput.forward_flops(work) == pytest.approx(2 * plain, rel=0.1)
