@@ -180,4 +180,12 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory used so far, in 10⁹ bytes: the GPU's, or on a CPU the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return process_memory_gb()
+
+
+def process_memory_gb() -> float:
+    """The most memory that this process has used, in 10⁹ bytes."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    # Linux's getrusage gives a program that another one has started what that one had used.
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -269,12 +270,14 @@ def main() -> None:
     log_precision(precision)
     model, trained_in = config["network"]["model"], config["precision"]["name"]
     log.info("checkpoint: %s, %s, trained in %s", args.ckpt, model, trained_in)
+    start = time.perf_counter()
     report = Report.of_all(distributed.gather(write_samples(args, network, vae, plan, output, device)))
+    seconds = time.perf_counter() - start
     if distributed.is_main():
         write_table(args, output, plan.classes, names, precision, plan.starts, report)
         if not network.is_video:
             log.info("all images: %s", write_npz(output, args.num_fid_samples))
-        log.info("%d samples in %s", args.num_fid_samples, output.folder)
+        log.info("%d samples in %.1f s: %s", args.num_fid_samples, seconds, output.folder)
         log.info("contact sheet: %s", write_sheet(output, report.shown, plan.classes, names, plan.starts))
         if args.trace:
             log.info("norms and energies by step: %s, %s, %s", *write_trace(output.folder, report.traces))

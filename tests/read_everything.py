@@ -2,7 +2,7 @@
 
 `scanned` are the paths that the scan skipped; `met` those that reading skipped, by the path that was
 asked for; `alone` those of the class named that do not read one by one; `counted` how many the log
-of a run would count; `memory_mib` the largest process's peak.
+of a run would count; `memory_gb` the largest process's peak.
 
     python tests/read_everything.py FOLDER CLASS
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data import scan_for_training
 from loader import EpochStream, Samples, UnreadableLog, keyed_uniforms, make_loader
+from runs import process_memory_gb
 from video import UnreadableVideo
 
 BATCH = 50
@@ -40,12 +41,12 @@ def main() -> None:
     for (epoch, index), report in zip(keys, reports, strict=True):
         if report and not epoch:
             met[found.items[index].path] = report.split("\n")
-    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     suspects = [(0, i) for i, item in enumerate(found.items) if found.classes[item.label] == sys.argv[2]]
     alone = [found.items[key[1]].path for key in suspects if does_not_read(samples, key)]
     scanned = [path for path, _ in found.unreadable]
     result = {"files": len(found.items) + len(scanned), "scanned": scanned, "met": met, "counted": len(log.known)}
-    print(json.dumps(result | {"alone": alone, "memory_mib": max(peaks)}))
+    print(json.dumps(result | {"alone": alone, "memory_gb": max(process_memory_gb(), workers)}))
 
 
 if __name__ == "__main__":

@@ -294,3 +294,12 @@ def test_an_error_of_one_rank_ends_the_others_without_a_traceback(shapes, tmp_pa
         assert result.returncode != 0
         assert result.stderr.count("one_rank_fails.py: error: this rank alone failed") == 1
         assert "cli.py" not in result.stderr
+
+
+def test_memory_is_the_process_s_own_not_that_of_the_one_that_started_it(tmp_path):
+    """As getrusage has it on Linux: tests that compare such figures could not fail."""
+    script = "import runs; print(runs.process_memory_gb())"
+    start = f"import subprocess, sys; held = b'x' * 2 * 10**9; subprocess.run([sys.executable, '-c', {script!r}])"
+    run = run_command("env", f"PYTHONPATH={ROOT / 'EqM'}", sys.executable, "-c", start, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert 0.1 < float(run.stdout) < 1.5
