@@ -29,7 +29,7 @@ from models import EqM, build_network
 from outputs import Output, Report, write_npz, write_sheet, write_table
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
-from sampling import Field, composed, gradient_descent
+from sampling import MU, STEPS, STEPSIZE, Field, composed, gradient_descent
 from starts import Starts, add_start_args, choose_starts
 from traces import TRACED, write_evaluations, write_trace
 
@@ -57,9 +57,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default the training's")
     method = parser.add_argument_group("method")
     method.add_argument("--sampler", choices=("gd", "ngd"), default="ngd", help="ngd looks ahead, as Nesterov")
-    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field")
-    method.add_argument("--mu", type=cli.fraction, default=0.3, help="look-ahead of ngd")
-    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250, help="updates a sample")
+    method.add_argument("--stepsize", type=cli.positive_float, default=STEPSIZE, help="along the field")
+    method.add_argument("--mu", type=cli.fraction, default=MU, help="look-ahead of ngd")
+    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=STEPS, help="updates a sample")
     method.add_argument(
         "--adaptive",
         type=cli.positive_float,

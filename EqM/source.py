@@ -53,6 +53,19 @@ class Source:
         seed_draws(generator, *place, POSTERIOR)
         return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator)
 
+    def decoder(self, device: torch.device, precision: Precision) -> VAE | None:
+        """The VAE that decodes samples, if they are latents; reading packed ones has not loaded it.
+
+        Raises:
+            UserError: it is missing, or another one than the pack was made with.
+        """
+        if self.vae or not self.space:
+            return self.vae
+        vae = load_vae(self.space.name, device, precision.name == "bf16")
+        if vae.space.fingerprint != self.space.fingerprint:
+            raise UserError(f"the VAE {self.space.name} is another one than {self.pack.folder} was made with")
+        return vae
+
     def __str__(self) -> str:
         if not self.pack:
             return f"{self.found.root}, latents of {self.space.name}" if self.space else self.found.root

@@ -26,9 +26,11 @@ from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, make_deterministic, requested_precision
 from preemption import EXIT_STATUS, StopSignals
+from previews import Previews, add_preview_args, check_previews
 from resume import Start, find_start, is_finished, launcher, log_changes, new_folder
 from runs import Metrics, device_name, log, log_precision, start_log, write_config
 from source import Source, open_source
+from trackers import add_tracker_args, check_trackers, start_trackers
 from training import Recipe, TrainingState, seed_draws
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
@@ -49,9 +51,7 @@ def parse_args() -> argparse.Namespace:
         "--no-flip", action="store_true", help="no mirrored samples: for classes that tell left from right"
     )
     data.add_argument(
-        "--num-workers",
-        type=cli.non_negative_int,
-        help="processes a rank; default 4, on a CPU and for a pack 0",
+        "--num-workers", type=cli.non_negative_int, help="processes a rank; default 4, on a CPU and for a pack 0"
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -83,10 +83,7 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
     training.add_argument(
-        "--max-bad-steps",
-        type=cli.positive_int,
-        default=20,
-        help="in fp32 and bf16: stop after so many that are not finite",
+        "--max-bad-steps", type=cli.positive_int, default=20, help="in fp32 and bf16: stop after so many not finite"
     )
     training.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of all random choices")
     add_precision_args(parser)
@@ -99,6 +96,8 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     run.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
     run.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
+    add_preview_args(run)
+    add_tracker_args(run)
     start = run.add_mutually_exclusive_group()
     start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument("--resume", action="store_true", help="go on with the newest run of this model, if there is one")
@@ -188,9 +187,11 @@ def train(
     objective = objective_of(args)
     recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
     state.working.grad_checkpoint = args.grad_checkpoint
+    trackers = start_trackers(args, writer.folder, state.step, config)
+    previews = Previews(args, state, source, batch, config, writer.folder, trackers)
     step = training_step(state, recipe, batch // distributed.world_size(), is_fast(args, state.device))
     unreadable = UnreadableLog(found)
-    metrics = Metrics(writer.folder, state.device, state.samples, state.step)
+    metrics = Metrics(writer.folder, state.device, state.samples, state.step, trackers.log)
 
     def save() -> None:
         state.check_finite(writer.advice)
@@ -209,9 +210,10 @@ def train(
         state.step += 1
         bar.update(state.step - bar.n)
 
-        log_due, save_due = state.step == 1 or state.step % args.log_every == 0, state.step % args.ckpt_every == 0
+        log_due = state.step == 1 or state.step % args.log_every == 0
+        save_due, show_due = state.step % args.ckpt_every == 0, previews.due(state.step)
         is_last, stopping = state.step == last_step, signals.asked()
-        skipped = state.read_counts() if log_due or save_due or is_last or stopping else 0
+        skipped = state.read_counts() if log_due or save_due or show_due or is_last or stopping else 0
         if skipped:
             state.check_gradients(args.max_bad_steps, writer.advice)
         if skipped and not stopping:
@@ -221,13 +223,18 @@ def train(
             break
         if save_due:
             save()
+        if show_due:
+            metrics.leave_out(previews.show())
     bar.close()
     if state.read_counts():
         state.check_gradients(args.max_bad_steps, writer.advice)
     if state.sums[2] > 0 and not stopping:
         report(state, found, loader, unreadable, metrics)
     save()
+    if not stopping:
+        previews.show()
     distributed.on_main(writer.finish)
+    trackers.close()
     signals.close()
     return not stopping
 
@@ -247,6 +254,8 @@ def report_finished(start: Start, step: int) -> None:
 
 def main() -> None:
     args = parse_args()
+    check_previews(args)
+    check_trackers(args)
     device = distributed.start()
     if args.deterministic:
         make_deterministic()
