@@ -114,7 +114,8 @@ class Previews:
             problem = "out of memory"
         parts, problems = zip(*distributed.gather((samples, problem)), strict=True)
         if distributed.is_main():
-            self.report(dict(sorted(item for part in parts for item in part.items())), max(problems), start)
+            everyone = {index: part[index] for part in parts for index in part}
+            self.report([everyone[i] for i in sorted(everyone)], "".join(set(problems)), start)
         return time.perf_counter() - start
 
     @torch.no_grad()
@@ -144,19 +145,19 @@ class Previews:
         steps = range(self.args.sample_steps)
         return gradient_descent(field, noise, self.args.sample_stepsize, steps, MU, lambda _: bar.update(len(indices)))
 
-    def report(self, samples: dict[int, Sample], problem: str, start: float) -> None:
-        """Writes and shows all ranks' samples, in the order of their indices, or says what was in the way.
+    def report(self, samples: list[Sample], problem: str, start: float) -> None:
+        """Writes and shows all ranks' samples, or says what was in the way.
 
         Args:
             problem: of making them; or an empty text.
             start: when that began, by time.perf_counter.
         """
-        step, lost = self.state.step, sum(not sample.finite for sample in samples.values())
+        step, lost = self.state.step, sum(not sample.finite for sample in samples)
         if lost:
             log.warning("step %d: %d of %d samples are not finite, and are shown grey", step, lost, len(samples))
         try:
             if not problem:
-                preview = self.write([sample.frames for sample in samples.values()])
+                preview = self.write([sample.frames for sample in samples])
         except (OSError, av.FFmpegError) as error:
             problem = f"{self.folder} cannot be written: {error.strerror}"
         if problem:

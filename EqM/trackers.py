@@ -170,7 +170,7 @@ class Trackers:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def start_trackers(args: argparse.Namespace, folder: Path, step: int, config: dict) -> Trackers:
