@@ -68,7 +68,7 @@ def read_metrics(run: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             damaged.append(number)
     if damaged:
-        log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(damaged), damaged[0])
+        log.warning("%s: damaged lines are left out: %d, the first is line %d", path, len(damaged), damaged[0])
     if not rows:
         raise UserError(f"{path} has no whole line: wait for the run's first, or give another run")
     return rows
