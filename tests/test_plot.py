@@ -77,11 +77,17 @@ def test_values_that_are_not_finite_or_not_above_0_are_drawn_around(tmp_path):
     assert has_colour(picture, 0, 0.75, 1.04 / 1.08, COLOURS[0])
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    for folder in ("x/000-a", "y/000-a"):
+def test_names_stand_above_the_panels_with_their_runs_colours(tmp_path):
+    for folder in ("x/000-a", "y/000-a", "y/000-i"):
         write_run(tmp_path / folder, loss=[1.0, 2.0])
-    both, alone = plotted(tmp_path, "x/000-a", "y/000-a"), plotted(tmp_path, "x/000-a")
-    assert not np.array_equal(both[:30], alone[:30])
+    alike, other = plotted(tmp_path, "x/000-a", "y/000-a"), plotted(tmp_path, "y/000-a", "x/000-a")
+    apart = plotted(tmp_path, "x/000-a", "y/000-i")
+    heads = [picture[: picture.shape[0] - 2 * (TOP + HEIGHT + BOTTOM)] for picture in (alike, other, apart)]
+    assert not np.array_equal(heads[0], heads[1])  # by their paths, where the names are the same
+    assert not np.array_equal(heads[0][:, :400], heads[2][:, :400])
+    for colour in COLOURS[:2]:
+        assert (abs(heads[0] - ImageColor.getrgb(colour)).sum(axis=2) == 0).any()
+    assert not (abs(heads[0] - ImageColor.getrgb(COLOURS[2])).sum(axis=2) == 0).any()
 
 
 def test_a_line_half_written_is_left_out_with_a_warning(tmp_path):
