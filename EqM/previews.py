@@ -7,8 +7,9 @@ compiles and records. It runs eagerly: compiling it would take longer than most 
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import av
@@ -25,6 +26,7 @@ from loader import to_pixels
 from models import EqM
 from outputs import Output
 from pictures import contact_sheet, write_png
+from preemption import StopSignals
 from runs import log
 from sample_gd import batches_of_rank
 from sampling import MU, STEPS, STEPSIZE, gradient_descent, guided, sample_noise
@@ -98,16 +100,18 @@ class Previews:
         """Whether a step is to be shown."""
         return self.args.sample_every is not None and step % self.args.sample_every == 0
 
-    def show(self) -> float:
+    def show(self, signals: StopSignals) -> float:
         """Samples and writes, if that was asked for; returns the seconds that it took. Every rank must call it.
 
-        What keeps samples from being made or written is logged, and training goes on.
+        What keeps samples from being made or written is logged, and training goes on. A signal to stop
+        breaks sampling off, which on a CPU may take longer than a scheduler waits.
         """
         if not self.args.sample_every:
             return 0.0
         start, samples, problem = time.perf_counter(), {}, ""
         try:
-            samples = self.sample()
+            samples = self.sample(signals)
+            problem = "the run was asked to stop" if signals.received else ""
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -115,19 +119,20 @@ class Previews:
         parts, problems = zip(*distributed.gather((samples, problem)), strict=True)
         if distributed.is_main():
             everyone = {index: part[index] for part in parts for index in part}
-            self.report([everyone[i] for i in sorted(everyone)], "".join(set(problems)), start)
+            self.report([everyone[i] for i in sorted(everyone)], "; ".join(sorted(set(filter(None, problems)))), start)
         return time.perf_counter() - start
 
     @torch.no_grad()
-    def sample(self) -> dict[int, Sample]:
-        """This rank's samples by index."""
+    def sample(self, signals: StopSignals) -> dict[int, Sample]:
+        """This rank's samples by index; after a signal to stop, what it has come to."""
         # Made anew each time: a copy that stayed would take memory from the step.
         network = self.state.precision.working_copy(self.state.ema)
         total, samples = sum(map(len, self.batches)) * self.args.sample_steps, {}
         hidden = not distributed.is_main()
         with tqdm(total=total, desc="sampling", unit="evaluation", leave=False, disable=hidden) as bar:
             for indices in self.batches:
-                x = self.descend(network, indices, bar)  # (N, C, H, W) or (N, C, T, H, W)
+                steps = takewhile(lambda _: not signals.received, range(self.args.sample_steps))
+                x = self.descend(network, indices, steps, bar)  # (N, C, H, W) or (N, C, T, H, W)
                 x = self.vae.decode(x) if self.vae else x
                 finite = x.isfinite().flatten(1).all(1)  # (N,)
                 x = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x, 0)
@@ -135,14 +140,13 @@ class Previews:
                 samples |= zip(indices, map(Sample, clips.cpu().numpy(), finite.tolist()), strict=True)
         return samples
 
-    def descend(self, network: EqM, indices: Sequence[int], bar: tqdm) -> Tensor:
+    def descend(self, network: EqM, indices: Sequence[int], steps: Iterable, bar: tqdm) -> Tensor:
         """What the network makes of the noise of indices, under the classes in turn: (N, …) float32."""
         labels = torch.tensor([index % len(self.classes) for index in indices])  # (N,)
         seconds_per_frame = 1 / self.config["frames_per_second"] if network.is_video else 0.0
         conditioned = conditioned_field(network, len(indices), seconds_per_frame, fast=False)
         field = guided(conditioned, labels, network.num_classes, self.args.sample_cfg_scale)
         noise = sample_noise(SEED, indices, network.input_shape).to(self.state.device)  # (N, …)
-        steps = range(self.args.sample_steps)
         return gradient_descent(field, noise, self.args.sample_stepsize, steps, MU, lambda _: bar.update(len(indices)))
 
     def report(self, samples: list[Sample], problem: str, start: float) -> None:
@@ -161,7 +165,7 @@ class Previews:
         except (OSError, av.FFmpegError) as error:
             problem = f"{self.folder} cannot be written: {error.strerror}"
         if problem:
-            log.error("no samples of step %d: %s", step, problem)
+            log.warning("no samples of step %d: %s", step, problem)
             return
         self.trackers.show(preview)
         log.info("samples of step %d, in %.1f s: %s", step, time.perf_counter() - start, self.sheet_path())

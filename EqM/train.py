@@ -224,7 +224,7 @@ def train(
         if save_due:
             save()
         if show_due:
-            metrics.leave_out(previews.show())
+            metrics.leave_out(previews.show(signals))
     bar.close()
     if state.read_counts():
         state.check_gradients(args.max_bad_steps, writer.advice)
@@ -232,7 +232,7 @@ def train(
         report(state, found, loader, unreadable, metrics)
     save()
     if not stopping:
-        previews.show()
+        previews.show(signals)
     distributed.on_main(writer.finish)
     trackers.close()
     signals.close()

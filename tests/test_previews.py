@@ -26,6 +26,7 @@ from trackers import Trackers
 from training import TrainingState
 
 CPU, FP32 = torch.device("cpu"), Precision("fp32", "fp32", torch.float32)
+NO_SIGNAL = argparse.Namespace(received="")
 QUICK = ["--sample-every", 2, "--sample-steps", 3]
 # Steps so long that samples show what network and class they are of, after a few steps of training.
 LONG_STEPS = ["--lr", 0.01, "--sample-steps", 4, "--sample-stepsize", 0.3]
@@ -127,10 +128,10 @@ def test_samples_start_from_the_same_noise_and_leave_the_global_generator_alone(
     previews = new_previews(tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = previews.sample()
+    first = previews.sample(NO_SIGNAL)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    again = previews.sample()
+    again = previews.sample(NO_SIGNAL)
     assert sorted(first) == list(range(SAMPLES))
     assert all(np.array_equal(first[i].frames, again[i].frames) for i in first)
     assert not np.array_equal(first[0].frames, first[2].frames)
@@ -141,9 +142,9 @@ def test_samples_that_are_not_finite_are_grey_and_a_warning(tmp_path, caplog):
     torch.nn.init.constant_(previews.state.ema.y_embedder.embedding_table.weight.data[1], torch.nan)
     before = {name: weight.clone() for name, weight in previews.state.ema.state_dict().items()}
     previews.state.step = 2
-    previews.show()
+    previews.show(NO_SIGNAL)
     assert "step 2: 8 of 16 samples are not finite, and are shown grey" in caplog.text
-    good = previews.sample()
+    good = previews.sample(NO_SIGNAL)
     grey = np.full((1, 8, 8, 3), 128, np.uint8)
     right = contact_sheet([grey if i % 2 else good[i].frames for i in range(SAMPLES)], ["a", "b"] * 8)
     assert np.array_equal(read_png(tmp_path / "samples" / "0000002-sheet.png"), right)
@@ -167,17 +168,17 @@ def test_samples_that_cannot_be_had_are_an_error_in_the_log_and_no_end(tmp_path,
 
     monkeypatch.setattr(previews, "write" if isinstance(error, OSError) else "sample", fail)
     previews.state.step = 2
-    assert previews.show() > 0
+    assert previews.show(NO_SIGNAL) > 0
     assert said in caplog.text
     monkeypatch.undo()
-    previews.show()
+    previews.show(NO_SIGNAL)
     assert (tmp_path / "samples" / "0000002-sheet.png").exists()
 
 
 def test_without_sample_every_nothing_is_due_shown_or_written(tmp_path):
     previews = new_previews(tmp_path, sample_every=None)
     assert not any(map(previews.due, range(10)))
-    assert previews.show() == 0
+    assert previews.show(NO_SIGNAL) == 0
     assert not list(tmp_path.iterdir())
     assert [step for step in range(1, 10) if new_previews(tmp_path, sample_every=4).due(step)] == [4, 8]
 
@@ -191,17 +192,17 @@ def test_a_network_that_sees_gamma_is_refused_before_anything_is_read(tmp_path):
     ]
 
 
-def test_a_signal_while_samples_are_made_is_obeyed_after(shapes, tmp_path):
-    flags = ["--data-path", shapes, "--num-workers", 0, "--sample-every", 1, "--sample-steps", 100]
+def test_a_signal_breaks_sampling_off_and_is_obeyed_by_the_next_step(shapes, tmp_path):
+    flags = ["--data-path", shapes, "--num-workers", 0, "--sample-every", 1, "--sample-steps", 10**8]
     process = start_script("train.py", *SMALL, *flags, cwd=tmp_path)
     wait_for_step(tmp_path, 1, process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 75, said
+    assert "WARNING no samples of step 1: the run was asked to stop" in said
     run = tmp_path / "results" / NAME
-    assert (run / "samples" / "0000001-sheet.png").exists()
-    (saved,) = (run / "checkpoints").iterdir()
-    assert not (run / "samples" / f"{saved.stem}-sheet.png").exists()  # what stops does not sample first
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0000002.pt"]
+    assert not (run / "samples").exists()
 
 
 def test_a_resumed_run_replaces_the_sheets_after_its_checkpoint(shapes, tmp_path):
