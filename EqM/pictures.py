@@ -1,5 +1,6 @@
 """Pictures of samples for people: a contact sheet, PNG and GIF files. Arrays are uint8 RGB."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,11 +24,17 @@ def read_png(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def write_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    """Writes (T, H, W, 3) as an endless GIF, whose frame times come in hundredths of a second."""
-    images = [Image.fromarray(frame) for frame in frames]
+def gif(frames: np.ndarray, frames_per_second: float) -> bytes:
+    """(T, H, W, 3) as an endless GIF, whose frame times come in hundredths of a second."""
+    images, file = [Image.fromarray(frame) for frame in frames], io.BytesIO()
     duration_ms = round(1000 / frames_per_second)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=duration_ms, loop=0)
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration_ms, loop=0)
+    return file.getvalue()
+
+
+def write_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
+    """Writes (T, H, W, 3) as `gif` makes it."""
+    path.write_bytes(gif(frames, frames_per_second))
 
 
 def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:

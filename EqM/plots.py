@@ -34,6 +34,12 @@ class Axis:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         return Axis(low, high, log)
 
+    def wider(self, low: float, high: float) -> "Axis":
+        """The axis with so many times its length more below it and above it."""
+        a, b = (math.log(v) if self.log else v for v in (self.low, self.high))
+        ends = a - low * (b - a), b + high * (b - a)
+        return Axis(*(math.exp(v) if self.log else v for v in ends), self.log)
+
     def place(self, value: float) -> float:
         """Where on the axis a number is: 0 at its low end, 1 at its high end."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
@@ -71,6 +77,25 @@ def line_plot(series: Mapping[str, Points], x_label: str, y_label: str, log_y: b
     return plot(drawn, x_axis, y_axis, x_label, y_label)
 
 
+def panels(pictures: Sequence[np.ndarray], names: Sequence[str], columns: int = 2) -> np.ndarray:
+    """Plots of the same series, all of one size and drawn without names, in rows, and the names once above them."""
+    rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
+    body = np.concatenate(rows)  # (H, W, 3)
+    font, width = ImageFont.load_default(LABEL_SIZE), body.shape[1]
+    places, left, row = [], LEFT, 0
+    for name in names:
+        wide = 24 + math.ceil(font.getlength(name)) + 28
+        if left > LEFT and left + wide > width:
+            left, row = LEFT, row + 1
+        places.append((left, row))
+        left += wide
+    head = Image.new("RGB", (width, 20 + (row + 1) * (LABEL_SIZE + 8)), "white")
+    draw = ImageDraw.Draw(head)
+    for i, (name, (left, row)) in enumerate(zip(names, places, strict=True)):
+        draw_name(draw, i, name, left, 20 + row * (LABEL_SIZE + 8))
+    return np.concatenate([np.asarray(head), body])
+
+
 def histogram_plot(series: Mapping[str, Sequence[float]], x_label: str, bins: int = 40) -> np.ndarray:
     """The outline of each series' histogram, over the same bins; its height is the share of the series' values.
 
@@ -89,11 +114,17 @@ def histogram_plot(series: Mapping[str, Sequence[float]], x_label: str, bins: in
 
 
 def plot(
-    series: Mapping[str, Points], x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, filled: bool = False
+    series: Mapping[str, Points],
+    x_axis: Axis,
+    y_axis: Axis,
+    x_label: str,
+    y_label: str,
+    filled: bool = False,
+    named: bool = True,
 ) -> np.ndarray:
     """Axes with numbers and labels, a line for each series, filled down to the lower axis if asked, and their names."""
     names = ImageFont.load_default(LABEL_SIZE)
-    right = 44 + math.ceil(max([names.getlength(name) for name in series], default=0))
+    right = 44 + math.ceil(max([names.getlength(name) for name in series if named], default=0))
     size = (LEFT + WIDTH + right, TOP + HEIGHT + BOTTOM)
     picture = Image.new("RGB", size, "white")
     draw_grid(ImageDraw.Draw(picture), x_axis, y_axis)
@@ -120,11 +151,15 @@ def plot(
     draw.rectangle((LEFT, TOP, LEFT + WIDTH, TOP + HEIGHT), outline=INK)
     draw.text((LEFT + WIDTH / 2, size[1] - 6), x_label, fill=INK, font=names, anchor="ms")
     draw.text((LEFT, TOP - 12), y_label, fill=INK, font=names, anchor="ls")
-    for i, name in enumerate(series):
-        row = TOP + 10 + i * (LABEL_SIZE + 6)
-        draw.line((LEFT + WIDTH + 10, row, LEFT + WIDTH + 28, row), fill=COLOURS[i % len(COLOURS)], width=3)
-        draw.text((LEFT + WIDTH + 34, row), name, fill=INK, font=names, anchor="lm")
+    for i, name in enumerate(series if named else ()):
+        draw_name(draw, i, name, LEFT + WIDTH + 10, TOP + 10 + i * (LABEL_SIZE + 6))
     return np.asarray(picture)
+
+
+def draw_name(draw: ImageDraw.ImageDraw, i: int, name: str, left: int, row: int) -> None:
+    """A series' colour and name, from `left` on, about a row of pixels."""
+    draw.line((left, row, left + 18, row), fill=COLOURS[i % len(COLOURS)], width=3)
+    draw.text((left + 24, row), name, fill=INK, font=ImageFont.load_default(LABEL_SIZE), anchor="lm")
 
 
 def draw_grid(draw: ImageDraw.ImageDraw, x_axis: Axis, y_axis: Axis) -> None:

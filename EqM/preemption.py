@@ -14,7 +14,11 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command can go on later
 
 
 class StopSignals:
-    """Notes the first SIGTERM or SIGINT; a later one ends the process at once, as if nothing noted it."""
+    """Notes the first SIGTERM or SIGINT; a later one ends the process at once, as if nothing noted it.
+
+    Attributes:
+        received: the name of the one that this process has had, or an empty text.
+    """
 
     def __init__(self):
         self.received, self.received_at = "", 0.0

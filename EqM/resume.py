@@ -19,6 +19,7 @@ from runs import create_run_folder, log, run_folders
 LOCK_PATIENCE_S = 20
 # Flags that may change between a run's parts without a word: they leave the weights as they are.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
+SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
 SILENT |= {"num_workers", "max_bad_steps", "global_batch_size", "use_amp", "use_bf16"}  # the last three said otherwise
 
 

@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -109,10 +110,17 @@ def log_precision(precision: Precision) -> None:
 
 
 class Metrics:
-    """Writes the lines of metrics.jsonl and of the log."""
+    """Writes the lines of metrics.jsonl and of the log; on rank 0 `also` gets each line's values."""
 
-    def __init__(self, folder: Path, device: torch.device, samples: int, step: int):
-        self.path, self.device = folder / "metrics.jsonl", device
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        samples: int,
+        step: int,
+        also: Callable[[dict], None] = lambda row: None,
+    ):
+        self.path, self.device, self.also = folder / "metrics.jsonl", device, also
         if distributed.is_main() and self.path.exists():
             try:
                 self.cut(step)
@@ -146,12 +154,17 @@ class Metrics:
         }
         if distributed.is_main():
             self.append(row)
+            self.also(row)
         log.info(
             "step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3f} (largest {largest_grad_norm:.3f}), "
             "{samples_per_second:.1f} samples/s, {memory_gb:.2f} GB".format(**row)
         )
         self.samples, self.since = samples, now
         return minutes
+
+    def leave_out(self, seconds: float) -> None:
+        """Counts seconds that no step took neither into the samples a second nor into the share of waiting."""
+        self.since += seconds
 
     def append(self, row: dict) -> None:
         try:

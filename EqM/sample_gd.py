@@ -31,7 +31,7 @@ from outputs import Output, Report, write_npz, write_sheet, write_table
 from plan import Plan, make_plan
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
-from sampling import Field, composed, gradient_descent, integrate
+from sampling import MU, STEPS, STEPSIZE, Field, composed, gradient_descent, integrate
 from starts import add_start_args
 from traces import TRACED, norm_and_energy, write_evaluations, write_trace
 
@@ -63,9 +63,9 @@ def parse_args() -> argparse.Namespace:
     method.add_argument(
         "--sampler", choices=SAMPLERS, default="ngd", help="ngd looks ahead, as Nesterov; euler integrates over time"
     )
-    method.add_argument("--stepsize", type=cli.positive_float, default=0.0017, help="along the field; gd, ngd")
-    method.add_argument("--mu", type=cli.fraction, default=0.3, help="look-ahead of ngd")
-    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=250, help="updates a sample")
+    method.add_argument("--stepsize", type=cli.positive_float, default=STEPSIZE, help="along the field; gd, ngd")
+    method.add_argument("--mu", type=cli.fraction, default=MU, help="look-ahead of ngd")
+    method.add_argument("--num-sampling-steps", type=cli.positive_int, default=STEPS, help="updates a sample")
     method.add_argument(
         "--adaptive",
         type=cli.positive_float,

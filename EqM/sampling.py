@@ -14,6 +14,8 @@ from torch import Tensor
 
 Field = Callable[[Tensor], Tensor]
 
+STEPSIZE, STEPS, MU = 0.0017, 250, 0.3  # η, updates a sample and look-ahead, as published
+
 
 def gradient_descent(
     field: Field,

@@ -12,10 +12,11 @@ from cli import UserError
 from config import network_settings
 from data import Found, scan_for_training
 from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae
-from loader import Samples, to_unit_range
+from loader import Samples, to_unit_range, window_length
 from pack import Pack, is_pack, open_pack
 from packed_samples import PackedSamples, unpack
 from precision import Precision
+from runs import log
 from training import seed_draws
 
 POSTERIOR = 1  # sets the draws from the posterior apart from the step's own
@@ -52,6 +53,34 @@ class Source:
             return to_unit_range(x)
         seed_draws(generator, *place, POSTERIOR)
         return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator)
+
+    def decoder(self, device: torch.device, precision: Precision) -> VAE | None:
+        """The VAE that decodes samples, if they are latents; reading packed ones has not loaded it.
+
+        Raises:
+            UserError: it is missing, or another one than the pack was made with.
+        """
+        if self.vae or not self.space:
+            return self.vae
+        vae = load_vae(self.space.name, device, precision.name == "bf16")
+        if vae.space.fingerprint != self.space.fingerprint:
+            raise UserError(f"the VAE {self.space.name} is another one than {self.pack.folder} was made with")
+        return vae
+
+    def announce(self, args: argparse.Namespace) -> None:
+        """Logs what there is, and what cannot be read."""
+        found, kind = self.found, "clips" if args.video else "images"
+        log.info("data: %s, %d %s, %d classes", self, len(found.items), kind, len(found.classes))
+        for path, reason in found.unreadable:
+            log.warning("skipped unreadable %s: %s", path, reason)
+        if args.video:
+            log.info(
+                "clips of %d frames, %d apart; shorter videos, which hold their last frame: %d of %d",
+                args.clip_len,
+                args.frame_interval,
+                found.shorter_than(window_length(args.clip_len, args.frame_interval)),
+                len(found.items),
+            )
 
     def __str__(self) -> str:
         if not self.pack:

@@ -21,14 +21,16 @@ from cli import UserError
 from config import check_classes, check_resumable, make_config, network_settings
 from data import Found
 from fast import add_compile_arg, is_fast, training_step
-from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader, window_length
+from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, make_deterministic, requested_precision
 from preemption import EXIT_STATUS, StopSignals
+from previews import Previews, add_preview_args
 from resume import Start, find_start, is_finished, launcher, log_changes, new_folder
 from runs import Metrics, device_name, log, log_precision, start_log, write_config
 from source import Source, open_source
+from trackers import add_tracker_args, check_trackers, start_trackers
 from training import Recipe, TrainingState, seed_draws
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
@@ -49,9 +51,7 @@ def parse_args() -> argparse.Namespace:
         "--no-flip", action="store_true", help="no mirrored samples: for classes that tell left from right"
     )
     data.add_argument(
-        "--num-workers",
-        type=cli.non_negative_int,
-        help="processes a rank; default 4, on a CPU and for a pack 0",
+        "--num-workers", type=cli.non_negative_int, help="processes a rank; default 4, on a CPU and for a pack 0"
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -83,10 +83,7 @@ def parse_args() -> argparse.Namespace:
     )
     training.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
     training.add_argument(
-        "--max-bad-steps",
-        type=cli.positive_int,
-        default=20,
-        help="in fp32 and bf16: stop after so many that are not finite",
+        "--max-bad-steps", type=cli.positive_int, default=20, help="in fp32 and bf16: stop after so many not finite"
     )
     training.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of all random choices")
     add_precision_args(parser)
@@ -108,6 +105,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     run.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
     run.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
+    add_preview_args(run)
+    add_tracker_args(run)
     start = run.add_mutually_exclusive_group()
     start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument("--resume", action="store_true", help="go on with the newest run of this model, if there is one")
@@ -131,25 +130,12 @@ def sample_limit(args: argparse.Namespace, found: Found) -> int:
 
 def announce(args: argparse.Namespace, state: TrainingState, source: Source, batch: int) -> None:
     """The log's first lines."""
-    found = source.found
     where = device_name(state.device)
     log.info("device: %s, %d process(es), torch %s", where, distributed.world_size(), torch.__version__)
     log_precision(state.precision)
     parameters = sum(p.numel() for p in state.network.parameters())
     log.info("model: %s, %s parameters", args.model, f"{parameters:,}")
-    kind = "clips" if args.video else "images"
-    log.info("data: %s, %d %s, %d classes", source, len(found.items), kind, len(found.classes))
-    for path, reason in found.unreadable:
-        log.warning("skipped unreadable %s: %s", path, reason)
-    if args.video:
-        window = window_length(args.clip_len, args.frame_interval)
-        log.info(
-            "clips of %d frames, %d apart; shorter videos, which hold their last frame: %d of %d",
-            args.clip_len,
-            args.frame_interval,
-            found.shorter_than(window),
-            len(found.items),
-        )
+    source.announce(args)
     log.info("tokens per sample: %d", state.network.num_tokens)
     note = "" if args.global_batch_size or state.device.type == "cuda" else " (the default on a CPU; on a GPU 256)"
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
@@ -200,9 +186,11 @@ def train(
     signals, loader, found = StopSignals(), open_data(args, state, source, batch), source.found
     last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
     state.working.grad_checkpoint = args.grad_checkpoint
+    trackers = start_trackers(args, writer.folder, state.step, config)
+    previews = Previews(args, state, source, batch, config, writer.folder, trackers)
     step = training_step(state, recipe, batch // distributed.world_size(), is_fast(args, state.device))
     unreadable = UnreadableLog(found)
-    metrics = Metrics(writer.folder, state.device, state.samples, state.step)
+    metrics = Metrics(writer.folder, state.device, state.samples, state.step, trackers.log)
 
     def save() -> None:
         state.check_finite(writer.advice)
@@ -221,9 +209,10 @@ def train(
         state.step += 1
         bar.update(state.step - bar.n)
 
-        log_due, save_due = state.step == 1 or state.step % args.log_every == 0, state.step % args.ckpt_every == 0
+        log_due = state.step == 1 or state.step % args.log_every == 0
+        save_due, show_due = state.step % args.ckpt_every == 0, previews.due(state.step)
         is_last, stopping = state.step == last_step, signals.asked()
-        skipped = state.read_counts() if log_due or save_due or is_last or stopping else 0
+        skipped = state.read_counts() if log_due or save_due or show_due or is_last or stopping else 0
         if skipped:
             state.check_gradients(args.max_bad_steps, writer.advice)
         if skipped and not stopping:
@@ -233,13 +222,18 @@ def train(
             break
         if save_due:
             save()
+        if show_due:
+            metrics.leave_out(previews.show(signals))
     bar.close()
     if state.read_counts():
         state.check_gradients(args.max_bad_steps, writer.advice)
     if state.sums[2] > 0 and not stopping:
         report(state, found, loader, unreadable, metrics)
     save()
+    if not stopping:
+        previews.show(signals)
     distributed.on_main(writer.finish)
+    trackers.close()
     signals.close()
     return not stopping
 
@@ -261,6 +255,7 @@ def main() -> None:
     args = parse_args()
     objective = objective_of(args)
     recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
+    check_trackers(args)
     device = distributed.start()
     if args.deterministic:
         make_deterministic()

@@ -1,6 +1,8 @@
 """Training and sampling in the latent space of a VAE: a small one, made at random and saved as diffusers does."""
 
+import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,8 +13,12 @@ from PIL import Image
 
 from cli import UserError
 from conftest import ROOT, run_command, run_script
+from data import Found
 from latents import batch_moments, draw, load_vae
 from models import EqM_models
+from pictures import read_png
+from precision import Precision
+from source import Source
 
 diffusers = pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
@@ -182,3 +188,27 @@ def test_an_image_size_that_the_vae_does_not_divide_is_an_error(vae_folder, shap
     run = run_script("train.py", "--data-path", shapes, *flags, cwd=tmp_path)
     assert run.returncode == 1
     assert "--image-size 17 is not a multiple of the VAE's 2 pixels" in run.stderr
+
+
+def test_a_run_on_packed_latents_decodes_what_it_samples(vae_folder, shapes, tmp_path):
+    run = run_script(
+        "prepare.py", shapes, tmp_path / "pack", "--video", "--image-size", 16, "--vae", vae_folder, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    settings = ["--lr", 0.01, "--sample-steps", 4, "--sample-stepsize", 0.3]
+    flags = [*SMALL[:-4], "--model", "EqM-Ti/2", "--max-steps", 3, "--sample-every", 3, *settings]
+    run = run_script("train.py", "--data-path", tmp_path / "pack", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    sampler = ["--num-sampling-steps", 4, "--stepsize", 0.3, "--global-batch-size", 8]
+    run = run_script("sample_gd.py", "--ckpt", checkpoint(tmp_path), "--folder", "samples", *sampler, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (sheet,) = tmp_path.glob("results/*/samples/0000003-sheet.png")
+    assert np.array_equal(read_png(sheet), read_png(tmp_path / "samples-sheet.png"))
+
+
+def test_another_vae_than_the_packs_decodes_nothing(vae_folder):
+    space = replace(load_vae(str(vae_folder), CPU).space, fingerprint="another")
+    pack = argparse.Namespace(folder="pack")
+    source = Source(16, Found("", (), (), ()), pack, space, None)
+    with pytest.raises(UserError, match="is another one than pack was made with"):
+        source.decoder(CPU, Precision("fp32", "fp32", torch.float32))

@@ -1,0 +1,184 @@
+"""Sends what a run says of itself to TensorBoard and Weights & Biases: the same scalars, pictures and videos.
+
+Both are optional packages (requirements-track.txt). Only rank 0 sends.
+"""
+
+import argparse
+import importlib
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+import distributed
+from cli import UserError
+from pictures import gif
+from runs import log
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Samples of one step: their contact sheet (H, W, 3) and, of clips, each one's frames (T, h, w, 3) and file.
+
+    Pictures are uint8 RGB. There is a caption for each sample; images have no clips and no files.
+    """
+
+    step: int
+    sheet: np.ndarray
+    captions: list[str]
+    clips: list[np.ndarray]
+    files: list[Path]
+    frames_per_second: float | None
+
+
+class Tracker(Protocol):
+    """What gets the lines of metrics and the samples of one run."""
+
+    def log(self, row: dict) -> None: ...
+
+    def show(self, preview: Preview) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Writes event files into the run's `tensorboard` folder; what an earlier part logged after `step` is hidden."""
+
+    def __init__(self, folder: Path, step: int, config: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, row: dict) -> None:
+        for name in row.keys() - {"step"}:
+            self.writer.add_scalar(name, row[name], row["step"])
+        self.writer.flush()
+
+    def show(self, preview: Preview) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self.writer.add_image("samples", preview.sheet, preview.step, dataformats="HWC")
+        for i, (clip, caption) in enumerate(zip(preview.clips, preview.captions, strict=False)):
+            # As images, which TensorBoard animates: its add_video wants one package more.
+            data = gif(clip, preview.frames_per_second)
+            picture = Summary.Image(height=clip.shape[1], width=clip.shape[2], colorspace=3, encoded_image_string=data)
+            value = Summary.Value(tag=f"videos/{i:02d} {caption}", image=picture)
+            self.writer.file_writer.add_summary(Summary(value=[value]), preview.step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Logs to one run of Weights & Biases, named after the folder, whose id the folder keeps."""
+
+    def __init__(self, folder: Path, step: int, config: dict):
+        import wandb
+
+        self.wandb = wandb
+        path = folder / "wandb-id.txt"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4) + "\n")
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "EqM"),
+            name=folder.name,
+            id=path.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            config=config,
+            settings=wandb.Settings(console="off"),
+        )
+        # Its own count of steps only rises, and drops what a run logs again that went on from an earlier step.
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, row: dict) -> None:
+        self.run.log(row)
+
+    def show(self, preview: Preview) -> None:
+        media = {"step": preview.step, "samples": self.wandb.Image(preview.sheet)}
+        videos = zip(preview.files, preview.captions, strict=False)
+        shown = [self.wandb.Video(str(file), caption=caption, format="mp4") for file, caption in videos]
+        self.run.log(media | ({"videos": shown} if shown else {}))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+KINDS = {"tensorboard": TensorBoard, "wandb": WandB}  # by flag and package
+
+
+def add_tracker_args(parser: argparse._ActionsContainer) -> None:
+    """Adds --tensorboard and --wandb."""
+    parser.add_argument("--tensorboard", action="store_true", help="log to TensorBoard, in the run folder")
+    parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases; WANDB_MODE=offline: to a file")
+
+
+def check_trackers(args: argparse.Namespace) -> None:
+    """Raises UserError where a tracker that the flags ask for is not installed."""
+    for name in KINDS:
+        try:
+            if getattr(args, name):
+                importlib.import_module(name)
+        except ImportError:
+            raise UserError(f"--{name} needs {name}: pip install -r requirements-track.txt") from None
+
+
+class Trackers:
+    """The trackers of a run; one that fails is left out from then on, and training goes on."""
+
+    def __init__(self):
+        self.working: dict[str, Tracker] = {}
+
+    def start(self, args: argparse.Namespace, folder: Path, step: int, config: dict) -> None:
+        """Starts those that the flags ask for, at a step that a run goes on from.
+
+        Raises:
+            UserError: one cannot start.
+        """
+        for name, kind in KINDS.items():
+            try:
+                if getattr(args, name):
+                    self.working[name] = kind(folder, step, config)
+            except Exception as error:  # of the package's own kinds
+                advice = "; WANDB_MODE=offline logs to a file" if name == "wandb" else ""
+                raise UserError(f"--{name} cannot start: {first_line(error)}{advice}") from None
+
+    def log(self, row: dict) -> None:
+        """Sends a line of metrics."""
+        self.each(lambda tracker: tracker.log(row))
+
+    def show(self, preview: Preview) -> None:
+        """Sends samples."""
+        self.each(lambda tracker: tracker.show(preview))
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        self.each(lambda tracker: tracker.close())
+
+    def each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.working.items()):
+            try:
+                call(tracker)
+            except Exception as error:  # no chart is worth the run
+                log.error("--%s has failed, and gets nothing more: %s", name, first_line(error))
+                del self.working[name]
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def start_trackers(args: argparse.Namespace, folder: Path, step: int, config: dict) -> Trackers:
+    """The trackers that the flags ask for, on rank 0, and none on the others; every rank must call it.
+
+    Raises:
+        UserError: one cannot start.
+    """
+    trackers = Trackers()
+    distributed.on_main(lambda: trackers.start(args, folder, step, config))
+    return trackers
