@@ -197,10 +197,11 @@ def adaptive_samples(
 
 
 def measure_of(args: argparse.Namespace, network: EqM, plan: Plan, seconds_per_frame: float) -> Measure:
-    """What is measured of samples on their way: the norm, with --trace also the energy that their field climbs down.
+    """What is measured of samples on their way: the norm, with --trace also the energy.
 
-    The energy of a sum of classes, or of guidance, is the same sum; where --cfg-channels guides some of the
-    channels alone, the mean over channels, each with its own.
+    An explicit energy is what the field climbs down; one read off it need not fall. That of a sum of classes,
+    or of guidance, is the same sum; where --cfg-channels guides some of the channels alone, it is the mean over
+    channels, each with its own.
     """
     if not args.trace or network.energy == "none":
         return norm_and_energy() if args.trace else norm_alone
