@@ -36,10 +36,11 @@ from data import Found, unreadable_errors
 from evaluation_table import lines
 from features import FEATURES, WITH_WEIGHTS, Features, open_features
 from files import write_whole
-from judge import Judged, small, train_judge
+from judge import Judged, check_classes, small, train_judge
 from loader import Samples, keyed_uniforms
 from metrics import METRICS, PERCENTILES, RESAMPLES, SPLITS, SUBSET_SIZE, Estimate, at_equal_counts, equal_count
 from outputs import check_writable
+from pack import is_pack
 from runs import log, start_log
 
 
@@ -123,7 +124,7 @@ def open_sides(args: argparse.Namespace) -> tuple[Side, Side, Kind]:
         else:
             content = open_path(path, windows, video, None, f"--image-size {size}", place or first_window)
         about = {"path": str(path), "first_file": asdict(kind), "frame_interval": every}
-        if path.is_dir():
+        if path.is_dir() and not is_pack(path):
             check_sizes(path, video, size, path is args.generated, about)
         sides.append(Side(path, content, classes_asked(path, content), about))
     return *sides, Kind(video, size, frames, of_generated.frames_per_second)
@@ -224,16 +225,27 @@ def compare(each: Features, real: Tensor, generated: Tensor, seed: int) -> dict:
     return about | {"kernel_subset_size": min(SUBSET_SIZE, smaller), "metrics": metrics}
 
 
+def check_judged(real: Side, generated: Side) -> list[int]:
+    """The places of the generated samples that were asked to show a class of REAL.
+
+    Raises:
+        UserError: REAL has no classes to learn, or no sample is of one of them.
+    """
+    check_classes(real.classes)
+    known = [i for i, name in enumerate(generated.classes) if name in real.classes]
+    if not known:
+        raise UserError(f"--judge: no sample of {generated.path} was asked to show a class of REAL (samples.csv)")
+    return known
+
+
 def judge_samples(real: Side, generated: Side, seed: int, device: torch.device) -> dict:
     """How a judge fares on held-out real samples, and how many generated ones show the class asked for.
 
     Raises:
-        UserError: REAL has no classes, or GENERATED's samples are of none of them.
+        UserError: as `check_judged`.
     """
+    known = check_judged(real, generated)
     judge = train_judge(real.clips, real.classes, seed, device)
-    known = [i for i, name in enumerate(generated.classes) if name in judge.names]
-    if not known:
-        raise UserError(f"--judge: no sample of {generated.path} was asked to show a class of REAL (samples.csv)")
     with torch.no_grad():
         judged = judge.judge(generated.clips[known], [generated.classes[i] for i in known])
     return {
@@ -263,6 +275,8 @@ def main() -> None:
     start_log()
     check_writable("--output", args.output)
     real, generated, kind = open_sides(args)
+    if args.judge:
+        check_judged(real, generated)  # before the long work
     features = [open_features(name, args.weights, kind.video, kind.frames, device) for name in args.features]
     for side, name in ((real, "real"), (generated, "generated")):
         measure(side, features, args, kind.video, name)

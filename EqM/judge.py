@@ -6,6 +6,7 @@ nothing at all, too.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,30 +106,37 @@ def to_input(x: Tensor) -> Tensor:
     return x.float() / 127.5 - 1
 
 
+def check_classes(classes: Sequence[str]) -> list[str]:
+    """The sorted names of the classes; raises UserError where there are fewer than two, or too few clips of one."""
+    counts = Counter(classes)
+    if len(counts) < 2 or not all(counts):
+        raise UserError("--judge wants REAL in two or more class folders, of which it learns the classes")
+    few = min(counts, key=counts.get)
+    if counts[few] < LEAST_CLIPS:
+        raise UserError(f"--judge wants {LEAST_CLIPS} samples of each class or more, and {few} has {counts[few]}")
+    return sorted(counts)
+
+
+def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Which samples (N,) are held out: of each class a random HELD_OUT of them, and one at least."""
+    held, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
+    for label in np.unique(labels):
+        mine = rng.permutation(np.flatnonzero(labels == label))
+        held[mine[: max(1, int(HELD_OUT * len(mine)))]] = True
+    return held
+
+
 def train_judge(x: Tensor, classes: Sequence[str], seed: int, device: torch.device) -> Judge:
     """Trains a judge on three quarters of real clips (N, 3, t, h, w) uint8, `small`, and tests it on the others.
 
     Raises:
         UserError: fewer than two classes, or too few clips of one.
     """
-    names = sorted(set(classes))
+    names = check_classes(classes)
     labels = np.array([names.index(name) for name in classes])  # (N,)
-    counts = np.bincount(labels, minlength=len(names))
-    if len(names) < 2 or not all(names):
-        raise UserError("--judge wants REAL in two or more class folders, of which it learns the classes")
-    if counts.min() < LEAST_CLIPS:
-        few = names[int(counts.argmin())]
-        raise UserError(f"--judge wants {LEAST_CLIPS} clips of each class or more, and {few} has {counts.min()}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(labels))
-        # The first quarter of each class, in a random order, is held out.
-        rank = np.empty(len(labels), int)
-        for label in range(len(names)):
-            mine = order[labels[order] == label]
-            rank[mine] = np.arange(len(mine))
-        held = rank < np.maximum(1, (HELD_OUT * counts[labels]).astype(int))  # (N,)
+        held = held_out(labels, seed)  # (N,)
         parts = words(names)
         vocabularies = {part: sorted(set(of_class)) for part, of_class in parts.items()}
         network = Network(x.shape[2], x.shape[-1], [len(found) for found in vocabularies.values()]).to(device)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
+from cli import UserError
 from conftest import ROOT, make_pack, run_command, run_script, run_torchrun
 from video import probe_video, read_frames, write_video
 
@@ -105,6 +107,7 @@ def test_held_out_clips_lie_near_the_floor_and_noise_far_above(plain, many_shape
     assert far["precision"]["value"] < 0.1
 
 
+@pytest.mark.slow
 def test_the_judge_agrees_with_held_out_copies_and_not_with_wrong_labels(many_shapes, samples, tmp_path):
     report, printed = evaluated(tmp_path, many_shapes / "train", samples, "--judge")
     judged = report["judge"]
@@ -162,22 +165,37 @@ def test_files_that_cannot_be_read_are_counted_with_a_reason(many_shapes, sample
     assert (report["generated"]["samples"], report["generated"]["unreadable"]) == (79, 1)
 
 
-def test_what_cannot_be_compared_is_one_line(many_shapes, samples, tmp_path):
-    real = many_shapes / "train"
+def test_an_empty_folder_and_nan_pixels_are_one_line(many_shapes, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "no videos and no images in empty" in refused(tmp_path, real, "empty")
-    assert "no videos" in refused(tmp_path, "empty", samples)
-    nan = np.full((30, 8, 8, 3), np.nan, np.float32)
-    np.savez(tmp_path / "nan.npz", nan)
-    assert "30 of 30 samples, the first at 0, have pixels that are NaN" in refused(tmp_path, real, "nan.npz")
-    np.savez(tmp_path / "images.npz", np.zeros((30, 8, 8, 3), np.uint8))
-    assert "no images" in refused(tmp_path, real, "images.npz")
-    assert "are the same" in refused(tmp_path, real, real)
-    assert "the first generated clip has 4 frames" in refused(tmp_path, real, samples, "--clip-len", 9)
-    assert "--judge wants REAL in two or more class folders" in refused(tmp_path, samples, real, "--judge")
-    assert "--output empty is a folder" in refused(tmp_path, real, samples, "--output", "empty")
-    problem = refused(tmp_path, real, samples, "--features", "inception", "i3d", "--weights", "a")
-    assert "--weights is one file" in problem
+    assert "no videos and no images in empty" in refused(tmp_path, many_shapes / "train", "empty")
+    np.savez(tmp_path / "nan.npz", np.full((30, 4, 8, 8, 3), np.nan, np.float32))
+    problem = refused(tmp_path, many_shapes / "train", "nan.npz")
+    assert "30 of 30 samples, the first at 0, have pixels that are NaN" in problem
+
+
+def test_what_cannot_be_compared_is_a_reason(many_shapes, samples, tmp_path, monkeypatch):
+    real, images, empty = many_shapes / "train", tmp_path / "images.npz", tmp_path / "empty"
+    empty.mkdir()
+    np.savez(images, np.zeros((30, 8, 8, 3), np.uint8))
+    shutil.copytree(samples, tmp_path / "flat")
+    (tmp_path / "flat" / "samples.csv").unlink()
+    for arguments, problem in [
+        ((empty, samples), "no videos"),
+        ((real, images), "no images"),
+        ((images, samples), "holds images, and .*samples clips"),
+        ((real, real), "are the same"),
+        ((real, samples, "--clip-len", 9), "the first generated clip has 4 frames"),
+        ((images, tmp_path / "other.npz", "--frame-interval", 2), "are of clips, and these are images"),
+        ((real, samples, "--output", empty), "--output .*empty is a folder"),
+        ((real, samples, "--features", "inception", "i3d"), "--weights is one file"),
+        ((tmp_path / "flat", samples, "--judge"), "--judge wants REAL in two or more class folders"),
+        ((real, tmp_path / "flat", "--judge"), "no sample of .*flat was asked to show a class"),
+    ]:
+        shutil.copyfile(images, tmp_path / "other.npz")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        with pytest.raises(UserError, match=problem) as error:
+            evaluate.main()
+        assert "\n" not in str(error.value)
 
 
 def test_several_processes_are_refused_in_one_line(many_shapes, samples, tmp_path):
