@@ -81,6 +81,7 @@ def test_floats_from_0_to_1_become_pixels(tmp_path):
     found = read_npz(save(tmp_path / "floats.npz", images.astype(np.float32) / 255))
     np.testing.assert_array_equal(found, images)
     assert found.dtype == np.uint8
+    assert read_npz(save(tmp_path / "near.npz", np.full((1, 2, 2, 3), 0.999))).min() == 255  # rounded, not cut off
 
 
 def bad(value: float) -> np.ndarray:

