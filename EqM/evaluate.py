@@ -22,16 +22,7 @@ from tqdm import tqdm
 import cli
 import distributed
 from cli import UserError
-from contents import (
-    Content,
-    Kind,
-    classes_asked,
-    first_window,
-    folder_sizes,
-    kind_of,
-    npz_content,
-    open_path,
-)
+from contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
 from data import Found, unreadable_errors
 from evaluation_table import lines
 from features import FEATURES, WITH_WEIGHTS, Features, open_features
@@ -267,6 +258,10 @@ def shares(judged: Judged, seed: int) -> dict:
     return found
 
 
+def flags(args: argparse.Namespace) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
 def main() -> None:
     args = parse_args()
     device = distributed.start()
@@ -284,7 +279,7 @@ def main() -> None:
         "real": real.about,
         "generated": generated.about,
         "compared": asdict(kind),
-        "settings": {"seed": args.seed, "resamples": RESAMPLES, "percentiles": PERCENTILES, "splits": SPLITS},
+        "settings": {"resamples": RESAMPLES, "percentiles": PERCENTILES, "splits": SPLITS} | flags(args),
         "comparisons": [compare(each, real.rows[each.name], generated.rows[each.name], args.seed) for each in features],
     }
     if args.judge:

@@ -80,6 +80,7 @@ def test_one_command_compares_samples_at_their_own_size_length_and_frame_rate(pl
     assert "compared as 4 frames of 16×16 pixels" in printed
     assert "GENERATED: 80 samples" in printed
     assert "one frame in 3" in printed
+    assert (report["settings"]["seed"], report["settings"]["features"]) == (0, ["pixels"])
 
 
 def test_every_metric_has_an_interval_counts_and_its_floor(plain):
