@@ -20,6 +20,17 @@ from video import write_video
 SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
 
 
+def check_writable(flag: str, path: Path) -> None:
+    """Makes the folder of a file; raises UserError where the file could not be written."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
 @dataclass(frozen=True)
 class Output:
     """Where samples go and how a file is named and written."""

@@ -11,10 +11,7 @@ Of each clip the first window counts. The field vanishes at the data (Wang & Du 
 
 import argparse
 import csv
-import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +24,12 @@ import distributed
 from cli import UserError
 from compose import class_index
 from config import add_known_args, class_names
-from data import Item, find_loose_files, unreadable_errors
+from contents import Content, open_path
+from data import unreadable_errors
 from energy import energy_of_field, sample_energy
 from latents import VAE
-from loader import Samples
 from models import EqM
-from pack import Pack, is_pack, open_pack
-from packed_samples import PackedSamples, unpack
+from outputs import check_writable
 from pictures import write_png
 from plots import histogram_plot
 from precision import add_precision_args, agree_on_precision, requested_precision
@@ -41,7 +37,6 @@ from runs import log, log_precision, start_log
 from sample_gd import batches_of_rank, open_network
 from sampling import value_norms
 from starts import encode, first_windows
-from video import probe_video
 
 SCORES = ("norm", "energy")
 
@@ -64,59 +59,6 @@ def parse_args() -> argparse.Namespace:
     if len(args.paths) > 2 or len({path.resolve() for path in args.paths}) < len(args.paths):
         raise UserError("give one PATH, or two different ones to tell apart")
     return args
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a PATH holds: names of files, their classes' names ("" for none), and how one is read by its place.
-
-    `read` gives pixels (3, [T,] H, W) uint8, or of packed latents the means (C, [T,] h, w), and the
-    seconds per frame; it raises one of `unreadable_errors`.
-    """
-
-    names: list[str]
-    classes: list[str]
-    read: Callable[[int], tuple[Tensor, float]]
-
-
-def open_path(path: Path, windows: Samples, video: bool, space: dict | None) -> Content:
-    """The content of a folder or of a pack; `space` is that of the latents that the network takes.
-
-    Raises:
-        UserError: nothing there, or nothing of the checkpoint's kind and size.
-    """
-    if path.is_dir() and is_pack(path):
-        return packed_content(open_pack(path, distributed.is_main()), windows, video, space)
-    files = find_loose_files(path, video)
-
-    def read(place: int) -> tuple[Tensor, float]:
-        file = files[place][0]
-        return windows.read(Item(file, 0, probe_video(file) if video else None), 0.0)
-
-    return Content([str(Path(file).relative_to(path)) for file, _ in files], [name for _, name in files], read)
-
-
-def packed_content(pack: Pack, windows: Samples, video: bool, space: dict | None) -> Content:
-    """The content of a pack.
-
-    Raises:
-        UserError: it holds other samples than the network takes.
-    """
-    settings = pack.settings
-    packed = (settings.video, settings.image_size, (settings.vae or {}).get("fingerprint"))
-    wanted = (video, windows.image_size, (space or {}).get("fingerprint"))
-    if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
-        takes = f"{'videos' if video else 'images'} of {windows.image_size}×{windows.image_size} pixels"
-        raise UserError(f"{pack.folder} is {pack.describe()}: the checkpoint takes {takes}, give it a pack of those")
-    samples = PackedSamples(pack, windows.clip_len, windows.frame_interval, flip=False, seed=0)
-
-    def read(place: int) -> tuple[Tensor, float]:
-        frames = np.minimum(np.arange(samples.clip_len) * samples.frame_interval, pack.lengths[place] - 1)  # (T,)
-        x = torch.from_numpy(samples.gather(np.array([place]), frames[None], np.array([False])))
-        x = unpack(x, torch.tensor([False]), video)[0]  # (3, T, H, W), or (2, C, T, h, w)
-        return x if samples.pixels else x[0], samples.frame_interval / pack.rates[place] if video else 0.0
-
-    return Content(list(pack.paths), [settings.classes[label] for label in pack.labels], read)
 
 
 def norm_and_energy(network: EqM, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
@@ -228,11 +170,7 @@ def check_output(path: Path) -> None:
     """Raises UserError where the table, or the plot beside it, could not be written."""
     if path.suffix == ".png" or path.is_dir():
         raise UserError(f"--output {path} names the table: give a file that ends in .csv")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error.strerror}") from None
+    check_writable("--output", path)
 
 
 def main() -> None:
@@ -242,7 +180,8 @@ def main() -> None:
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     network, config, vae = open_network(args, device, precision)
     names, windows = class_names(config), first_windows(config)
-    contents = {path: open_path(path, windows, network.is_video, config.get("vae")) for path in args.paths}
+    video, space = network.is_video, config.get("vae")
+    contents = {path: open_path(path, windows, video, space, "the checkpoint") for path in args.paths}
     labels = {path: choose_labels(args, content, names) for path, content in contents.items()}
     distributed.on_main(lambda: check_output(args.output))
     log_precision(precision)

@@ -1,0 +1,262 @@
+"""What a PATH holds, read in order: a folder of files, a pack, or an .npz of samples."""
+
+import csv
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as transforms
+
+import distributed
+from cli import UserError
+from data import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
+from loader import Samples, window_length
+from pack import Pack, is_pack, open_pack, read_pack
+from packed_samples import PackedSamples, unpack
+from untrusted import open_image, open_video
+from video import probe_video
+
+NPZ_SHAPES = "(N, H, W, 3) images or (N, T, H, W, 3) clips"
+
+Place = Callable[[int], float]  # where in its file an item's window starts, from 0 up to, but not including, 1
+
+
+def first_window(place: int) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a PATH holds: names of files, their classes' names ("" for none), and how one is read by its place.
+
+    `read` gives pixels (3, [T,] H, W) uint8, or of packed latents the means (C, [T,] h, w), and the
+    seconds per frame; it raises one of `unreadable_errors`.
+    """
+
+    names: list[str]
+    classes: list[str]
+    read: Callable[[int], tuple[Tensor, float]]
+
+
+def open_path(
+    path: Path, windows: Samples, video: bool, space: dict | None, taker: str, window: Place = first_window
+) -> Content:
+    """The content of a folder or of a pack.
+
+    Args:
+        windows: reads files.
+        space: of the latents that are taken; None: pixels.
+        taker: what takes them, for people.
+        window: of each clip.
+
+    Raises:
+        UserError: nothing there, or a pack of another kind or size.
+    """
+    if path.is_dir() and is_pack(path):
+        return packed_content(open_pack(path, distributed.is_main()), windows, video, space, taker, window)
+    files = find_loose_files(path, video)
+
+    def read(place: int) -> tuple[Tensor, float]:
+        file = files[place][0]
+        return windows.read(Item(file, 0, probe_video(file) if video else None), window(place))
+
+    return Content([str(Path(file).relative_to(path)) for file, _ in files], [name for _, name in files], read)
+
+
+def packed_content(
+    pack: Pack, windows: Samples, video: bool, space: dict | None, taker: str, window: Place = first_window
+) -> Content:
+    """The content of a pack, as `open_path`."""
+    settings = pack.settings
+    packed = (settings.video, settings.image_size, (settings.vae or {}).get("fingerprint"))
+    wanted = (video, windows.image_size, (space or {}).get("fingerprint"))
+    if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
+        takes = f"{'videos' if video else 'images'} of {windows.image_size}×{windows.image_size} pixels"
+        raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give it a pack of those")
+    samples = PackedSamples(pack, windows.clip_len, windows.frame_interval, flip=False, seed=0)
+    length = window_length(samples.clip_len, samples.frame_interval)
+
+    def read(place: int) -> tuple[Tensor, float]:
+        available = int(pack.lengths[place])
+        start = int(window(place) * (max(available - length, 0) + 1))
+        frames = np.minimum(start + np.arange(samples.clip_len) * samples.frame_interval, available - 1)  # (T,)
+        x = torch.from_numpy(samples.gather(np.array([place]), frames[None], np.array([False])))
+        x = unpack(x, torch.tensor([False]), video)[0]  # (3, T, H, W), or (2, C, T, h, w)
+        return x if samples.pixels else x[0], samples.frame_interval / pack.rates[place] if video else 0.0
+
+    return Content(list(pack.paths), [settings.classes[label] for label in pack.labels], read)
+
+
+def npz_content(path: Path, windows: Samples, video: bool) -> Content:
+    """The content of an .npz, as `open_path` gives it of files; clips start with their first frame.
+
+    Raises:
+        UserError: as `read_npz`, or it holds the other kind.
+    """
+    samples = read_npz(path)
+    if (samples.ndim == 5) != video:
+        holds, wanted = ("clips", "images")[:: 1 if samples.ndim == 5 else -1]
+        raise UserError(f"{path} holds {holds}, and the other side {wanted}: compare two of a kind")
+
+    def read(place: int) -> tuple[Tensor, float]:
+        x = torch.from_numpy(samples[place]).movedim(-1, 0)  # (3, [T,] H, W)
+        if video:
+            frames = np.arange(windows.clip_len) * windows.frame_interval
+            x = x[:, np.minimum(frames, x.shape[1] - 1)]
+        if x.shape[-2:] != (windows.image_size, windows.image_size):
+            x = transforms.resize(x, [windows.image_size], antialias=True)
+            x = transforms.center_crop(x, [windows.image_size])
+        return x, 0.0
+
+    return Content([f"{path.name}[{i}]" for i in range(len(samples))], [""] * len(samples), read)
+
+
+@lru_cache(maxsize=2)
+def read_npz(path: Path) -> np.ndarray:
+    """The samples of an .npz, its `arr_0`, as EqM/sample_gd.py writes images: NPZ_SHAPES, uint8.
+
+    Floats are to be in [0, 1]; they are rounded to uint8.
+
+    Raises:
+        UserError: no .npz, or not of such samples, or of numbers that are no pixels.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            samples = file["arr_0"]
+    except KeyError:
+        raise UserError(f"{path} has no arr_0: save the samples with numpy.savez(path, samples)") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if samples.ndim not in (4, 5) or samples.shape[-1] != 3 or not samples.size:
+        raise UserError(f"{path}: arr_0 has the shape {samples.shape}: {NPZ_SHAPES} are wanted")
+    if samples.dtype == np.uint8:
+        return samples
+    if samples.dtype.kind != "f":
+        raise UserError(f"{path}: arr_0 is {samples.dtype}: save pixels as uint8, or as floats in [0, 1]")
+    bad = ~np.isfinite(samples).reshape(len(samples), -1).all(1)  # (N,)
+    if bad.any():
+        first = int(bad.argmax())
+        raise UserError(f"{path}: {bad.sum()} of {len(bad)} samples, the first at {first}, have pixels that are NaN")
+    if samples.min() < 0 or samples.max() > 1:
+        found = f"from {samples.min():.4g} to {samples.max():.4g}"
+        raise UserError(f"{path}: its floats go {found}, and are to be in [0, 1]: (x + 1) / 2 makes them of [-1, 1]")
+    return np.rint(samples * 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What samples are: clips or images, their short side in pixels, frames, and frames a second where known."""
+
+    video: bool
+    side: int
+    frames: int
+    frames_per_second: float | None
+
+
+def kind_of(path: Path, video: bool | None = None) -> Kind:
+    """What a PATH holds, as its first readable file shows; `video` says which where a folder holds both.
+
+    Raises:
+        UserError: nothing, nothing readable, or both kinds where `video` does not say which; latents.
+    """
+    if path.suffix == ".npz" and not path.is_dir():
+        shape = read_npz(path).shape
+        return Kind(len(shape) == 5, min(shape[-3:-1]), shape[1] if len(shape) == 5 else 1, None)
+    if path.is_dir() and is_pack(path):
+        pack = read_pack(path)
+        settings = pack.settings
+        if settings.values != "pixels":
+            raise UserError(f"{path} is {pack.describe()}: compare pixels, as of the folder that it was made from")
+        rate = float(pack.rates[0]) if settings.video else None
+        return Kind(settings.video, settings.image_size, int(pack.lengths[0]), rate)
+    return kind_of_folder(path, folder_holds_videos(path) if video is None else video)
+
+
+def folder_holds_videos(folder: Path) -> bool:
+    """Whether a folder holds videos, not images.
+
+    Raises:
+        UserError: it holds both, or neither.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder, a pack or an .npz")
+    suffixes = {Path(name).suffix.lower() for _, _, names in os.walk(folder, followlinks=True) for name in names}
+    found = [bool(suffixes & set(extensions)) for extensions in (VIDEO_EXTENSIONS, IMG_EXTENSIONS)]
+    if all(found):
+        raise UserError(f"{folder} holds videos and images: give a folder of one kind")
+    if not any(found) and ".gif" in suffixes:
+        raise UserError(f"{folder} holds GIFs, whose colours are reduced: sample again with --video-format mp4")
+    if not any(found):
+        raise UserError(f"no videos and no images in {folder}: give a folder of samples, a pack or an .npz")
+    return found[0]
+
+
+def kind_of_folder(folder: Path, video: bool) -> Kind:
+    """`kind_of` a folder's videos, or its images."""
+    problem = ""
+    for file, _ in find_loose_files(folder, video):
+        try:
+            width, height = file_size(file, video)
+            info = probe_video(Path(file)) if video else None
+            side, frames = min(width, height), len(info.times) if info else 1
+            return Kind(video, side, frames, info.frames_per_second if info else None)
+        except unreadable_errors(video) as error:
+            problem = problem or f"{file}: {error}"
+    raise UserError(f"no readable {'clip' if video else 'image'} in {folder}: {problem}")
+
+
+def file_size(path: str, video: bool) -> tuple[int, int]:
+    """Width and height in pixels, as the file's header says.
+
+    Raises:
+        One of `unreadable_errors`.
+    """
+    if not video:
+        with open_image(path) as image:
+            return image.size
+    try:
+        container, stream = open_video(Path(path))
+    except av.error.FFmpegError as error:
+        raise OSError(str(error)) from None
+    with container:
+        return stream.width, stream.height
+
+
+def folder_sizes(folder: Path, video: bool) -> Counter:
+    """How many of a folder's files have which (width, height); those that cannot be read are left out."""
+
+    def size(file: tuple[str, str]) -> tuple[int, int] | None:
+        try:
+            return file_size(file[0], video)
+        except unreadable_errors(video):
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return Counter(size for size in pool.map(size, find_loose_files(folder, video)) if size)
+
+
+def classes_asked(path: Path, content: Content) -> list[str]:
+    """The class that each sample was asked to show: of EqM/sample_gd.py's samples.csv, or the class folder's name.
+
+    Raises:
+        UserError: the table is not one of samples.
+    """
+    table = path / "samples.csv"
+    if not (path.is_dir() and table.is_file()):
+        return content.classes
+    try:
+        with table.open(newline="") as file:
+            asked = {row["file"]: row["class_name"] for row in csv.DictReader(file)}
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} has not the columns file and class_name: remove it ({error})") from None
+    return [asked.get(name, "") for name in content.names]
