@@ -222,9 +222,12 @@ def write_report(args: argparse.Namespace, done: list[Trial], setting: Setting) 
     where = f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, torch {torch.__version__}"
     settings = f"train.py {setting.training} {args.train_flags}; sample_gd.py {setting.sampling} {args.sample_flags}"
     head = f"{args.study}: {args.data}, {where}, {date.today()}; {args.seeds} seeds, {args.samples} samples of each"
-    text = "\n".join([head, "", settings, "", *tables(cells)])
+    # What the hardware cannot do falls back to fp32, and is no variant then.
+    configs = {trial.training: json.loads((trial.run_folder / "config.json").read_text()) for trial in done}
+    computed = ", ".join(f"{name} in {config['precision']['name']}" for name, config in configs.items())
+    text = "\n".join([head, "", settings, "", f"computed: {computed}", "", *tables(cells)])
     (args.output / "report.md").write_text(text)
-    rows = [{"trained": t, "sampled": s} | {n: c.values for n, c in row.items()} for (t, s), row in cells.items()]
+    rows = [{"trained": t, "sampled": s} | {n: c.known() for n, c in row.items()} for (t, s), row in cells.items()]
     (args.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
     runs = {name: [read_metrics(t.run_folder) for t in done if t.training == name] for name in study.trainings}
     write_png(args.output / "loss.png", loss_curves(runs))

@@ -16,6 +16,10 @@ class Cell:
 
     values: tuple[float, ...]
 
+    def known(self) -> list[float | None]:
+        """The values, as JSON can have them."""
+        return [None if math.isnan(value) else value for value in self.values]
+
     @property
     def mean(self) -> float:
         return statistics.mean(self.values)

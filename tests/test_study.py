@@ -78,6 +78,7 @@ def test_a_study_goes_on_where_it_was_and_does_nothing_twice(shapes, tmp_path):
         assert row["evaluations"] == [2]
         assert 0 <= row["both right"][0] <= 1
     assert "| Equilibrium Matching | descent |" in (tmp_path / "study" / "report.md").read_text()
+    assert "computed: Equilibrium Matching in fp32, flow matching in fp32" in printed
     assert (tmp_path / "study" / "loss.png").exists()
     flow = json.loads(next(Path(tmp_path / "study" / "runs").glob("flow*/*/config.json")).read_text())
     assert flow["objective"]["schedule"] == "constant"
