@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 # How long a rank other than 0 waits before it prints: when every rank meets the same error,
 # rank 0 says it, and torchrun ends the others within this time.
-OTHER_RANKS_WAIT_S = 3
+OTHER_RANKS_WAIT_S = 10
 MAX_SIDE = 16_384  # pixels or frames; more is a slip of the finger
 OUT_OF_MEMORY_WORDS = (
     "DefaultCPUAllocator",

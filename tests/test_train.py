@@ -24,7 +24,7 @@ from precision import Precision
 from runs import create_run_folder
 from source import Source
 from train import parse_args, sample_limit, train
-from training import TrainingState, draw_random_numbers, seed_draws
+from training import Recipe, TrainingState, draw_random_numbers, seed_draws
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 
@@ -154,7 +154,8 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1)
     (tmp_path / "checkpoints").mkdir()
     source, writer = Source(args.image_size, found, None, None, None), CheckpointWriter(tmp_path, None, None)
-    assert train(args, state, source, 4, {}, writer)
+    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
+    assert train(args, recipe, state, source, 4, {}, writer)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
     assert lines[-1]["skipped"] == state.skipped >= 3
