@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from adaptive import Descent, Slots
+from adaptive import Descent, Slots, to_device
 from descents import Finished, Watch, fixed_descents
 from fast import conditioned_field
 from precision import Precision
@@ -41,7 +41,7 @@ def adaptive_times(
 
     def field_of(indices: Sequence[int]) -> Field:
         y = classes[list(indices)]  # (N,)
-        real, known = conditioned(y), known_field(y.to(device), len(network.input_shape))
+        real, known = conditioned(y), known_field(y, len(network.input_shape), device)
         return lambda x: known(x) + 0 * real(x)
 
     def starts(indices: Sequence[int]) -> Tensor:
@@ -74,12 +74,15 @@ def adaptive_times(
     return counts | {"fixed s": before, "adaptive s": after, "saved": saved, "ideal": ideal, "of ideal": saved / ideal}
 
 
-def known_field(y: Tensor, axes: int) -> Field:
-    """The fields m − x of classes y (N,), for samples of so many axes that start from standard normal noise."""
+def known_field(y: Tensor, axes: int, device: torch.device) -> Field:
+    """The fields m − x of classes y (N,), for samples of so many axes that start from standard normal noise.
+
+    Nothing waits for the device.
+    """
     evaluations = FEWEST + (DESCENT.cap - FEWEST) * y / (NUM_CLASSES - 1)  # (N,)
     # Each step takes 1 − η of the distance, which is the norm; the start is 1 from 0.
     distances = DESCENT.threshold * (1 - DESCENT.stepsize) ** (1 - evaluations)  # (N,)
-    minima = (distances.square() - 1).clamp(min=0).sqrt().view(-1, *[1] * axes)  # (N, 1, …)
+    minima = to_device((distances.square() - 1).clamp(min=0).sqrt(), device).view(-1, *[1] * axes)  # (N, 1, …)
     return lambda x: minima - x
 
 

@@ -53,6 +53,13 @@ def parse_args() -> argparse.Namespace:
         metavar="PART",
         help="of {}; with --quick of {}; with --scaling of {}; with both of {}".format(*names),
     )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+        default=("fp32", "tf32", "bf16", "fp16"),
+        help="of training and sampling measure these alone",
+    )
     parser.add_argument("--output", type=Path, default=Path("results/benchmark.json"), help="gets the rows as JSON")
     return parser.parse_args()
 
@@ -118,11 +125,12 @@ class Report:
         return (SMALL, "bf16", fast) if fast and not self.quick else (TINY, "fp32", fast)
 
 
-def measure_speed(report: Report, works: list[Work], product: float) -> None:
+def measure_speed(report: Report, works: list[Work], precisions: Sequence[str], product: float) -> None:
     rows: dict[tuple[str, int], list[throughput.Row]] = {}
     report.print_heading(throughput.COLUMNS)
     for work in works:
-        for precision, mode in work.ways if report.device.type == "cuda" else ON_CPU:
+        ways = work.ways if report.device.type == "cuda" else ON_CPU
+        for precision, mode in (way for way in ways if way[0] in precisions):
             row = throughput.measure(work, precision, mode, report.device, product)
             report.print_row(row.cells())
             rows.setdefault((row.work, row.batch), []).append(row)
@@ -170,7 +178,7 @@ def measure_adaptive(report: Report) -> None:
     start_over(report.device)
     work, precision, fast = report.small_work()
     work, choice = replace(work, batch=4) if work is TINY else work, choose_precision(precision, report.device)
-    samples_a_slot, rounds = (32, GROUPS) if fast else (4, 1)
+    samples_a_slot, rounds = (64, GROUPS) if fast else (4, 1)
     times = adaptive_times(work, choice, fast, report.device, samples_a_slot, rounds)
     report.content["adaptive"] = times
     report.print(f"\nsampling {work.name}, batch {work.batch}, {choice}, with fixed steps and adaptive:")
@@ -196,8 +204,10 @@ def measure_one_device(args: argparse.Namespace, parts: list[str], device: torch
     side = PRODUCT_SIDE[device.type]
     report.print(f"a dense bf16 product of side {side} runs at {product / 1e12:.3g} TFLOP/s\n")
     works = [work for part in parts for work in (QUICK | QUICK_BY_NAME if args.quick else FULL).get(part, [])]
+    if works and device.type == "cpu" and "fp32" not in args.precisions:
+        raise UserError(f"--precisions {' '.join(args.precisions)}: on this device fp32 is measured")
     if works:
-        measure_speed(report, works, product)
+        measure_speed(report, works, args.precisions, product)
     for name, measure in MEASURES.items():
         if name in parts:
             measure(report)

@@ -51,10 +51,10 @@ class Setting:
 # By whether the data are videos, and whether there is a GPU.
 SETTINGS = {
     (True, True): Setting(
-        "--video --clip-len 4 --image-size 32 --temporal-patch 2 --model EqM-S/4 --global-batch-size 64 --lr 5e-4"
-        " --max-steps 12000 --no-flip --warmup-steps 100 --grad-clip 1 --ema-decay 0.999 --log-every 200",
-        "--stepsize 0.006 --num-sampling-steps 250 --cfg-scale 2 --global-batch-size 256",
-        960,
+        "--video --clip-len 4 --image-size 32 --temporal-patch 2 --model EqM-S/4 --global-batch-size 32 --lr 5e-4"
+        " --max-steps 3000 --no-flip --warmup-steps 100 --grad-clip 1 --ema-decay 0.998 --log-every 100",
+        "--stepsize 0.015 --num-sampling-steps 40 --cfg-scale 2 --global-batch-size 120",
+        480,
     ),
     (True, False): Setting(
         "--video --clip-len 4 --image-size 16 --temporal-patch 4 --model EqM-Ti/2 --global-batch-size 16 --lr 1e-3"
@@ -63,10 +63,10 @@ SETTINGS = {
         192,
     ),
     (False, True): Setting(
-        "--image-size 28 --model EqM-S/4 --global-batch-size 128 --lr 5e-4 --max-steps 12000 --no-flip"
-        " --warmup-steps 100 --grad-clip 1 --ema-decay 0.999 --log-every 200",
-        "--stepsize 0.006 --num-sampling-steps 250 --cfg-scale 1.5 --global-batch-size 500",
-        2000,
+        "--image-size 28 --model EqM-S/4 --global-batch-size 64 --lr 5e-4 --max-steps 2500 --no-flip"
+        " --warmup-steps 100 --grad-clip 1 --ema-decay 0.998 --log-every 100",
+        "--stepsize 0.015 --num-sampling-steps 40 --cfg-scale 1.5 --global-batch-size 250",
+        1000,
     ),
     (False, False): Setting(
         "--image-size 28 --model EqM-Ti/4 --global-batch-size 16 --lr 1e-3 --max-steps 1500 --no-flip"
@@ -86,9 +86,10 @@ class Study:
 
 
 def adaptive_samplings() -> dict[str, str]:
-    """Fixed numbers of steps, and norms to stop at."""
-    fixed = {f"{steps} steps": f"--num-sampling-steps {steps}" for steps in (50, 100, 150, 250)}
-    return fixed | {f"G = {g}": f"--adaptive {g}" for g in (0.8, 0.4, 0.2, 0.1, 0.05)}
+    """Fixed numbers of steps, and norms to stop at, both of the paper's step size; 250 are its fixed steps."""
+    common = "--stepsize 0.003 --num-sampling-steps"
+    fixed = {f"{steps} steps": f"{common} {steps}" for steps in (250, 100, 75)}
+    return fixed | {f"G = {g}": f"{common} 250 --adaptive {g}" for g in (0.8, 0.4, 0.2, 0.1)}
 
 
 STUDIES = {
@@ -143,7 +144,7 @@ class Trial:
         checkpoint = max(self.run_folder.glob("checkpoints/*.pt"))
         for name, flags in study.samplings[self.training].items():
             folder, report = self.samples(name), self.evaluation(name)
-            if not (folder / "samples.csv").exists():
+            if self.seconds(name) is None:
                 drawn = ["--ckpt", checkpoint, "--folder", folder, "--num-fid-samples", args.samples]
                 method = [*self.setting.sampling.split(), *args.sample_flags.split(), *flags.split()]
                 self.call(f"sample-{name}", "sample_gd.py", *drawn, "--global-seed", 1000 + self.seed, *method)
@@ -163,6 +164,15 @@ class Trial:
     def evaluation(self, sampling: str) -> Path:
         return self.args.output / "evaluations" / f"{self.name}-{sampling}.json".replace(" ", "-")
 
+    def seconds(self, sampling: str) -> float | None:
+        """How long sampling took, as the sampler says when it is done."""
+        log = self.log(f"sample-{sampling}")
+        found = re.search(r"\d+ samples in ([\d.]+) s: ", log.read_text() if log.exists() else "")
+        return float(found[1]) if found else None
+
+    def log(self, name: str) -> Path:
+        return self.args.output / "logs" / f"{self.name}-{name}.txt".replace(" ", "-")
+
     def call(self, name: str, script: str, *flags: object) -> None:
         """Runs one of our scripts, and keeps what it prints.
 
@@ -170,7 +180,7 @@ class Trial:
             UserError: it failed.
         """
         command = [sys.executable, str(HERE / script), *map(str, flags)]
-        log = self.args.output / "logs" / f"{self.name}-{name}.txt".replace(" ", "-")
+        log = self.log(name)
         for folder in (log.parent, self.args.output / "samples", self.args.output / "evaluations"):
             folder.mkdir(parents=True, exist_ok=True)
         tqdm.write(shlex.join(["python", f"EqM/{script}", *map(str, flags)]))
@@ -200,9 +210,8 @@ def qualities(trial: Trial, sampling: str) -> dict[str, float]:
     report = json.loads(trial.evaluation(sampling).read_text())
     with (trial.samples(sampling) / "samples.csv").open() as file:
         evaluations = [int(row["evaluations"]) for row in csv.DictReader(file)]
-    log = (trial.args.output / "logs" / f"{trial.name}-sample-{sampling}.txt".replace(" ", "-")).read_text()
-    seconds = float(re.search(r"\d+ samples in ([\d.]+) s: ", log)[1])
-    return {"evaluations": statistics.mean(evaluations), "seconds": seconds, **report_values(report)}
+    known = {"evaluations": statistics.mean(evaluations), "seconds": trial.seconds(sampling)}
+    return known | report_values(report)
 
 
 def collect(done: list[Trial], study: Study) -> dict[tuple[str, str], dict[str, Cell]]:
@@ -232,7 +241,7 @@ def write_report(args: argparse.Namespace, done: list[Trial], setting: Setting) 
     runs = {name: [read_metrics(t.run_folder) for t in done if t.training == name] for name in study.trainings}
     write_png(args.output / "loss.png", loss_curves(runs))
     if args.study == "adaptive":
-        for name in next(iter(cells.values())):
+        for name in (name for name in next(iter(cells.values())) if name not in ("evaluations", "seconds")):
             path = args.output / f"{name}-by-evaluations.png".replace(" ", "-")
             write_png(path, quality_by_evaluations(cells, name))
     print(f"\n{text}\nreport.md, report.json and pictures are in {args.output}")

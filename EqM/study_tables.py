@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,4 +86,6 @@ def quality_by_evaluations(cells: Cells, quality: str) -> np.ndarray:
     for (_, sampling), row in cells.items():
         way = "adaptive" if sampling.startswith("G") else "fixed steps"
         series.setdefault(way, []).append((row["evaluations"].mean, row[quality].mean))
-    return line_plot({way: sorted(points) for way, points in series.items()}, "evaluations a sample", quality)
+    # The plots' font has no accents.
+    label = unicodedata.normalize("NFKD", quality).encode("ascii", "ignore").decode()
+    return line_plot({way: sorted(points) for way, points in series.items()}, "evaluations a sample", label)

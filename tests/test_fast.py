@@ -451,3 +451,10 @@ def test_the_quick_benchmark_writes_every_row_and_ratio_within_two_minutes(tmp_p
     assert saving["ideal"] == pytest.approx(1 - saving["evaluations a sample"] / saving["cap"])
     assert 0.35 < saving["ideal"] < 0.45
     assert saving["saved"] == pytest.approx(1 - saving["adaptive s"] / saving["fixed s"])
+
+
+def test_precisions_choose_the_rows_of_the_benchmark(tmp_path):
+    flags = ("--quick", "--only", "sampling", "--precisions", "bf16")
+    run = run_script("benchmark.py", *flags, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "benchmark.py: error: --precisions bf16: on this device fp32 is measured" in run.stderr
