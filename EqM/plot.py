@@ -4,7 +4,6 @@ python EqM/plot.py results/000-EqM-S-4-Linear-velocity-None results/001-EqM-S-4-
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import cli
 from cli import UserError
 from pictures import write_png
 from plots import COLOURS, Axis, Points, panels, plot
-from runs import log, start_log
+from runs import log, read_metrics, start_log
 
 # What metrics.jsonl calls it, what a panel is called, whether it is smoothed, whether its axis begins at 0.
 PANELS = (
@@ -46,32 +45,6 @@ def parse_args() -> argparse.Namespace:
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output} is no .png file")
     return args
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics; damaged ones, as one that is being written, are left out, with a warning.
-
-    Raises:
-        UserError: it is no run's folder, or there are none.
-    """
-    path, rows, damaged = run / "metrics.jsonl", [], []
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run} is not a run's folder: it has no metrics.jsonl") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({name: float(row[name]) for name in ("step", *(panel[0] for panel in PANELS))})
-        except (ValueError, KeyError, TypeError):
-            damaged.append(number)
-    if damaged:
-        log.warning("%s: damaged lines are left out: %d, the first is line %d", path, len(damaged), damaged[0])
-    if not rows:
-        raise UserError(f"{path} has no whole line: wait for the run's first, or give another run")
-    return rows
 
 
 def short_names(runs: list[Path]) -> list[str]:
@@ -113,7 +86,10 @@ def draw(runs: Mapping[str, list[dict]], smooth: int) -> np.ndarray:
 def main() -> None:
     args = parse_args()
     start_log()
-    runs = {name: read_metrics(run) for name, run in zip(short_names(args.runs), args.runs, strict=True)}
+    runs = {
+        name: read_metrics(run, ("step", *(panel[0] for panel in PANELS)))
+        for name, run in zip(short_names(args.runs), args.runs, strict=True)
+    }
     try:
         write_png(args.output, draw(runs, args.smooth))
     except OSError as error:

@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -202,3 +202,29 @@ def process_memory_gb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
     # Linux's getrusage gives a program that another one has started what that one had used.
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
+    """Numbers of a run's lines of metrics; damaged ones, as one that is being written, are left out, with a warning.
+
+    Raises:
+        UserError: it is no run's folder, or there are none.
+    """
+    path, rows, damaged = run / "metrics.jsonl", [], []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run} is not a run's folder: it has no metrics.jsonl") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({name: float(row[name]) for name in names})
+        except (ValueError, KeyError, TypeError):
+            damaged.append(number)
+    if damaged:
+        log.warning("%s: damaged lines are left out: %d, the first is line %d", path, len(damaged), damaged[0])
+    if not rows:
+        raise UserError(f"{path} has no whole line: wait for the run's first, or give another run")
+    return rows

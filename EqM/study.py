@@ -30,8 +30,7 @@ from tqdm import tqdm
 import cli
 from cli import UserError
 from pictures import write_png
-from plot import read_metrics
-from runs import device_name
+from runs import device_name, read_metrics
 from study_tables import Cell, loss_curves, quality_by_evaluations, tables
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +85,7 @@ class Study:
 
 
 def adaptive_samplings() -> dict[str, str]:
-    """Fixed numbers of steps, and norms to stop at, both of the paper's step size; 250 are its fixed steps."""
+    """Fixed numbers of steps, and norms to stop at, of the step size published for B/2; 250 are its fixed steps."""
     common = "--stepsize 0.003 --num-sampling-steps"
     fixed = {f"{steps} steps": f"{common} {steps}" for steps in (250, 100, 75)}
     return fixed | {f"G = {g}": f"{common} 250 --adaptive {g}" for g in (0.8, 0.4, 0.2, 0.1)}
@@ -238,7 +237,8 @@ def write_report(args: argparse.Namespace, done: list[Trial], setting: Setting) 
     (args.output / "report.md").write_text(text)
     rows = [{"trained": t, "sampled": s} | {n: c.known() for n, c in row.items()} for (t, s), row in cells.items()]
     (args.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
-    runs = {name: [read_metrics(t.run_folder) for t in done if t.training == name] for name in study.trainings}
+    lines = [(trial.training, read_metrics(trial.run_folder, ("step", "loss"))) for trial in done]
+    runs = {name: [rows for training, rows in lines if training == name] for name in study.trainings}
     write_png(args.output / "loss.png", loss_curves(runs))
     if args.study == "adaptive":
         for name in (name for name in next(iter(cells.values())) if name not in ("evaluations", "seconds")):
