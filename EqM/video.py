@@ -222,6 +222,8 @@ def write_video(path: Path, frames: np.ndarray, frames_per_second: float) -> Non
         stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        # A short clip's encoder would spend most of its time on starting a thread and a half for each core.
+        stream.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
