@@ -9,12 +9,16 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from descents import Finished, Measure, norm_alone
 from sampling import Field, update
+
+# Steps by which the host, which reads what has stopped, may be behind a GPU: meanwhile it draws new samples' noise.
+LAG = 4
 
 
 @dataclass(frozen=True)
@@ -27,126 +31,166 @@ class Descent:
     threshold: float
 
 
-@dataclass(frozen=True)
-class Step:
-    """A batch (N, …) before and after an update, and what reads what was measured, which decides whether it counts."""
-
-    before: Tensor
-    after: Tensor
-    read: Callable[[], list[list[float]]]
-
-
 class Slots:
     """A batch of samples at different steps.
 
-    The host learns of a step's norms while the device is at the step after (`lag` 1), so that the device
-    never waits for the host; in turn a slot whose sample has stopped makes one evaluation that does not count.
-    On a CPU there is nothing to overlap, and lag is 0.
+    The device itself decides which samples stop, and gives their slots to the next ones, whose starts wait in its
+    memory. So no slot waits for the host, which may learn of it later: it copies samples that have stopped, and draws
+    the starts of more.
 
     Args:
-        field_of: from the samples' indices, as many as there are slots, to their field.
-        starts: from samples' indices to where they start, (N, …) float32.
-        indices: the samples.
-        size: slots; there are as many as samples if those are fewer.
+        field_of: from classes (N,) on the device to the field of a batch.
+        starts: from samples' indices to where they start, (N, *shape) float32.
+        labels: from samples' indices to their classes (N,).
+        shape: of a sample.
+        size: slots.
         progress: gets the number of evaluations that were made, or that a sample which stopped has saved.
         measure: takes the norm, which decides, and whatever else `Finished` is to have of each evaluation.
+        recorded: makes of a step what a GPU replays, or leaves it as it is.
+        compiled: what a step does beside the field is compiled: it is many operations on little.
         shrinks: slots go once no sample is left for them, so that none idles; not for a field that is compiled
             for batches of one size. A GPU keeps them: it would hardly be faster.
+        lag: steps by which the host may be behind; default LAG on a GPU. On a CPU there is nothing to overlap: 0.
     """
 
     def __init__(
         self,
-        field_of: Callable[[Sequence[int]], Field],
+        field_of: Callable[[Tensor], Field],
         starts: Callable[[Sequence[int]], Tensor],
-        indices: Sequence[int],
+        labels: Callable[[Sequence[int]], Tensor],
+        shape: Sequence[int],
         size: int,
         descent: Descent,
         device: torch.device,
         progress: Callable[[int], object] = lambda evaluations: None,
+        measure: Measure = norm_alone,
+        recorded: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] = lambda step: step,
+        compiled: bool = False,
         shrinks: bool = False,
         lag: int | None = None,
-        measure: Measure = norm_alone,
     ):
-        self.field_of, self.starts, self.descent, self.progress = field_of, starts, descent, progress
-        self.measure = measure
-        self.lag = int(device.type == "cuda") if lag is None else lag
+        self.field_of, self.starts, self.labels, self.descent = field_of, starts, labels, descent
+        self.shape, self.size, self.device, self.progress, self.measure = shape, size, device, progress, measure
+        self.lag = (LAG if device.type == "cuda" else 0) if lag is None else lag
         self.shrinks = shrinks and not self.lag  # what is under way has the slots that there were
-        self.indices = list(indices[:size])
-        self.waiting = deque(indices[size:])
-        self.busy = [True] * len(self.indices)
-        self.measured: list[list[list[float]]] = [[] for _ in self.indices]
-        self.stale = [0] * len(self.indices)  # evaluations under way of the sample that a slot had before
-        if self.indices:
-            self.x = self.previous = to_device(starts(self.indices), device).clone()  # (N, …), written to
-            self.field = field_of(self.indices)
+        self.allocate()
+        if compiled:
+            self.fill, self.settle = (torch.compile(part, dynamic=False) for part in (self.fill, self.settle))
+        self.advance = recorded(self.step)
 
-    def run(self) -> Iterator[Finished]:
+    def allocate(self) -> None:
+        """The slots, and a queue of as many samples: of all samples the k-th waits in row k modulo N."""
+        zeros = partial(torch.zeros, device=self.device)
+        self.x, self.previous, self.queue = (zeros(self.size, *self.shape) for _ in range(3))  # (N, …)
+        # A sample goes by its place among all.
+        self.y, self.sample, self.evaluations, self.queued_y = (zeros(self.size).long() for _ in range(4))  # (N,)
+        self.busy = zeros(self.size).bool()  # (N,)
+        self.taken, self.queued = zeros(()).long(), zeros(()).long()  # of all samples, so far
+
+    def run(self, indices: Sequence[int]) -> Iterator[Finished]:
         """Every sample, as it stops: in the evaluation that finds the norm below the threshold, or after `cap` updates.
 
         One evaluation of the whole batch a step.
         """
-        under_way: deque[Step] = deque()
-        while any(self.busy):
-            under_way.append(self.step())
+        if len(self.x) < self.size:
+            self.allocate()
+        for state in (self.busy, self.sample, self.taken, self.queued):
+            state.zero_()
+        self.indices, self.filled, self.unfinished = list(indices), 0, len(indices)
+        self.measured: dict[int, list[list[float]]] = {}  # of the samples in slots
+        self.refill(0)
+        self.drop_slots()
+        under_way: deque[tuple[Callable[[], list[list[float]]], Tensor]] = deque()
+        while self.unfinished:
+            read = read_later(self.advance())
+            under_way.append((read, self.x.clone()))
             if len(under_way) > self.lag:
-                yield from self.finish(under_way.popleft())
+                read, x = under_way.popleft()
+                yield from self.finish(read(), x)
 
-    def step(self) -> Step:
-        before = self.x
-        descent = self.descent
-        self.x, point, value = update(self.field, before, self.previous, descent.stepsize, descent.mu)  # (N, …)
-        self.previous = before
-        return Step(before, self.x, read_later(self.measure(self.indices, point, value)))
+    def step(self) -> Tensor:
+        """Fills free slots, and updates all but those whose samples rest. Nothing waits for the host.
 
-    def finish(self, step: Step) -> list[Finished]:
-        """The samples that the step was the last of; others take their slots."""
-        places, finished, evaluations = [], [], 0
-        for place, numbers in enumerate(step.read()):
-            if self.stale[place]:
-                self.stale[place] -= 1
-            elif self.busy[place]:
-                measured = self.measured[place]
+        Returns:
+            Of each slot (N, 3 + K), in float64: its sample, whether there is one, whether it stops, what was measured.
+        """
+        self.fill()
+        field, descent = self.field_of(self.y), self.descent
+        after, point, value = update(field, self.x, self.previous, descent.stepsize, descent.mu)  # (N, …)
+        return self.settle(after, self.measure(self.y, point, value))
+
+    def fill(self) -> None:
+        """Gives free slots to the samples at the head of the queue, as far as there are any."""
+        following = self.taken + (~self.busy).cumsum(0) - 1  # (N,) the samples that free slots would get
+        fills = ~self.busy & (following < self.queued)  # (N,)
+        row = following % len(self.queue)  # (N,)
+        x = torch.where(self.over_samples(fills), self.queue[row], self.x)  # (N, …)
+        self.previous.copy_(torch.where(self.over_samples(fills), x, self.previous))
+        self.x.copy_(x)
+        self.y.copy_(torch.where(fills, self.queued_y[row], self.y))
+        self.sample.copy_(torch.where(fills, following, self.sample))
+        self.evaluations.copy_(torch.where(fills, 0, self.evaluations))
+        self.busy.logical_or_(fills)
+        self.taken.add_(fills.sum())
+
+    def settle(self, after: Tensor, measured: Tensor) -> Tensor:
+        """Takes the updated x (N, …) but where samples rest, by what was measured (N, K); returns what `step` does."""
+        self.evaluations.add_(1)
+        rests = measured[:, 0] < self.descent.threshold  # (N,)
+        stops = self.busy & (rests | (self.evaluations == self.descent.cap))
+        about = torch.stack([self.sample.double(), self.busy.double(), stops.double()], dim=1)  # (N, 3)
+        self.previous.copy_(self.x)
+        self.x.copy_(torch.where(self.over_samples(rests), self.x, after))
+        self.busy.logical_and_(~stops)
+        return torch.cat([about, measured.double()], dim=1)
+
+    def over_samples(self, values: Tensor) -> Tensor:
+        """Values of slots (N,) as (N, 1, …), for all elements of each sample."""
+        return values.view(-1, *[1] * len(self.shape))
+
+    def finish(self, seen: list[list[float]], x: Tensor) -> list[Finished]:
+        """The samples that a step was the last of; more are queued in place of those that have left the queue."""
+        finished, evaluations, last = [], 0, 0
+        for place, (number, busy, stops, *numbers) in enumerate(seen):
+            sample = int(number)
+            last = max(last, sample)
+            if busy:
+                measured = self.measured.setdefault(sample, [])
                 measured.append(numbers)
                 evaluations += 1
-                stops = numbers[0] < self.descent.threshold
-                if stops or len(measured) == self.descent.cap:
-                    x = (step.before if stops else step.after)[place].clone()  # (…)
-                    finished.append(Finished(self.indices[place], x, len(measured), measured))
-                    places.append(place)
-                    evaluations += self.descent.cap - len(measured)
+            if stops:
+                finished.append(Finished(self.indices[sample], x[place].clone(), len(measured), measured))
+                evaluations += self.descent.cap - len(measured)
+                del self.measured[sample]
+        self.unfinished -= len(finished)
         self.progress(evaluations)
-        self.fill(places)
+        self.refill(last + 1)
+        self.drop_slots()
         return finished
 
-    def fill(self, places: list[int]) -> None:
-        """Gives slots to the next samples, as far as there are any."""
-        filled, idle = places[: len(self.waiting)], places[len(self.waiting) :]
-        if filled:
-            new = [self.waiting.popleft() for _ in filled]
-            starts = to_device(self.starts(new), self.x.device)  # (n, …)
-            for place, index, start in zip(filled, new, starts, strict=True):
-                self.indices[place], self.measured[place], self.stale[place] = index, [], self.lag
-                self.x[place] = start
-                self.previous[place] = start
-        for place in idle:
-            self.busy[place] = False
-        if idle and self.shrinks:
-            self.drop_idle()
-        if any(self.busy) and (filled or self.shrinks and idle):
-            self.field = self.field_of(self.indices)
+    def refill(self, taken: int) -> None:
+        """Queues samples, as far as there is room once so many of all have come into slots."""
+        new = range(self.filled, min(taken + self.size, len(self.indices)))
+        # A few at once, unless they are the last: each time costs the host some launches.
+        if len(new) > self.size // 8 or (new and new.stop == len(self.indices)):
+            rows = torch.arange(new.start, new.stop, device=self.device) % self.size  # (n,)
+            indices = self.indices[new.start : new.stop]
+            self.queue.index_copy_(0, rows, to_device(self.starts(indices), self.device))
+            self.queued_y.index_copy_(0, rows, to_device(self.labels(indices), self.device))
+            self.queued.fill_(new.stop)
+            self.filled = new.stop
 
-    def drop_idle(self) -> None:
-        kept = [place for place, busy in enumerate(self.busy) if busy]
-        self.x, self.previous = self.x[kept], self.previous[kept]  # (n, …)
-        self.indices, self.measured = [self.indices[p] for p in kept], [self.measured[p] for p in kept]
-        self.busy, self.stale = [True] * len(kept), [0] * len(kept)
+    def drop_slots(self) -> None:
+        """Where slots may go, keeps no more than there are samples to come."""
+        if self.shrinks and self.unfinished < len(self.x):
+            kept = (~self.busy).int().argsort(stable=True)[: self.unfinished]  # (n,) the busy ones first
+            for name in ("x", "previous", "y", "sample", "evaluations", "busy"):
+                setattr(self, name, getattr(self, name)[kept])
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Float32 values from the host on the device, which the host does not wait for."""
-    if device.type == "cuda" and not values.is_cuda:
-        values = values.pin_memory()
-    return values.to(device, torch.float32, non_blocking=True)
+    """Values from the host on the device, which the host does not wait for."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def read_later(values: Tensor) -> Callable[[], list[list[float]]]:

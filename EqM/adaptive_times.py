@@ -8,14 +8,15 @@ further away the higher the class, and the evaluations the more.
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from adaptive import Descent, Slots, to_device
+from adaptive import Descent, Slots
 from descents import Finished, Watch, fixed_descents
-from fast import conditioned_field
+from fast import conditioned_field, replayed
 from precision import Precision
 from sampling import Field, gradient_descent, sample_noise
 from workloads import NUM_CLASSES, Work
@@ -23,6 +24,72 @@ from workloads import NUM_CLASSES, Work
 # Evaluations are spread evenly from a fifth of the cap to the cap.
 DESCENT = Descent(stepsize=0.05, mu=0.0, cap=100, threshold=0.4)
 FEWEST = 20
+
+
+class Descents:
+    """The same samples, by fixed steps and adaptive, on a network of which nothing counts but the time.
+
+    Args:
+        number: of samples, a multiple of the work's batch.
+    """
+
+    def __init__(self, work: Work, precision: Precision, fast: bool, device: torch.device, number: int):
+        self.network = work.build(device).requires_grad_(False).eval().to(precision.dtype)
+        self.batch, self.fast, self.device, self.number = work.batch, fast, device, number
+        self.shape = self.network.input_shape
+        self.classes = torch.randint(NUM_CLASSES, (number,), generator=torch.Generator().manual_seed(0))  # (samples,)
+        self.minima = known_minima(len(self.shape)).to(device)  # (classes, 1, …)
+        self.fixed_field = self.field(recorded=True)
+        recorded = partial(replayed, fast=fast, device=device)
+        self.slots = Slots(
+            self.field(recorded=False),
+            self.starts,
+            self.labels,
+            self.shape,
+            work.batch,
+            DESCENT,
+            device,
+            recorded=recorded,
+            compiled=fast,
+            shrinks=not fast,
+        )
+
+    def field(self, recorded: bool) -> Callable[[Tensor], Field]:
+        """From classes (N,) to the field of a batch."""
+        conditioned = conditioned_field(self.network, self.batch, 0.1, self.fast, recorded)
+        conditioned(torch.arange(NUM_CLASSES))
+
+        def field_of(y: Tensor) -> Field:
+            real, known = conditioned(y), self.minima[y.to(self.device, non_blocking=True)]  # (N, 1, …)
+            return lambda x: known - x + 0 * real(x)
+
+        return field_of
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        return self.classes[list(indices)]
+
+    def starts(self, indices: Sequence[int]) -> Tensor:
+        return sample_noise(0, indices, self.shape)
+
+    def sample(self, indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
+        x, field = self.starts(indices).to(self.device), self.fixed_field(self.labels(indices))
+        return gradient_descent(field, x, DESCENT.stepsize, steps, watch=watch)
+
+    def fixed(self) -> Iterator[list[Finished]]:
+        batches = [range(first, first + self.batch) for first in range(0, self.number, self.batch)]
+        return fixed_descents(self.sample, self.labels, batches, DESCENT.cap, 0, lambda evaluations: None)
+
+    def adaptive(self) -> Iterator[list[Finished]]:
+        finished = self.slots.run(range(self.number))
+        return iter(lambda: list(islice(finished, self.batch)), [])
+
+    def warm_up(self) -> None:
+        """Compiles, and records the graphs, which happens at the fourth call."""
+        field, x = self.fixed_field(self.labels(range(self.batch))), self.starts(range(self.batch)).to(self.device)
+        for _ in range(5):
+            field(x)
+        if self.fast:
+            list(self.slots.run(range(self.batch)))
 
 
 def adaptive_times(
@@ -33,36 +100,10 @@ def adaptive_times(
     The ideal saving is that of the evaluations. Where slots are kept that no sample is left for, as on a
     GPU, it is the nearer the more samples a slot has.
     """
-    network = work.build(device).requires_grad_(False).eval().to(precision.dtype)
-    conditioned = conditioned_field(network, work.batch, 0.1, fast)
     number = samples_a_slot * work.batch
-    classes = torch.randint(NUM_CLASSES, (number,), generator=torch.Generator().manual_seed(0))  # (samples,)
-    conditioned(torch.arange(NUM_CLASSES))
-
-    def field_of(indices: Sequence[int]) -> Field:
-        y = classes[list(indices)]  # (N,)
-        real, known = conditioned(y), known_field(y, len(network.input_shape), device)
-        return lambda x: known(x) + 0 * real(x)
-
-    def starts(indices: Sequence[int]) -> Tensor:
-        return sample_noise(0, indices, network.input_shape)
-
-    def sample(indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
-        return gradient_descent(field_of(indices), starts(indices).to(device), DESCENT.stepsize, steps, watch=watch)
-
-    def fixed() -> Iterator[list[Finished]]:
-        batches = [range(first, first + work.batch) for first in range(0, number, work.batch)]
-        return fixed_descents(sample, batches, DESCENT.cap, 0, lambda evaluations: None)
-
-    def adaptive() -> Iterator[list[Finished]]:
-        slots = Slots(field_of, starts, range(number), work.batch, DESCENT, device, shrinks=not fast)
-        finished = slots.run()
-        return iter(lambda: list(islice(finished, work.batch)), [])
-
-    field, x = field_of(range(work.batch)), starts(range(work.batch)).to(device)
-    for _ in range(5):  # the graph is recorded at the fourth
-        field(x)
-    times, evaluations = {fixed: [], adaptive: []}, 0
+    descents = Descents(work, precision, fast, device, number)
+    descents.warm_up()
+    times, evaluations = {descents.fixed: [], descents.adaptive: []}, 0
     for _ in range(rounds):
         for way, found in times.items():
             seconds, evaluations = timed(way)
@@ -74,16 +115,12 @@ def adaptive_times(
     return counts | {"fixed s": before, "adaptive s": after, "saved": saved, "ideal": ideal, "of ideal": saved / ideal}
 
 
-def known_field(y: Tensor, axes: int, device: torch.device) -> Field:
-    """The fields m − x of classes y (N,), for samples of so many axes that start from standard normal noise.
-
-    Nothing waits for the device.
-    """
-    evaluations = FEWEST + (DESCENT.cap - FEWEST) * y / (NUM_CLASSES - 1)  # (N,)
-    # Each step takes 1 − η of the distance, which is the norm; the start is 1 from 0.
-    distances = DESCENT.threshold * (1 - DESCENT.stepsize) ** (1 - evaluations)  # (N,)
-    minima = to_device((distances.square() - 1).clamp(min=0).sqrt(), device).view(-1, *[1] * axes)  # (N, 1, …)
-    return lambda x: minima - x
+def known_minima(axes: int) -> Tensor:
+    """By class the minimum m of its energy, whose field is m − x: (classes, 1, …), for samples of so many axes."""
+    evaluations = torch.linspace(FEWEST, DESCENT.cap, NUM_CLASSES)  # (classes,)
+    # Each step takes 1 − η of the distance, which is the norm; the start, standard normal noise, is 1 from 0.
+    distances = DESCENT.threshold * (1 - DESCENT.stepsize) ** (1 - evaluations)  # (classes,)
+    return (distances.square() - 1).clamp(min=0).sqrt().view(-1, *[1] * axes)
 
 
 def timed(way: Callable[[], Iterable[list[Finished]]]) -> tuple[float, int]:

@@ -35,7 +35,7 @@ from saving_times import saving_times
 from scaling_times import SCALED, SCALED_QUICK
 from throughput import PRODUCT_SIDE, choose_precision
 from timing import GROUPS, start_over
-from workloads import FULL, LARGE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Work
+from workloads import FULL, LARGE, MIDDLE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Work
 
 LOSS_STEPS = {"cuda": 100, "cpu": 20}
 
@@ -175,15 +175,17 @@ def measure_saving(report: Report) -> None:
 
 
 def measure_adaptive(report: Report) -> None:
-    start_over(report.device)
-    work, precision, fast = report.small_work()
-    work, choice = replace(work, batch=4) if work is TINY else work, choose_precision(precision, report.device)
-    samples_a_slot, rounds = (64, GROUPS) if fast else (4, 1)
-    times = adaptive_times(work, choice, fast, report.device, samples_a_slot, rounds)
-    report.content["adaptive"] = times
-    report.print(f"\nsampling {work.name}, batch {work.batch}, {choice}, with fixed steps and adaptive:")
-    report.print(", ".join(f"{name} {value:.4g}" for name, value in times.items()))
-    report.save()
+    small, precision, fast = report.small_work()
+    choice = choose_precision(precision, report.device)
+    # Work, samples a slot, rounds.
+    measured = [(replace(small, batch=4), 4, 1)] if small is TINY else [(small, 64, GROUPS), (MIDDLE, 32, 1)]
+    for work, samples_a_slot, rounds in measured:
+        start_over(report.device)
+        times = adaptive_times(work, choice, fast, report.device, samples_a_slot, rounds)
+        report.content["adaptive"][work.name] = times
+        report.print(f"\nsampling {work.name}, batch {work.batch}, {choice}, with fixed steps and adaptive:")
+        report.print(", ".join(f"{name} {value:.4g}" for name, value in times.items()))
+        report.save()
 
 
 MEASURES = {

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sampling import value_norms
 
-# From samples' indices, the points x (N, …) and the field's values there to numbers (N, K), the norm first.
-Measure = Callable[[Sequence[int], Tensor, Tensor], Tensor]
+# From samples' classes (N,), the points x (N, …) and the field's values there to numbers (N, K), the norm first.
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def norm_alone(indices: Sequence[int], x: Tensor, value: Tensor) -> Tensor:
+def norm_alone(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
     """The Measure of the norm: (N, 1)."""
     return value_norms(value)[:, None]
 
@@ -34,23 +34,24 @@ class Finished:
 class Watch:
     """Measures the descent of samples as `gradient_descent` shows it: the last step of it, or `every` one."""
 
-    def __init__(self, measure: Measure, indices: Sequence[int], every: bool):
-        self.measure, self.indices, self.every = measure, indices, every
+    def __init__(self, measure: Measure, y: Tensor, every: bool):
+        self.measure, self.y, self.every = measure, y, every
         self.steps: list[Tensor] = []  # (N, K) each
         self.last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, point: Tensor, value: Tensor) -> None:
         self.last = point, value
         if self.every:
-            self.steps.append(self.measure(self.indices, point, value))
+            self.steps.append(self.measure(self.y, point, value))
 
     def read(self) -> list[list[list[float]]]:
         """What was measured of each sample. To be called before the field is, since that may overwrite its value."""
-        return torch.stack(self.steps or [self.measure(self.indices, *self.last)], dim=1).tolist()
+        return torch.stack(self.steps or [self.measure(self.y, *self.last)], dim=1).tolist()
 
 
 def fixed_descents(
     sample: Callable[[Sequence[int], Iterable, Watch], Tensor],
+    labels: Callable[[Sequence[int]], Tensor],
     batches: Sequence[Sequence[int]],
     steps: int,
     traced: int,
@@ -61,6 +62,7 @@ def fixed_descents(
 
     Args:
         sample: makes samples (N, …) of indices, in steps that it iterates over, and shows each to the watch.
+        labels: from indices to classes (N,).
         traced: the samples of the first so many indices are measured at each step.
         progress: gets the number of evaluations as they are made.
     """
@@ -74,6 +76,6 @@ def fixed_descents(
     for indices in batches:
         # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
         padded = [*indices, *[indices[-1]] * (size - len(indices))]
-        watch = Watch(measure, padded, every=indices[0] < traced)
+        watch = Watch(measure, labels(padded), every=indices[0] < traced)
         x = sample(padded, counted_steps(len(indices)), watch)  # (N, …)
         yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), watch.read(), strict=False)]

@@ -29,6 +29,7 @@ MEMORY_BUDGET = 0.8
 WARMUP_CALLS = 3
 # DistributedDataParallel rebuilds its buckets and times itself in its first ten.
 WARMUP_CALLS_DISTRIBUTED = 11
+UNKNOWN = 2**62  # a row that no table has, so that looking it up fails
 
 
 def add_compile_arg(parser: argparse._ActionsContainer) -> None:
@@ -52,13 +53,19 @@ def training_step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) 
     return Graphed(step, state.generator, state.drop_half_step, together=True) if fast and on_gpu else step
 
 
-def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> Callable[..., Field]:
-    """The network as labels (N,), and γ if it looks at it, ↦ field, for batches of one size."""
+def conditioned_field(
+    network: EqM, batch: int, seconds_per_frame: float, fast: bool, recorded: bool = True
+) -> Callable[..., Field]:
+    """The network as labels (N,), and γ if it looks at it, ↦ field, for batches of one size.
+
+    Args:
+        recorded: where it is fast, a GPU replays each evaluation as a CUDA graph; not within another recording.
+    """
     field = partial(network.field, seconds_per_frame=seconds_per_frame)
     if fast:
         compile_network(network, batch, training=False, seconds_per_frame=seconds_per_frame)
-    if fast and network.pos_embed.is_cuda:
-        field = Graphed(field)
+    if recorded:
+        field = replayed(field, fast, network.pos_embed.device)
 
     modulations = Modulations(network)
 
@@ -69,42 +76,49 @@ def conditioned_field(network: EqM, batch: int, seconds_per_frame: float, fast: 
     return conditioned
 
 
+def replayed(function: Callable[..., Tensor], fast: bool, device: torch.device) -> Callable[..., Tensor]:
+    """The function, as `Graphed` where it is to be fast on a GPU."""
+    return Graphed(function) if fast and device.type == "cuda" else function
+
+
 class Modulations:
     """What labels (N,) do to a network's blocks, (depth, N, 6D), and to its last layer, (N, 2D).
 
     While γ stays what it is, it is computed once for each label: another batch of known labels takes a
-    look into a table. Nothing waits for the device where the labels are on the host.
+    look into a table. Nothing waits for the device; labels that lie on a GPU must be known already, from the host.
     """
 
     def __init__(self, network: EqM):
         self.network = network
         self.gamma = 0.0
-        self.rows: dict[int, int] = {}  # of the table, by label
+        self.known: set[int] = set()  # labels
+        self.rows = torch.full((network.num_classes + 1,), UNKNOWN, device=network.pos_embed.device)  # by label
         self.blocks: Tensor | None = None  # (depth, rows, 6D)
         self.final: Tensor | None = None  # (rows, 2D)
 
     def __call__(self, labels: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
         if gamma != self.gamma and not self.network.uncond:
-            self.gamma, self.rows = gamma, {}
-        wanted = labels.tolist()
-        new = [label for label in dict.fromkeys(wanted) if label not in self.rows]
-        if new:
-            self.add(new)
-        rows = self.on_device([self.rows[label] for label in wanted])  # (N,)
+            self.gamma, self.known = gamma, set()
+        if not labels.is_cuda:
+            new = [label for label in dict.fromkeys(labels.tolist()) if label not in self.known]
+            labels = self.on_device(labels)  # (N,)
+            if new:
+                self.add(torch.tensor(new))
+        rows = self.rows[labels]  # (N,)
         return self.blocks.index_select(1, rows), self.final.index_select(0, rows)
 
-    def add(self, labels: list[int]) -> None:
-        y = self.on_device(labels)  # (n,)
+    def add(self, labels: Tensor) -> None:
+        y, first = self.on_device(labels), len(self.known)  # (n,)
         parts, final = self.network.modulations(torch.full_like(y, self.gamma, dtype=torch.float32), y)
         blocks = torch.stack(parts)  # (depth, n, 6D)
-        known = bool(self.rows)
-        self.blocks = torch.cat([self.blocks, blocks], dim=1) if known else blocks
-        self.final = torch.cat([self.final, final]) if known else final
-        self.rows |= {label: len(self.rows) + i for i, label in enumerate(labels)}
+        self.blocks = torch.cat([self.blocks, blocks], dim=1) if first else blocks
+        self.final = torch.cat([self.final, final]) if first else final
+        self.rows[y] = torch.arange(first, first + len(y), device=y.device)
+        self.known.update(labels.tolist())
 
-    def on_device(self, numbers: list[int]) -> Tensor:
+    def on_device(self, labels: Tensor) -> Tensor:
         device = self.network.pos_embed.device
-        return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return (labels.pin_memory() if device.type == "cuda" else labels).to(device, non_blocking=True)
 
 
 def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1) -> None:

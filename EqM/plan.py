@@ -30,6 +30,15 @@ class Plan:
         """The classes of samples (N,), on the host, which thus knows them without waiting for a GPU."""
         return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
 
+    @property
+    def weights(self) -> list[float]:
+        """Of the fields that are added."""
+        return [weight for weight, _ in self.terms] or [1.0]
+
+    def rows(self, y: Tensor) -> Tensor:
+        """The classes whose fields are added for samples of classes y (N,): (K, N)."""
+        return torch.stack([torch.full_like(y, label) for _, label in self.terms] or [y])
+
 
 def make_plan(args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None) -> Plan:
     """The plan that the flags ask for, of samples of one shape.

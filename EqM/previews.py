@@ -23,6 +23,7 @@ import distributed
 from cli import is_out_of_memory
 from fast import conditioned_field
 from loader import to_pixels
+from methods import batches_of_rank, sample_batch
 from models import EqM
 from objective import Objective
 from outputs import Output
@@ -30,7 +31,6 @@ from pictures import contact_sheet, write_png
 from plan import Plan
 from preemption import StopSignals
 from runs import log
-from sample_gd import batches_of_rank, sample_batch
 from sampling import MU, STEPS, STEPSIZE
 from source import Source
 from starts import Starts

@@ -58,9 +58,9 @@ def integrate(
 
 def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor, Tensor]:
     """x one step on, the point ahead where the field was evaluated, and its value there; (N, …) each, in float32."""
-    point = x + mu * (x - previous) if mu else x
+    point = torch.add(x, x - previous, alpha=mu) if mu else x
     value = field(point).float()
-    return x + stepsize * value, point, value
+    return torch.add(x, value, alpha=stepsize), point, value
 
 
 def value_norms(value: Tensor) -> Tensor:
@@ -68,48 +68,42 @@ def value_norms(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(value.float().flatten(1), dim=1) / math.sqrt(value[0].numel())
 
 
-def guided(conditioned: Callable[[Tensor], Field], y: Tensor, null_class: int, scale: float | Sequence[float]) -> Field:
-    """The field of classes y (N,), with classifier-free guidance u + s·(c − u): `composed` of one class a sample."""
-    return composed(conditioned, y[None], [1.0], null_class, scale)
-
-
-def composed(
-    conditioned: Callable[[Tensor], Field],
-    y: Tensor,
-    weights: Sequence[float],
-    null_class: int,
-    scale: float | Sequence[float],
-) -> Field:
-    """The sum Σ wₖ·gₖ of the guided fields gₖ = u + s·(cₖ − u) of classes y (K, N), in one batched call.
+class Composition:
+    """Sums Σ wₖ·gₖ of the guided fields gₖ = u + s·(cₖ − u) of classes, each in one batched call.
 
     Fields are gradients of energies, so that their sum is the gradient of the sum (Du, Li & Mordatch 2020,
     arXiv 2004.06030). The unconditional field u is the same for all classes: one row of labels more.
 
     Args:
-        conditioned: gives the field of the labels of a batch.
-        weights: wₖ, one for each row of y.
-        scale: s, or one for each channel; where all are 1, u is not evaluated.
+        weights: wₖ, one for each class of a sum.
+        scale: s of classifier-free guidance, or one for each channel; where all are 1, u is not evaluated.
+        device: where the fields are.
+
+    Attributes:
+        rows: evaluations of the network that one of the sum takes.
     """
-    w, s = torch.tensor(weights)[:, None], torch.tensor(scale, dtype=torch.float32).view(1, -1)  # (K, 1), (1, C or 1)
-    if (s == 1).all():
-        return weighted_sum(conditioned, y, w)
-    rows = torch.cat([y, torch.full_like(y[:1], null_class)])  # (K + 1, N)
-    return weighted_sum(conditioned, rows, torch.cat([w * s, w.sum() * (1 - s)]))
 
+    def __init__(
+        self, weights: Sequence[float], null_class: int, scale: float | Sequence[float], device: torch.device | str
+    ):
+        w, s = torch.tensor(weights)[:, None], torch.tensor(scale, dtype=torch.float32).view(1, -1)  # (K, 1), (1, C)
+        self.null_class, self.guides = null_class, bool((s != 1).any())
+        self.coefficients = (torch.cat([w * s, w.sum() * (1 - s)]) if self.guides else w).to(device)  # (R, C or 1)
+        self.rows = len(self.coefficients)
+        self.is_plain = self.rows == 1 and weights[0] == 1
 
-def weighted_sum(conditioned: Callable[[Tensor], Field], rows: Tensor, weights: Tensor) -> Field:
-    """The sum over r of weights (R, C or 1), a number for each channel or for all, times the fields of rows (R, N)."""
-    if len(rows) == 1 and (weights == 1).all():
-        return conditioned(rows[0])
-    every = conditioned(rows.flatten())  # of a batch of RN
+    def field(self, conditioned: Callable[[Tensor], Field], y: Tensor) -> Field:
+        """The field of classes y (K, N), of N samples, from the function that gives a batch of labels its field."""
+        if self.is_plain:
+            return conditioned(y[0])
+        rows = torch.cat([y, torch.full_like(y[:1], self.null_class)]) if self.guides else y  # (R, N)
+        every = conditioned(rows.flatten())  # of a batch of RN
 
-    def field(x: Tensor) -> Tensor:
-        nonlocal weights
-        weights = weights.to(x.device, non_blocking=True)  # at the first call: rows may be on the host
-        fields = every(torch.cat([x] * len(rows))).float().unflatten(0, rows.shape)  # (R, N, C, …)
-        return (fields * weights.view(len(rows), 1, -1, *[1] * (x.dim() - 2))).sum(0)  # (N, C, …)
+        def field(x: Tensor) -> Tensor:
+            fields = every(torch.cat([x] * len(rows))).float().unflatten(0, rows.shape)  # (R, N, C, …)
+            return (fields * self.coefficients.view(len(rows), 1, -1, *[1] * (x.dim() - 2))).sum(0)  # (N, C, …)
 
-    return field
+        return field
 
 
 def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -28,15 +28,16 @@ from contents import Content, open_path
 from data import unreadable_errors
 from energy import energy_of_field, sample_energy
 from latents import VAE
+from methods import batches_of_rank
 from models import EqM
 from outputs import check_writable
 from pictures import write_png
 from plots import histogram_plot
 from precision import add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
-from sample_gd import batches_of_rank, open_network
 from sampling import value_norms
 from starts import encode, first_windows
+from trained import open_network
 
 SCORES = ("norm", "energy")
 

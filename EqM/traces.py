@@ -17,22 +17,16 @@ TRACED = 8  # how many of the first samples
 QUANTITIES = ("norm", "energy")
 
 
-def norm_and_energy(explicit: Callable[[Sequence[int], Tensor], Tensor] | None = None) -> Measure:
+def norm_and_energy(explicit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Measure:
     """The Measure of both (N, 2): the energy −⟨x, f(x)⟩ of the field over the number of elements, or an explicit one.
 
     Args:
-        explicit: from samples' indices and points (N, …) to their energies (N,). As it takes an evaluation,
-            samples that are not traced have NaN instead.
+        explicit: from samples' classes (N,) and points (N, …) to their energies (N,).
     """
 
-    def measure(indices: Sequence[int], x: Tensor, value: Tensor) -> Tensor:
-        norms = value_norms(value)  # (N,)
-        if explicit is None:
-            return torch.stack([norms, energy_of_field(x, value)], dim=1)
-        energies, places = torch.full_like(norms, torch.nan), [p for p, i in enumerate(indices) if i < TRACED]
-        if places:
-            energies[places] = explicit([indices[place] for place in places], x[places])
-        return torch.stack([norms, energies], dim=1)
+    def measure(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
+        energies = energy_of_field(x, value) if explicit is None else explicit(y, x)  # (N,)
+        return torch.stack([value_norms(value), energies], dim=1)
 
     return measure
 

@@ -10,7 +10,7 @@ import distributed
 from fast import conditioned_field, training_step
 from models import EqM, build_network
 from precision import Precision
-from sampling import gradient_descent, guided
+from sampling import Composition, gradient_descent
 from training import Recipe, TrainingState, seed_draws
 
 NUM_CLASSES = 101
@@ -51,6 +51,7 @@ SMALL = Work("S/4, 4 frames, 64 tokens", "train", "EqM-S/4", LATENT_CLIP, 64, te
 BASE = Work("B/2, 16 frames, 2,048 tokens", "train", "EqM-B/2", (16, 32, 32), 8, temporal_patch=2)
 LARGE = Work("XL/2, 256 tokens", "train", "EqM-XL/2", 32, 64, ways=FAST_AND_EAGER)
 ENERGY = Work("EqM-E dot B/2, 256 tokens", "train", "EqM-B/2", 32, 32, energy="dot", ways=FAST_AND_EAGER)
+MIDDLE = Work("B/2, 256 tokens", "sample", "EqM-B/2", 32, 64)
 SAMPLE = Work("sampling XL/2, 256 tokens", "sample", "EqM-XL/2", 32, 1)
 CLIPS = [
     Work(f"S/4, {t} frames, {32 * t} tokens", "train", "EqM-S/4", (t, 32, 32), 64, temporal_patch=2, ways=FP32_AND_BF16)
@@ -117,8 +118,8 @@ class Sampling:
         network = network.requires_grad_(False).eval().to(precision.dtype)
 
         conditioned = conditioned_field(network, 2 * work.batch, 0.1, fast)
-        y = torch.arange(work.batch, device=device) % NUM_CLASSES
-        self.field = guided(conditioned, y, network.num_classes, GUIDANCE)
+        y = torch.arange(work.batch) % NUM_CLASSES  # (N,)
+        self.field = Composition([1.0], network.num_classes, GUIDANCE, device).field(conditioned, y[None])
         generator = torch.Generator(device).manual_seed(1)
         self.x = torch.randn(work.batch, *network.input_shape, device=device, generator=generator)
 

@@ -27,8 +27,10 @@ class Quadratic:
     def __init__(self):
         self.batches: list[list[int]] = []
 
-    def of(self, indices: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
-        minima, indices = torch.stack([minimum(i) for i in indices]), list(indices)
+    def of(self, y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of samples whose classes are their indices."""
+        indices = y.tolist()
+        minima = torch.stack([minimum(i) for i in indices])
 
         def field(x: torch.Tensor) -> torch.Tensor:
             self.batches.append(indices)
@@ -41,6 +43,10 @@ def starts(indices: Sequence[int]) -> torch.Tensor:
     return sample_noise(0, indices, SHAPE)
 
 
+def slots_of(size: int, descent: Descent, quadratic: Quadratic, **settings: object) -> Slots:
+    return Slots(quadratic.of, starts, torch.tensor, SHAPE, size, descent, CPU, **settings)
+
+
 def descend(
     indices: Sequence[int],
     size: int,
@@ -49,11 +55,10 @@ def descend(
     cap: int = 200,
     lag: int = 0,
     quadratic: Quadratic | None = None,
-    progress: Callable[[int], object] = lambda evaluations: None,
-    shrinks: bool = False,
+    **settings: object,
 ) -> dict[int, Finished]:
-    field_of, descent = (quadratic or Quadratic()).of, Descent(STEPSIZE, mu, cap, threshold)
-    finished = list(Slots(field_of, starts, indices, size, descent, CPU, progress, shrinks, lag).run())
+    descent = Descent(STEPSIZE, mu, cap, threshold)
+    finished = list(slots_of(size, descent, quadratic or Quadratic(), lag=lag, **settings).run(indices))
     assert sorted(sample.index for sample in finished) == sorted(indices)
     return {sample.index: sample for sample in finished}
 
@@ -103,9 +108,10 @@ def test_a_sample_is_the_same_in_any_batch_and_order(mu):
 @pytest.mark.parametrize("mu", [0.0, 0.3])
 def test_knowing_of_norms_later_changes_no_sample(mu):
     at_once = descend(range(25), 4, mu)
-    for index, sample in descend(range(25), 4, mu, lag=1).items():
-        assert torch.equal(sample.x, at_once[index].x)
-        assert norms(sample) == norms(at_once[index])
+    for lag in (1, 5):
+        for index, sample in descend(range(25), 4, mu, lag=lag).items():
+            assert torch.equal(sample.x, at_once[index].x)
+            assert norms(sample) == norms(at_once[index])
 
 
 def test_a_refilled_slot_looks_ahead_from_its_own_start():
@@ -123,15 +129,35 @@ def busy_steps(evaluations: Sequence[int], size: int) -> int:
     return max(ends)
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_slot_is_filled_at_once(lag):
+@pytest.mark.parametrize("lag", [0, 1, 5])
+def test_a_slot_is_filled_at_once_however_late_the_host_knows_of_it(lag):
     quadratic = Quadratic()
     finished = descend(range(25), 4, lag=lag, quadratic=quadratic)
     assert {len(batch) for batch in quadratic.batches} == {4}
-    # Where the host knows of a norm `lag` steps later, so does a slot's next sample come.
-    counts = [finished[index].evaluations + lag for index in range(25)]
-    assert len(quadratic.batches) == busy_steps(counts, 4)
-    assert len(quadratic.batches) < 0.75 * math.ceil(25 / 4) * max(counts)
+    counts = [finished[index].evaluations for index in range(25)]
+    assert len(quadratic.batches) == busy_steps(counts, 4) + lag
+    assert busy_steps(counts, 4) < 0.75 * math.ceil(25 / 4) * max(counts)
+
+
+def test_samples_that_stop_faster_than_the_host_knows_wait_and_lose_nothing():
+    """With a threshold above all norms each stops at its start, and the queue is empty until the host hears of it."""
+    finished = descend(range(25), 4, threshold=1e9, lag=3)
+    assert {sample.evaluations for sample in finished.values()} == {1}
+    for index, sample in finished.items():
+        assert torch.equal(sample.x, starts([index])[0])
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_slots_serve_one_run_after_another(shrinks):
+    slots = slots_of(4, Descent(STEPSIZE, 0.3, 200, THRESHOLD), Quadratic(), shrinks=shrinks, lag=0 if shrinks else 2)
+    right = descend(range(25), 4, 0.3)
+    next(slots.run(range(25)))  # one that is left early
+    for indices in (range(9), [3], range(8, 25)):
+        finished = list(slots.run(indices))
+        assert sorted(sample.index for sample in finished) == list(indices)
+        for sample in finished:
+            assert torch.equal(sample.x, right[sample.index].x)
+            assert norms(sample) == norms(right[sample.index])
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3])
@@ -140,10 +166,10 @@ def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_t
     cap, quadratic = 30, Quadratic()
 
     def sample(indices: Sequence[int], steps: Sequence[int], watch: Watch) -> torch.Tensor:
-        return gradient_descent(quadratic.of(indices), starts(indices), STEPSIZE, steps, mu, watch)
+        return gradient_descent(quadratic.of(torch.tensor(indices)), starts(indices), STEPSIZE, steps, mu, watch)
 
     batches = [range(4), range(4, 8)]
-    fixed = [x for group in fixed_descents(sample, batches, cap, 8, lambda samples: None) for x in group]
+    fixed = [x for group in fixed_descents(sample, torch.tensor, batches, cap, 8, lambda _: None) for x in group]
     finished = descend(range(8), 4, mu, threshold=1e-30, cap=cap, lag=lag)
     for right in fixed:
         ours = finished[right.index]
@@ -155,10 +181,10 @@ def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_t
 
 def test_fixed_steps_know_the_last_norm_and_all_of_those_that_are_traced():
     def sample(indices: Sequence[int], steps: Sequence[int], watch: Watch) -> torch.Tensor:
-        return gradient_descent(Quadratic().of(indices), starts(indices), STEPSIZE, steps, 0.0, watch)
+        return gradient_descent(Quadratic().of(torch.tensor(indices)), starts(indices), STEPSIZE, steps, 0.0, watch)
 
     seen = []
-    (first, last) = fixed_descents(sample, [range(3), range(3, 5)], 7, 2, seen.append)
+    (first, last) = fixed_descents(sample, torch.tensor, [range(3), range(3, 5)], 7, 2, seen.append)
     assert [(each.index, len(norms(each))) for each in first] == [(0, 7), (1, 7), (2, 7)]
     assert [(each.index, len(norms(each))) for each in last] == [(3, 1), (4, 1)]
     for each in (*first, *last):
@@ -169,11 +195,11 @@ def test_fixed_steps_know_the_last_norm_and_all_of_those_that_are_traced():
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_what_is_measured_is_each_samples_own_whatever_slot_and_step_it_is_at(lag):
-    def measure(indices: Sequence[int], x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return torch.cat([value_norms(value)[:, None], torch.tensor(indices)[:, None], x.flatten(1)[:, :1]], dim=1)
+    def measure(y: torch.Tensor, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value_norms(value)[:, None], y[:, None], x.flatten(1)[:, :1]], dim=1)
 
     descent = Descent(STEPSIZE, 0.0, 200, THRESHOLD)
-    for sample in Slots(Quadratic().of, starts, range(9), 4, descent, CPU, lag=lag, measure=measure).run():
+    for sample in slots_of(4, descent, Quadratic(), lag=lag, measure=measure).run(range(9)):
         norm, index, first = torch.tensor(sample.measured).T
         assert set(index.tolist()) == {sample.index}
         assert sample.final_norm == norm[-1] < THRESHOLD <= norm[:-1].min()
@@ -216,10 +242,32 @@ def test_a_batch_that_may_shrink_makes_no_evaluation_that_does_not_count(mu):
     assert {len(batch) for batch in quadratic.batches} == {1, 2, 3, 4}
 
 
+@pytest.mark.slow
+def test_compiled_slots_do_what_they_do_eagerly():
+    minima = torch.stack([minimum(i) for i in range(25)])  # (25, …)
+
+    def field_of(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: minima[y] - x
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    descent, right = Descent(STEPSIZE, 0.3, 60, THRESHOLD), descend(range(25), 4, 0.3, cap=60)
+    slots = Slots(field_of, starts, torch.tensor, SHAPE, 4, descent, CPU, compiled=True, lag=2)
+    assert sorted(sample.index for sample in slots.run(range(25))) == list(range(25))
+    for sample in slots.run(range(25)):
+        torch.testing.assert_close(sample.x, right[sample.index].x)
+        assert sample.evaluations == right[sample.index].evaluations
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_starts_are_not_written_to():
     given, descent = starts(range(3)), Descent(STEPSIZE, 0.3, 50, 1e9)
     before = given.clone()
-    list(Slots(Quadratic().of, lambda indices: given[indices[0] : indices[-1] + 1], range(3), 2, descent, CPU).run())
+    slots = Slots(
+        Quadratic().of, lambda indices: given[indices[0] : indices[-1] + 1], torch.tensor, SHAPE, 2, descent, CPU
+    )
+    list(slots.run(range(3)))
     assert torch.equal(given, before)
 
 

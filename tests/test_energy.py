@@ -1,6 +1,8 @@
 """An explicit energy's field is its gradient, in training, in sampling and compiled; checkpoints keep the objective."""
 
+import csv
 import json
+import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from fast import compile_network, conditioned_field, training_step
 from models import EqM
 from objective import Objective
 from precision import Precision
-from sampling import gradient_descent, guided
+from sampling import Composition, gradient_descent
 from training import Recipe, TrainingState, network_loss, seed_draws
 from workloads import QUICK, QUICK_BY_NAME, Training
 
@@ -276,7 +278,7 @@ def test_guidance_mixes_gradients():
     x, _, _ = batch(network)
     with torch.no_grad():
         given, null = (network(x, torch.zeros(3), labels, 0.1) for labels in (Y, torch.full((3,), 4)))
-        mixed = guided(conditioned_field(network, 6, 0.1, fast=False), Y, 4, 1.5)(x)
+        mixed = Composition([1.0], 4, 1.5, "cpu").field(conditioned_field(network, 6, 0.1, fast=False), Y[None])(x)
     torch.testing.assert_close(mixed, null + 1.5 * (given - null))
 
 
@@ -317,6 +319,20 @@ def test_an_energy_trains_resumes_and_is_sampled_as_what_it_is(shapes, tmp_path)
     assert_refused(run_script(*sample, "--ebm", "dot", cwd=tmp_path), "--ebm dot", "l2")
     other = [*SMALL, "--path-type", "GVP", "--ebm", "l2", "--disp", "--max-steps", 5, "--resume"]
     assert_refused(run_script(*TRAIN, shapes, *other, cwd=tmp_path), "schedule linear", "truncated")
+
+
+def test_an_explicit_energy_is_traced_where_samples_stop_by_themselves(shapes, tmp_path):
+    run = run_script(*TRAIN, shapes, *SMALL, "--ebm", "dot", "--max-steps", 2, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (checkpoint,) = tmp_path.glob("results/*/checkpoints/0000002.pt")
+    flags = ["--num-sampling-steps", 3, "--adaptive", 1e-9, "--cfg-scale", 1.5, "--num-fid-samples", 5]
+    flags += ["--trace", "--global-batch-size", 2, "--folder", "out"]
+    run = run_script("sample_gd.py", "--ckpt", checkpoint, *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "out-trace.csv").open() as file:
+        rows = [(int(row["sample"]), int(row["step"]), float(row["energy"])) for row in csv.DictReader(file)]
+    assert [row[:2] for row in rows] == [(sample, step) for sample in range(5) for step in (1, 2, 3)]
+    assert all(math.isfinite(energy) for *_, energy in rows)
 
 
 def test_a_network_that_sees_gamma_is_trained_on_it_and_not_sampled(shapes, tmp_path):

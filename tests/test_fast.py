@@ -18,7 +18,7 @@ from fast import Graphed, conditioned_field, training_step
 from models import EqM
 from pictures import read_png
 from precision import Precision
-from sampling import Field, gradient_descent, guided, sample_noise
+from sampling import Composition, gradient_descent, sample_noise
 from training import Recipe, TrainingState, seed_draws
 
 CPU = torch.device("cpu")
@@ -316,31 +316,35 @@ def test_the_part_of_each_label_is_computed_once_and_found_again(monkeypatch):
 
 @on_gpu
 @torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_adaptive_samples_on_a_gpu_are_those_of_a_fixed_number_of_steps_and_nothing_waits_for_them(
-    gpu_stream, precision
+    gpu_stream, precision, compiled
 ):
     network = new_network().requires_grad_(False).to(gpu_stream, PRECISIONS[precision].dtype)
     torch._dynamo.reset()
-    conditioned, descent = conditioned_field(network, 4, 0.1, fast=True), Descent(0.01, 0.3, 20, 1e-9)
+    conditioned = conditioned_field(network, 4, 0.1, fast=True, recorded=False)
+    descent, shape = Descent(0.01, 0.3, 20, 1e-9), network.input_shape
 
-    def field_of(indices: list[int]) -> Field:
-        return conditioned(torch.tensor([index % 4 for index in indices]))
+    def labels(indices: list[int]) -> torch.Tensor:
+        return torch.tensor([index % 4 for index in indices])
 
     def starts(indices: list[int]) -> torch.Tensor:
-        return sample_noise(0, indices, network.input_shape)
+        return sample_noise(0, indices, shape)
 
-    field_of([0, 1, 2, 3])(starts(range(4)).to(gpu_stream))  # compiles
-    for _ in range(4):
-        list(Slots(field_of, starts, range(4), 4, descent, gpu_stream).run())
+    conditioned(labels(range(4)))
+    slots = Slots(conditioned, starts, labels, shape, 4, descent, gpu_stream, recorded=Graphed, compiled=compiled)
+    list(slots.run(range(4)))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        finished = list(Slots(field_of, starts, range(8), 4, descent, gpu_stream).run())
+        finished = list(slots.run(range(9)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert slots.advance.recordings, "the step is replayed as a CUDA graph"
+    assert {sample.index for sample in finished} == set(range(9))
     for sample in finished:
         start = starts([sample.index]).expand(4, -1, -1, -1, -1).to(gpu_stream)
-        right = gradient_descent(field_of([sample.index] * 4), start, 0.01, range(20), 0.3)[0]
+        right = gradient_descent(conditioned(labels([sample.index] * 4)), start, 0.01, range(20), 0.3)[0]
         torch.testing.assert_close(sample.x, right, atol=1e-4 if precision == "fp32" else 5e-2, rtol=0)
 
 
@@ -353,10 +357,11 @@ def test_captured_sampling_is_the_eager_one_for_every_batch_shape(gpu_stream, ca
     with torch.no_grad():
         for n in (2, 5, 2):
             torch._dynamo.reset()
-            fast, y = conditioned_field(network, 2 * n, 0.1, fast=True), torch.arange(n, device=gpu_stream) % 4
+            fast, y = conditioned_field(network, 2 * n, 0.1, fast=True), torch.arange(n)[None] % 4
             for _ in range(6):
                 x = torch.randn(n, 3, 4, 8, 8, device=gpu_stream)
-                ours, right = (guided(conditioned, y, 4, 1.5)(x).clone() for conditioned in (fast, eager))
+                guided = Composition([1.0], 4, 1.5, gpu_stream)
+                ours, right = (guided.field(conditioned, y)(x).clone() for conditioned in (fast, eager))
                 torch.testing.assert_close(ours, right, atol=1e-5 if precision == "fp32" else 5e-2, rtol=0)
     assert not caplog.records
 
@@ -447,7 +452,7 @@ def test_the_quick_benchmark_writes_every_row_and_ratio_within_two_minutes(tmp_p
     first, second = report["rows"][:2]
     ratio = report["ratios"]["Ti/2, 4 frames of 16 px, batch 16: speed, fast over eager, fp32 IEEE"]
     assert ratio == pytest.approx(first["ms"] / second["ms"], abs=0.01)
-    saving = report["adaptive"]
+    (saving,) = report["adaptive"].values()
     assert saving["ideal"] == pytest.approx(1 - saving["evaluations a sample"] / saving["cap"])
     assert 0.35 < saving["ideal"] < 0.45
     assert saving["saved"] == pytest.approx(1 - saving["adaptive s"] / saving["fixed s"])

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -12,14 +13,17 @@ from PIL import Image
 
 import distributed
 from checkpoint import save_checkpoint
+from cli import UserError
 from conftest import run_script, run_torchrun
 from descents import Finished
 from fast import conditioned_field
+from methods import adaptive_samples, batches_of_rank, composition_of, sample_batch
 from models import EqM
 from objective import Objective
+from outputs import Output
 from pictures import read_png
 from plan import Plan
-from sample_gd import adaptive_samples, batches_of_rank, field_of, sample_batch
+from sample_gd import finish_writing
 from sampling import sample_noise
 from starts import Starts
 
@@ -158,9 +162,9 @@ def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
         conditioned = conditioned_field(network, len(indices), seconds_per_frame=0.12, fast=False)
         return sample_batch(args, network, conditioned, plan, indices, range(50))
 
-    together = sample([0, 1, 2, 3])
-    for i in range(4):
-        torch.testing.assert_close(sample([i]), together[i : i + 1], atol=1e-4, rtol=0)
+    together = sample(range(64))
+    for share in ([0], [3], [63], range(0, 64, 2), range(1, 64, 2)):  # the last two are those of two processes
+        torch.testing.assert_close(sample(share), together[list(share)], atol=1e-4, rtol=0)
     assert (together[0] - together[3]).abs().max() > 0.1
 
 
@@ -182,7 +186,8 @@ def test_the_field_is_that_of_the_flags_and_the_sum(cfg_scale, cfg_channels, ter
 
     by_hand = sum(weight * of_class(0 * y + label) for weight, label in terms) if terms else of_class(y)
     with torch.no_grad():
-        field = field_of(args, network, conditioned_field(network, 6, seconds_per_frame=0.12, fast=False), y, terms)
+        plan, conditioned = Plan([0], terms, Starts(0, network.input_shape)), conditioned_field(network, 6, 0.12, False)
+        field = composition_of(args, network, plan).field(conditioned, plan.rows(y))
         torch.testing.assert_close(field(x), by_hand, rtol=1e-4, atol=1e-4)
 
 
@@ -206,10 +211,12 @@ def test_an_adaptive_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg
     threshold = (low + high) / 2  # as far from all norms as can be: rounding decides nothing
     together = sample(threshold, range(4), range(4, 8))
     assert len({finished.evaluations for finished in together.values()}) > 2
-    for i in range(8):
-        ((_, alone),) = sample(threshold, range(i, i + 1)).items()
-        assert alone.evaluations == together[i].evaluations
-        torch.testing.assert_close(alone.x, together[i].x, atol=1e-4, rtol=0)
+    alone = [[range(i, i + 1)] for i in range(8)]
+    of_two_processes = [[range(rank, 8, 2)] for rank in range(2)]
+    for batches in (*alone, *of_two_processes, [range(8)]):
+        for i, finished in sample(threshold, *batches).items():
+            assert finished.evaluations == together[i].evaluations
+            torch.testing.assert_close(finished.x, together[i].x, atol=1e-4, rtol=0)
 
 
 def test_as_many_updates_are_made_as_asked_for():
@@ -239,6 +246,14 @@ def test_euler_takes_equal_steps_over_time_with_the_velocity_that_the_field_was_
         given, null = (network(x, torch.full((4,), gamma), labels, 0.12) for labels in (y, torch.full_like(y, 3)))
         x = x + 0.2 * (null + cfg_scale * (given - null)) / c
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".mp4", ".gif"])
+def test_samples_that_cannot_be_written_are_one_line(tmp_path, suffix):
+    output = Output(tmp_path / "gone", suffix, 8.0)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(UserError, match="gone: No such file or directory") as error:
+        finish_writing(output, pool.map(output.write, [0, 1], np.zeros((2, 4, 16, 16, 3), np.uint8)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sampling import Field, composed, gradient_descent, guided, integrate, sample_noise
+from sampling import Composition, Field, gradient_descent, integrate, sample_noise
 
 MINIMUM = torch.tensor([1.0, -2.0, 0.5])
 
@@ -53,10 +53,10 @@ def test_guidance_moves_away_from_the_null_class_in_one_call():
         return field
 
     y, x = torch.tensor([1, 2]), torch.zeros(2, 4)
-    field = guided(conditioned, y, null_class=9, scale=1.5)
+    field = Composition([1.0], 9, 1.5, "cpu").field(conditioned, y[None])
     torch.testing.assert_close(field(x)[:, 0], torch.tensor([9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)]))
     assert calls == [[1, 2, 9, 9]]
-    guided(conditioned, y, null_class=9, scale=1.0)(x)
+    Composition([1.0], 9, 1.0, "cpu").field(conditioned, y[None])(x)
     assert calls[1:] == [[1, 2]]
 
 
@@ -77,7 +77,7 @@ def fields_by_label(values: dict[int, torch.Tensor], calls: list) -> Callable:
 def test_a_sum_of_two_quadratics_lands_at_their_weighted_minimum(weights, middle):
     minima, calls = {0: torch.zeros(3, 2), 1: torch.ones(3, 2), 9: torch.full((3, 2), 100.0)}, []
     conditioned, y = fields_by_label(minima, calls), torch.tensor([[0, 0], [1, 1]])
-    field = composed(conditioned, y, weights, null_class=9, scale=1)
+    field = Composition(weights, 9, 1, "cpu").field(conditioned, y)
     end = gradient_descent(field, torch.randn(2, 3, 2), 0.1, range(300))
     torch.testing.assert_close(end, torch.full((2, 3, 2), middle))
     assert calls[0] == [0, 0, 1, 1]
@@ -85,7 +85,7 @@ def test_a_sum_of_two_quadratics_lands_at_their_weighted_minimum(weights, middle
 
 def test_guidance_adds_one_row_to_a_sum_and_guides_each_class_of_it():
     values, calls = {k: torch.full((2,), float(k)) for k in (1, 2, 9)}, []
-    field = composed(fields_by_label(values, calls), torch.tensor([[1], [2]]), [1.0, 0.5], null_class=9, scale=3)
+    field = Composition([1.0, 0.5], 9, 3, "cpu").field(fields_by_label(values, calls), torch.tensor([[1], [2]]))
     by_hand = (9 + 3 * (1 - 9)) + 0.5 * (9 + 3 * (2 - 9))
     torch.testing.assert_close(field(torch.zeros(1, 2)), torch.full((1, 2), by_hand))
     assert calls == [[1, 2, 9]]
@@ -95,10 +95,11 @@ def test_guidance_of_three_channels_leaves_the_fourth_conditional():
     values, calls = {k: torch.full((4, 2, 2), float(k)) for k in (1, 2, 9)}, []
     conditioned = fields_by_label(values, calls)
     guided_one, guided_two = 9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)
-    field = guided(conditioned, torch.tensor([1, 2]), null_class=9, scale=[1.5, 1.5, 1.5, 1.0])
+    scale = [1.5, 1.5, 1.5, 1.0]
+    field = Composition([1.0], 9, scale, "cpu").field(conditioned, torch.tensor([[1, 2]]))
     expected = torch.tensor([[guided_one] * 3 + [1], [guided_two] * 3 + [2]])
     torch.testing.assert_close(field(torch.zeros(2, 4, 2, 2))[:, :, 0, 1], expected)
-    both = composed(conditioned, torch.tensor([[1], [2]]), [1.0, -2.0], null_class=9, scale=[1.5, 1.5, 1.5, 1.0])
+    both = Composition([1.0, -2.0], 9, scale, "cpu").field(conditioned, torch.tensor([[1], [2]]))
     expected = torch.tensor([[guided_one - 2 * guided_two] * 3 + [1 - 2 * 2.0]])
     torch.testing.assert_close(both(torch.zeros(1, 4, 2, 2))[:, :, 1, 0], expected)
 

@@ -1,0 +1,129 @@
+"""How the samples of a plan are made, as the flags say: a batch after as many steps, or each until it rests."""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+import distributed
+from adaptive import Descent, Slots
+from cli import UserError
+from descents import Finished, Measure, norm_alone
+from energy import sample_energy
+from fast import is_fast, replayed
+from models import EqM
+from plan import Plan
+from sampling import Composition, Field, gradient_descent, integrate
+from traces import norm_and_energy
+
+
+def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
+    """The sample indices of this rank, cut into batches of nearly the same size."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    if global_batch % ranks:
+        raise UserError(f"--global-batch-size {global_batch} is not a multiple of the {ranks} processes")
+    indices = range(rank, num_samples, ranks)
+    num_batches = -(-len(indices) * ranks // global_batch)
+    share = -(-len(indices) // max(num_batches, 1))
+    return [indices[i * share : (i + 1) * share] for i in range(num_batches)]
+
+
+def composition_of(args: argparse.Namespace, network: EqM, plan: Plan) -> Composition:
+    """What the flags make of the fields of one class or a sum: guided, in all channels or in the first 3."""
+    guided_channels = 3 if args.cfg_channels == "3" else network.in_channels
+    scales = [args.cfg_scale if i < guided_channels else 1.0 for i in range(network.in_channels)]
+    return Composition(plan.weights, network.num_classes, scales, network.pos_embed.device)
+
+
+def mu_of(args: argparse.Namespace) -> float:
+    """The look-ahead of the sampler."""
+    return args.mu if args.sampler == "ngd" else 0.0
+
+
+def sample_batch(
+    args: argparse.Namespace,
+    network: EqM,
+    conditioned: Callable[..., Field],
+    plan: Plan,
+    indices: Sequence[int],
+    steps: Iterable,
+    watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
+) -> Tensor:
+    """Samples of the plan, each after so many steps, in float32: (N, C, H, W) or (N, C, T, H, W)."""
+    y, x, objective = plan.labels(indices), plan.starts(indices).to(network.pos_embed.device), plan.starts.objective
+    composition, rows = composition_of(args, network, plan), plan.rows(y)
+    if args.sampler != "euler":
+        return gradient_descent(composition.field(conditioned, rows), x, args.stepsize, steps, mu_of(args), watch)
+
+    def velocity_at(gamma: float) -> Field:
+        field = composition.field(partial(conditioned, gamma=gamma), rows)
+        magnitude = objective.c(torch.tensor([gamma])).item()
+        return lambda x: field(x) / magnitude
+
+    gammas = torch.linspace(1 - plan.starts.noise, 1, args.num_sampling_steps + 1).tolist()  # (K + 1,)
+    return integrate(velocity_at, x, gammas, steps, watch)
+
+
+def adaptive_samples(
+    args: argparse.Namespace,
+    network: EqM,
+    conditioned: Callable[[Tensor], Field],
+    plan: Plan,
+    batches: list[range],
+    progress: Callable[[int], object],
+    measure: Measure = norm_alone,
+) -> Iterator[list[Finished]]:
+    """The samples of all batches in the order in which they stop, as many at once as a batch has."""
+    indices, size = [index for batch in batches for index in batch], max(map(len, batches), default=1)
+    composition, device = composition_of(args, network, plan), network.pos_embed.device
+    # Of every label now: while samples descend, the device alone knows which ones are wanted.
+    composition.field(conditioned, plan.rows(plan.labels(range(len(plan.classes)))))
+
+    def field_of(y: Tensor) -> Field:
+        return composition.field(conditioned, plan.rows(y))
+
+    descent = Descent(args.stepsize, mu_of(args), args.num_sampling_steps, args.adaptive)
+    fast = is_fast(args, device)
+    recorded = partial(replayed, fast=fast, device=device)
+    slots = Slots(
+        field_of,
+        plan.starts,
+        plan.labels,
+        network.input_shape,
+        size,
+        descent,
+        device,
+        progress,
+        measure,
+        recorded,
+        compiled=fast,
+        shrinks=not fast,
+    )
+    finished = slots.run(indices)
+    while group := list(islice(finished, size)):
+        yield group
+
+
+def measure_of(args: argparse.Namespace, network: EqM, plan: Plan, seconds_per_frame: float) -> Measure:
+    """What is measured of samples on their way: the norm, with --trace also the energy.
+
+    An explicit energy is what the field climbs down; one read off it need not fall. That of a sum of classes,
+    or of guidance, is the same sum; where --cfg-channels guides some of the channels alone, it is the mean over
+    channels, each with its own.
+    """
+    if not args.trace or network.energy == "none":
+        return norm_and_energy() if args.trace else norm_alone
+
+    composition = composition_of(args, network, plan)
+
+    def conditioned(y: Tensor) -> Field:  # of one number a sample, in the shape (N, 1, …) of a field
+        return lambda x: sample_energy(network, x, y.to(x.device), seconds_per_frame).view(-1, *[1] * (x.dim() - 1))
+
+    def energy(y: Tensor, x: Tensor) -> Tensor:
+        of_each_channel = composition.field(conditioned, plan.rows(y))(x)  # (N, C or 1, 1, …)
+        return of_each_channel.flatten(1).mean(1)
+
+    return norm_and_energy(energy)
