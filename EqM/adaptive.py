@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from descents import Finished, Measure, norm_alone
-from sampling import Field, update
+from sampling import Field, look_ahead
+from transfers import read_later, to_device
 
 # Steps by which the host, which reads what has stopped, may be behind a GPU: meanwhile it draws new samples' noise.
 LAG = 4
@@ -100,13 +101,13 @@ class Slots:
         self.measured: dict[int, list[list[float]]] = {}  # of the samples in slots
         self.refill(0)
         self.drop_slots()
-        under_way: deque[tuple[Callable[[], list[list[float]]], Tensor]] = deque()
+        under_way: deque[tuple[Callable[[], Tensor], Tensor]] = deque()
         while self.unfinished:
-            read = read_later(self.advance())
-            under_way.append((read, self.x.clone()))
+            seen = self.advance().clone()  # (N, 3 + K) which the next step overwrites, as it does x
+            under_way.append((read_later(seen), self.x.clone()))
             if len(under_way) > self.lag:
                 read, x = under_way.popleft()
-                yield from self.finish(read(), x)
+                yield from self.finish(read().tolist(), x)
 
     def step(self) -> Tensor:
         """Fills free slots, and updates all but those whose samples rest. Nothing waits for the host.
@@ -114,13 +115,15 @@ class Slots:
         Returns:
             Of each slot (N, 3 + K), in float64: its sample, whether there is one, whether it stops, what was measured.
         """
-        self.fill()
-        field, descent = self.field_of(self.y), self.descent
-        after, point, value = update(field, self.x, self.previous, descent.stepsize, descent.mu)  # (N, …)
-        return self.settle(after, self.measure(self.y, point, value))
+        point = self.fill()  # (N, …)
+        return self.settle(point, self.field_of(self.y)(point))
 
-    def fill(self) -> None:
-        """Gives free slots to the samples at the head of the queue, as far as there are any."""
+    def fill(self) -> Tensor:
+        """Gives free slots to the samples at the head of the queue, as far as there are any.
+
+        Returns:
+            The points (N, …) where the field is wanted.
+        """
         following = self.taken + (~self.busy).cumsum(0) - 1  # (N,) the samples that free slots would get
         fills = ~self.busy & (following < self.queued)  # (N,)
         row = following % len(self.queue)  # (N,)
@@ -132,15 +135,21 @@ class Slots:
         self.evaluations.copy_(torch.where(fills, 0, self.evaluations))
         self.busy.logical_or_(fills)
         self.taken.add_(fills.sum())
+        return look_ahead(self.x, self.previous, self.descent.mu)
 
-    def settle(self, after: Tensor, measured: Tensor) -> Tensor:
-        """Takes the updated x (N, …) but where samples rest, by what was measured (N, K); returns what `step` does."""
+    def settle(self, point: Tensor, value: Tensor) -> Tensor:
+        """Updates x, but where samples rest, by the field's value (N, …) at each point; returns what `step` does."""
+        value = value.float()
+        after = torch.add(self.x, value, alpha=self.descent.stepsize)  # (N, …)
+        measured = self.measure(self.y, point, value)  # (N, K)
         self.evaluations.add_(1)
         rests = measured[:, 0] < self.descent.threshold  # (N,)
         stops = self.busy & (rests | (self.evaluations == self.descent.cap))
         about = torch.stack([self.sample.double(), self.busy.double(), stops.double()], dim=1)  # (N, 3)
-        self.previous.copy_(self.x)
-        self.x.copy_(torch.where(self.over_samples(rests), self.x, after))
+        stays = self.over_samples(rests)  # (N, 1, …)
+        # Not a mere copy of x: the compiler of torch 2.14 would make it after x's update.
+        self.previous.copy_(torch.where(stays, self.previous, self.x))
+        self.x.copy_(torch.where(stays, self.x, after))
         self.busy.logical_and_(~stops)
         return torch.cat([about, measured.double()], dim=1)
 
@@ -186,25 +195,6 @@ class Slots:
             kept = (~self.busy).int().argsort(stable=True)[: self.unfinished]  # (n,) the busy ones first
             for name in ("x", "previous", "y", "sample", "evaluations", "busy"):
                 setattr(self, name, getattr(self, name)[kept])
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values from the host on the device, which the host does not wait for."""
-    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
-
-
-def read_later(values: Tensor) -> Callable[[], list[list[float]]]:
-    """Starts to copy values (N, K) to the host; what it returns waits for this copy alone."""
-    if not values.is_cuda:
-        return values.tolist
-    host, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    copied.record()
-
-    def read() -> list[list[float]]:
-        copied.synchronize()
-        return host.tolist()
-
-    return read
 
 
 def summary(evaluations: Sequence[int], cap: int) -> str:

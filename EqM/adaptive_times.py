@@ -7,6 +7,7 @@ further away the higher the class, and the evaluations the more.
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -19,6 +20,7 @@ from descents import Finished, Watch, fixed_descents
 from fast import conditioned_field, replayed
 from precision import Precision
 from sampling import Field, gradient_descent, sample_noise
+from transfers import read_later, to_device
 from workloads import NUM_CLASSES, Work
 
 # Evaluations are spread evenly from a fifth of the cap to the cap.
@@ -71,13 +73,13 @@ class Descents:
     def starts(self, indices: Sequence[int]) -> Tensor:
         return sample_noise(0, indices, self.shape)
 
-    def sample(self, indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
-        x, field = self.starts(indices).to(self.device), self.fixed_field(self.labels(indices))
+    def sample(self, indices: Sequence[int], starts: Tensor, steps: Iterable, watch: Watch) -> Tensor:
+        x, field = to_device(starts, self.device), self.fixed_field(self.labels(indices))
         return gradient_descent(field, x, DESCENT.stepsize, steps, watch=watch)
 
     def fixed(self) -> Iterator[list[Finished]]:
         batches = [range(first, first + self.batch) for first in range(0, self.number, self.batch)]
-        return fixed_descents(self.sample, self.labels, batches, DESCENT.cap, 0, lambda evaluations: None)
+        return fixed_descents(self.sample, self.starts, self.labels, batches, DESCENT.cap, 0, lambda evaluations: None)
 
     def adaptive(self) -> Iterator[list[Finished]]:
         finished = self.slots.run(range(self.number))
@@ -125,8 +127,12 @@ def known_minima(axes: int) -> Tensor:
 
 def timed(way: Callable[[], Iterable[list[Finished]]]) -> tuple[float, int]:
     """The seconds until all samples are on the host, and their evaluations."""
-    start, evaluations = time.perf_counter(), 0
+    start, evaluations, reading = time.perf_counter(), 0, deque()
     for group in way():
-        torch.stack([finished.x for finished in group]).cpu()
+        reading.append(read_later(torch.stack([finished.x for finished in group])))
+        if len(reading) > 1:
+            reading.popleft()()
         evaluations += sum(finished.evaluations for finished in group)
+    for read in reading:
+        read()
     return time.perf_counter() - start, evaluations

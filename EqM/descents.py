@@ -50,7 +50,8 @@ class Watch:
 
 
 def fixed_descents(
-    sample: Callable[[Sequence[int], Iterable, Watch], Tensor],
+    sample: Callable[[Sequence[int], Tensor, Iterable, Watch], Tensor],
+    starts: Callable[[Sequence[int]], Tensor],
     labels: Callable[[Sequence[int]], Tensor],
     batches: Sequence[Sequence[int]],
     steps: int,
@@ -61,7 +62,9 @@ def fixed_descents(
     """Samples batch by batch, each after the same number of steps.
 
     Args:
-        sample: makes samples (N, …) of indices, in steps that it iterates over, and shows each to the watch.
+        sample: makes samples (N, …) of indices from where they start, in steps that it iterates over, and shows
+            each to the watch.
+        starts: from indices to where samples start, (N, …).
         labels: from indices to classes (N,).
         traced: the samples of the first so many indices are measured at each step.
         progress: gets the number of evaluations as they are made.
@@ -73,9 +76,12 @@ def fixed_descents(
             yield step
             progress(samples)
 
-    for indices in batches:
-        # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
-        padded = [*indices, *[indices[-1]] * (size - len(indices))]
-        watch = Watch(measure, labels(padded), every=indices[0] < traced)
-        x = sample(padded, counted_steps(len(indices)), watch)  # (N, …)
+    # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
+    padded = [[*indices, *[indices[-1]] * (size - len(indices))] for indices in batches]
+    following = map(starts, padded)
+    start = next(following, None)  # (N, …)
+    for indices, whole in zip(batches, padded, strict=True):
+        watch = Watch(measure, labels(whole), every=indices[0] < traced)
+        x = sample(whole, start, counted_steps(len(indices)), watch)  # (N, …)
+        start = next(following, None)  # drawn while a GPU is still descending
         yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), watch.read(), strict=False)]

@@ -18,6 +18,7 @@ from models import EqM
 from plan import Plan
 from sampling import Composition, Field, gradient_descent, integrate
 from traces import norm_and_energy
+from transfers import to_device
 
 
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
@@ -49,11 +50,12 @@ def sample_batch(
     conditioned: Callable[..., Field],
     plan: Plan,
     indices: Sequence[int],
+    starts: Tensor,
     steps: Iterable,
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
 ) -> Tensor:
-    """Samples of the plan, each after so many steps, in float32: (N, C, H, W) or (N, C, T, H, W)."""
-    y, x, objective = plan.labels(indices), plan.starts(indices).to(network.pos_embed.device), plan.starts.objective
+    """Samples of the plan from where they start, each after so many steps: (N, C, H, W) or (N, C, T, H, W) float32."""
+    y, x, objective = plan.labels(indices), to_device(starts, network.pos_embed.device), plan.starts.objective
     composition, rows = composition_of(args, network, plan), plan.rows(y)
     if args.sampler != "euler":
         return gradient_descent(composition.field(conditioned, rows), x, args.stepsize, steps, mu_of(args), watch)
@@ -126,4 +128,5 @@ def measure_of(args: argparse.Namespace, network: EqM, plan: Plan, seconds_per_f
         of_each_channel = composition.field(conditioned, plan.rows(y))(x)  # (N, C or 1, 1, …)
         return of_each_channel.flatten(1).mean(1)
 
-    return norm_and_energy(energy)
+    # Where steps are compiled, this is not: it is a whole network's compilation, for a measurement.
+    return norm_and_energy(torch.compiler.disable(energy))

@@ -3,11 +3,15 @@
 import argparse
 import csv
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import av
 import numpy as np
+from torch import Tensor
 
 from cli import UserError
 from descents import Finished
@@ -15,9 +19,13 @@ from pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision
 from starts import Starts
 from traces import TRACED
+from transfers import read_later
 from video import write_video
 
 SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
+WRITERS = 4  # threads that encode and write samples, one each
+# Groups of samples that wait for either while more are made.
+GROUPS_READ, GROUPS_WRITTEN = 1, 2
 
 
 def check_writable(flag: str, path: Path) -> None:
@@ -98,6 +106,51 @@ class Report:
             whole.descents |= part.descents
             whole.traces |= part.traces
         return whole
+
+
+class Writer:
+    """Reads samples from the device and writes them, in threads, while the next ones descend."""
+
+    def __init__(self, output: Output):
+        self.output, self.report, self.pool = output, Report(), ThreadPoolExecutor(WRITERS)
+        self.reading: deque[tuple[list[Finished], Callable[[], Tensor], Callable[[], Tensor]]] = deque()
+        self.writing: deque[Iterator[None]] = deque()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown()
+
+    def take(self, group: list[Finished], x: Tensor, clips: Tensor) -> None:
+        """Samples x (N, …), and what is shown of them, (N, T, H, W, 3) uint8.
+
+        Raises:
+            UserError: earlier ones are not finite, or cannot be written.
+        """
+        self.reading.append((group, read_later(x.isfinite().all()), read_later(clips)))
+        self.go_on(GROUPS_READ, GROUPS_WRITTEN)
+
+    def finish(self) -> Report:
+        """Writes all that is left; returns what there is to say of all; raises as `take` does."""
+        self.go_on(0, 0)
+        return self.report
+
+    def go_on(self, reading: int, writing: int) -> None:
+        """Until no more groups than these are still to be read and to be written."""
+        while len(self.reading) > reading:
+            group, finite, clips = self.reading.popleft()
+            if not finite():
+                raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
+            indices, frames = [sample.index for sample in group], clips().numpy()
+            for sample, shown in zip(group, frames, strict=True):
+                self.report.add(sample, shown)
+            self.writing.append(self.pool.map(self.output.write, indices, frames))
+        while len(self.writing) > writing:
+            try:
+                list(self.writing.popleft())
+            except (OSError, av.FFmpegError) as error:
+                raise UserError(f"samples cannot be written to {self.output.folder}: {error.strerror}") from None
 
 
 def write_table(

@@ -149,7 +149,8 @@ class Previews:
             cfg_scale=self.args.sample_cfg_scale,
             cfg_channels="all",
         )
-        return sample_batch(method, network, conditioned, plan, indices, steps, lambda *_: bar.update(len(indices)))
+        x = starts(indices)  # (N, …)
+        return sample_batch(method, network, conditioned, plan, indices, x, steps, lambda *_: bar.update(len(indices)))
 
     def report(self, samples: list[Sample], problem: str, start: float) -> None:
         """Writes and shows all ranks' samples, or says what was in the way.

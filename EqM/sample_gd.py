@@ -6,12 +6,9 @@
 
 import argparse
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import av
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,7 +16,6 @@ from tqdm import tqdm
 import cli
 import distributed
 from adaptive import summary
-from cli import UserError
 from config import add_known_args, class_names
 from descents import Watch, fixed_descents
 from fast import add_compile_arg, conditioned_field, is_fast
@@ -27,7 +23,7 @@ from latents import VAE
 from loader import to_pixels
 from methods import adaptive_samples, batches_of_rank, composition_of, measure_of, sample_batch
 from models import EqM
-from outputs import Output, Report, write_npz, write_sheet, write_table
+from outputs import Output, Report, Writer, write_npz, write_sheet, write_table
 from plan import Plan, make_plan
 from precision import add_precision_args, agree_on_precision, requested_precision
 from runs import log, log_precision, start_log
@@ -37,8 +33,6 @@ from traces import TRACED, write_evaluations, write_trace
 from trained import open_network
 
 SAMPLERS = ("gd", "ngd", "euler")
-WRITERS = 4  # threads that encode and write samples, one each
-GROUPS_WRITTEN = 2  # of samples that wait for them while more are made
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,51 +90,31 @@ def write_samples(
     """Makes and writes this rank's samples; returns what there is to say of them.
 
     Raises:
-        UserError: samples that are not finite.
+        UserError: samples that are not finite, or cannot be written.
     """
-    batches, report = batches_of_rank(args.num_fid_samples, args.global_batch_size), Report()
+    batches = batches_of_rank(args.num_fid_samples, args.global_batch_size)
     size, total = max(map(len, batches), default=1), sum(map(len, batches)) * args.num_sampling_steps
     seconds_per_frame, fast = 1 / output.frames_per_second if output.frames_per_second else 0.0, is_fast(args, device)
     evaluations = composition_of(args, network, plan).rows * size  # in one call
     conditioned = conditioned_field(network, evaluations, seconds_per_frame, fast, recorded=not args.adaptive)
     measure = measure_of(args, network, plan, seconds_per_frame)
 
-    def sample(indices: Sequence[int], steps: Iterable, watch: Watch) -> Tensor:
-        return sample_batch(args, network, conditioned, plan, indices, steps, watch)
+    def sample(indices: Sequence[int], starts: Tensor, steps: Iterable, watch: Watch) -> Tensor:
+        return sample_batch(args, network, conditioned, plan, indices, starts, steps, watch)
 
-    hidden, under_way = not distributed.is_main(), deque()
-    with (
-        tqdm(total=total, desc="sampling", unit="evaluation", disable=hidden) as bar,
-        ThreadPoolExecutor(WRITERS) as pool,
-    ):
+    hidden = not distributed.is_main()
+    with tqdm(total=total, desc="sampling", unit="evaluation", disable=hidden) as bar, Writer(output) as writer:
         if args.adaptive:
             groups = adaptive_samples(args, network, conditioned, plan, batches, bar.update, measure)
         else:
             steps, traced = args.num_sampling_steps, TRACED if args.trace else 0
-            groups = fixed_descents(sample, plan.labels, batches, steps, traced, bar.update, measure)
+            groups = fixed_descents(sample, plan.starts, plan.labels, batches, steps, traced, bar.update, measure)
         for group in groups:
             x = torch.stack([finished.x for finished in group])  # (N, …)
-            if not x.isfinite().all():
-                raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
-            x = vae.decode(x) if vae else x
-            clips = to_pixels(x if network.is_video else x[:, :, None]).permute(0, 2, 3, 4, 1)  # (N, T, H, W, C)
-            frames, indices = clips.cpu().numpy(), [finished.index for finished in group]
-            for finished, shown in zip(group, frames, strict=True):
-                report.add(finished, shown)
-            under_way.append(pool.map(output.write, indices, frames))  # while the next ones descend
-            if len(under_way) > GROUPS_WRITTEN:
-                finish_writing(output, under_way.popleft())
-        for writing in under_way:
-            finish_writing(output, writing)
-    return report
-
-
-def finish_writing(output: Output, writing: Iterable[None]) -> None:
-    """Waits for samples to be written; raises UserError where one cannot be."""
-    try:
-        list(writing)
-    except (OSError, av.FFmpegError) as error:
-        raise UserError(f"samples cannot be written to {output.folder}: {error.strerror}") from None
+            decoded = vae.decode(x) if vae else x
+            clips = to_pixels(decoded if network.is_video else decoded[:, :, None])  # (N, C, T, H, W)
+            writer.take(group, x, clips.permute(0, 2, 3, 4, 1))
+        return writer.finish()
 
 
 def main() -> None:

@@ -58,9 +58,14 @@ def integrate(
 
 def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor, Tensor]:
     """x one step on, the point ahead where the field was evaluated, and its value there; (N, …) each, in float32."""
-    point = torch.add(x, x - previous, alpha=mu) if mu else x
+    point = look_ahead(x, previous, mu)
     value = field(point).float()
     return torch.add(x, value, alpha=stepsize), point, value
+
+
+def look_ahead(x: Tensor, previous: Tensor, mu: float) -> Tensor:
+    """The point x + μ·(x − x₋₁) where the field is evaluated: x itself without look-ahead."""
+    return torch.add(x, x - previous, alpha=mu) if mu else x
 
 
 def value_norms(value: Tensor) -> Tensor:

@@ -165,11 +165,12 @@ def test_slots_serve_one_run_after_another(shrinks):
 def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_the_bit(mu, lag):
     cap, quadratic = 30, Quadratic()
 
-    def sample(indices: Sequence[int], steps: Sequence[int], watch: Watch) -> torch.Tensor:
-        return gradient_descent(quadratic.of(torch.tensor(indices)), starts(indices), STEPSIZE, steps, mu, watch)
+    def sample(indices: Sequence[int], x: torch.Tensor, steps: Sequence[int], watch: Watch) -> torch.Tensor:
+        return gradient_descent(quadratic.of(torch.tensor(indices)), x, STEPSIZE, steps, mu, watch)
 
     batches = [range(4), range(4, 8)]
-    fixed = [x for group in fixed_descents(sample, torch.tensor, batches, cap, 8, lambda _: None) for x in group]
+    groups = fixed_descents(sample, starts, torch.tensor, batches, cap, 8, lambda _: None)
+    fixed = [x for group in groups for x in group]
     finished = descend(range(8), 4, mu, threshold=1e-30, cap=cap, lag=lag)
     for right in fixed:
         ours = finished[right.index]
@@ -180,17 +181,36 @@ def test_a_threshold_that_is_never_reached_gives_the_samples_of_fixed_steps_to_t
 
 
 def test_fixed_steps_know_the_last_norm_and_all_of_those_that_are_traced():
-    def sample(indices: Sequence[int], steps: Sequence[int], watch: Watch) -> torch.Tensor:
-        return gradient_descent(Quadratic().of(torch.tensor(indices)), starts(indices), STEPSIZE, steps, 0.0, watch)
+    def sample(indices: Sequence[int], x: torch.Tensor, steps: Sequence[int], watch: Watch) -> torch.Tensor:
+        return gradient_descent(Quadratic().of(torch.tensor(indices)), x, STEPSIZE, steps, 0.0, watch)
 
     seen = []
-    (first, last) = fixed_descents(sample, torch.tensor, [range(3), range(3, 5)], 7, 2, seen.append)
+    (first, last) = fixed_descents(sample, starts, torch.tensor, [range(3), range(3, 5)], 7, 2, seen.append)
     assert [(each.index, len(norms(each))) for each in first] == [(0, 7), (1, 7), (2, 7)]
     assert [(each.index, len(norms(each))) for each in last] == [(3, 1), (4, 1)]
     for each in (*first, *last):
         distance = (starts([each.index])[0] - minimum(each.index)).square().mean().sqrt().item()
         assert norms(each)[-1] == pytest.approx(distance * 0.9**6, rel=1e-4)
     assert sum(seen) == 5 * 7
+
+
+def test_fixed_steps_draw_the_next_starts_before_they_wait_for_the_device():
+    events: list[object] = []
+
+    def drawn(indices: Sequence[int]) -> torch.Tensor:
+        events.append(list(indices))
+        return starts(indices)
+
+    def sample(indices: Sequence[int], x: torch.Tensor, steps: Sequence[int], watch: Watch) -> torch.Tensor:
+        return gradient_descent(Quadratic().of(torch.tensor(indices)), x, STEPSIZE, steps, 0.0, watch)
+
+    def measure(y: torch.Tensor, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        events.append("read")
+        return value_norms(value)[:, None]
+
+    batches = [range(2), range(2, 4), range(4, 5)]
+    assert len(list(fixed_descents(sample, drawn, torch.tensor, batches, 3, 0, lambda _: None, measure))) == 3
+    assert events == [[0, 1], [2, 3], "read", [4, 4], "read", "read"]
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import av
@@ -20,10 +20,9 @@ from fast import conditioned_field
 from methods import adaptive_samples, batches_of_rank, composition_of, sample_batch
 from models import EqM
 from objective import Objective
-from outputs import Output
+from outputs import Output, Writer
 from pictures import read_png
 from plan import Plan
-from sample_gd import finish_writing
 from sampling import sample_noise
 from starts import Starts
 
@@ -160,7 +159,7 @@ def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
     @torch.no_grad()
     def sample(indices: list[int]) -> torch.Tensor:
         conditioned = conditioned_field(network, len(indices), seconds_per_frame=0.12, fast=False)
-        return sample_batch(args, network, conditioned, plan, indices, range(50))
+        return sample_batch(args, network, conditioned, plan, indices, plan.starts(indices), range(50))
 
     together = sample(range(64))
     for share in ([0], [3], [63], range(0, 64, 2), range(1, 64, 2)):  # the last two are those of two processes
@@ -227,7 +226,8 @@ def test_as_many_updates_are_made_as_asked_for():
     network = ConstantField(8, 4, 3, hidden_size=32, depth=1, num_heads=2, num_classes=3)
     args = argparse.Namespace(cfg_scale=1.0, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
     conditioned = conditioned_field(network, 1, seconds_per_frame=0.1, fast=False)
-    x = sample_batch(args, network, conditioned, Plan([0], [], Starts(3, (3, 8, 8))), [5], range(7))
+    plan = Plan([0], [], Starts(3, (3, 8, 8)))
+    x = sample_batch(args, network, conditioned, plan, [5], plan.starts([5]), range(7))
     torch.testing.assert_close(x, sample_noise(3, [5], (3, 8, 8)) + 7 * 0.01)
 
 
@@ -239,7 +239,7 @@ def test_euler_takes_equal_steps_over_time_with_the_velocity_that_the_field_was_
     args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", sampler="euler", num_sampling_steps=5)
     plan = Plan([0, 1, 2], [], Starts(3, network.input_shape, objective=Objective(a=0.3, scale=2.0)))
     conditioned, counted = conditioned_field(network, 4, seconds_per_frame=0.12, fast=False), iter(range(9))
-    found = sample_batch(args, network, conditioned, plan, range(4), counted)
+    found = sample_batch(args, network, conditioned, plan, range(4), plan.starts(range(4)), counted)
     assert len(list(counted)) == 3, "five steps, and one look for another"
     x, y = plan.starts(range(4)), plan.labels(range(4))
     for gamma, c in ((0.0, 2.0), (0.2, 2.0), (0.4, 2 * 0.6 / 0.7), (0.6, 2 * 0.4 / 0.7), (0.8, 2 * 0.2 / 0.7)):
@@ -248,12 +248,36 @@ def test_euler_takes_equal_steps_over_time_with_the_velocity_that_the_field_was_
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
 
 
+def finished(indices: Iterable[int]) -> list[Finished]:
+    return [Finished(index, torch.zeros(3, 4, 16, 16), 5, [[0.1]]) for index in indices]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".mp4", ".gif"])
 def test_samples_that_cannot_be_written_are_one_line(tmp_path, suffix):
-    output = Output(tmp_path / "gone", suffix, 8.0)
-    with ThreadPoolExecutor(2) as pool, pytest.raises(UserError, match="gone: No such file or directory") as error:
-        finish_writing(output, pool.map(output.write, [0, 1], np.zeros((2, 4, 16, 16, 3), np.uint8)))
+    clips = torch.zeros(2, 4, 16, 16, 3, dtype=torch.uint8)
+    with Writer(Output(tmp_path / "gone", suffix, 8.0)) as writer:
+        writer.take(finished(range(2)), torch.zeros(2, 3), clips)
+        with pytest.raises(UserError, match="gone: No such file or directory") as error:
+            writer.finish()
     assert "\n" not in str(error.value)
+
+
+def test_samples_are_written_and_reported_whatever_the_number_of_groups(tmp_path):
+    with Writer(Output(tmp_path, ".png", None)) as writer:
+        for first in range(0, 14, 2):
+            group = finished([first + 1, first])
+            clips = torch.tensor([first + 1, first], dtype=torch.uint8)[:, None, None, None, None]  # (N, 1, 1, 1, 1)
+            writer.take(group, torch.zeros(2, 3), clips.expand(2, 1, 16, 16, 3))
+        report = writer.finish()
+    assert sorted(report.descents) == list(range(14))
+    for index in range(14):
+        assert read_png(tmp_path / f"{index:06d}.png").max() == index
+
+
+def test_samples_that_are_not_finite_are_an_error_that_says_what_to_do(tmp_path):
+    with Writer(Output(tmp_path, ".png", None)) as writer, pytest.raises(UserError, match="not finite: lower --steps"):
+        for first in (0, 2):
+            writer.take(finished([first, first + 1]), torch.full((2, 3), torch.nan), torch.zeros(2, 1, 8, 8, 3).byte())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -62,5 +62,5 @@ def test_the_traced_energy_falls_on_the_way(kind):
     def watch(point: torch.Tensor, value: torch.Tensor) -> None:
         energies.append(measure(torch.arange(3), point, value)[:, 1])
 
-    sample_batch(args, network, conditioned, LABELS, range(3), range(6), watch)
+    sample_batch(args, network, conditioned, LABELS, range(3), LABELS.starts(range(3)), range(6), watch)
     assert all((after < before).all() for before, after in zip(energies, energies[1:], strict=False))
