@@ -14,6 +14,7 @@ GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median of three groups of calls 
 
 def start_over(device: torch.device) -> None:
     """Frees what the last measurement left."""
+    gc.unfreeze()  # what compiling left behind
     gc.collect()
     torch._dynamo.reset()
     if device.type == "cuda":

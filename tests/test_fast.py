@@ -1,9 +1,11 @@
 """Fast and eager do the same, alone and in every combination; what cannot be fast runs eagerly and says so."""
 
+import gc
 import json
 import logging
 import os
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from models import EqM
 from pictures import read_png
 from precision import Precision
 from sampling import Composition, gradient_descent, sample_noise
+from timing import start_over
 from training import Recipe, TrainingState, seed_draws
 
 CPU = torch.device("cpu")
@@ -127,6 +130,18 @@ def test_one_compilation_serves_all_blocks():
     torch._dynamo.utils.counters.clear()
     Trained(fast=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_no_collection_looks_through_what_compiling_left_behind_and_starting_over_frees_it():
+    trained = Trained(fast=True)
+    assert gc.get_freeze_count() > 10 * len(gc.get_objects())
+    network, trained.myself = weakref.ref(trained.state.network), trained
+    del trained
+    gc.collect()
+    assert network(), "a cycle that is not looked through"
+    start_over(CPU)
+    assert not network()
 
 
 def losses(folder: Path) -> list[float]:
