@@ -73,13 +73,17 @@ class Descents:
     def starts(self, indices: Sequence[int]) -> Tensor:
         return sample_noise(0, indices, self.shape)
 
-    def sample(self, indices: Sequence[int], starts: Tensor, steps: Iterable, watch: Watch) -> Tensor:
-        x, field = to_device(starts, self.device), self.fixed_field(self.labels(indices))
-        return gradient_descent(field, x, DESCENT.stepsize, steps, watch=watch)
+    def starts_on_device(self, indices: Sequence[int]) -> Tensor:
+        return to_device(self.starts(indices), self.device)
+
+    def sample(self, indices: Sequence[int], x: Tensor, steps: Iterable, watch: Watch) -> Tensor:
+        return gradient_descent(self.fixed_field(self.labels(indices)), x, DESCENT.stepsize, steps, watch=watch)
 
     def fixed(self) -> Iterator[list[Finished]]:
         batches = [range(first, first + self.batch) for first in range(0, self.number, self.batch)]
-        return fixed_descents(self.sample, self.starts, self.labels, batches, DESCENT.cap, 0, lambda evaluations: None)
+        return fixed_descents(
+            self.sample, self.starts_on_device, self.labels, batches, DESCENT.cap, 0, lambda evaluations: None
+        )
 
     def adaptive(self) -> Iterator[list[Finished]]:
         finished = self.slots.run(range(self.number))

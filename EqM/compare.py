@@ -19,6 +19,7 @@ import distributed
 from models import EqM
 from precision import Precision, agree_on_precision
 from runs import device_name, start_log
+from timing import start_over
 from workloads import RECIPE, SMALL, TINY, Sampling, Training, Work
 
 WINDOWS = 5  # parts of a training whose mean losses are compared
@@ -38,7 +39,7 @@ def train(
     work: Work, precision: Precision, fast: bool, device: torch.device, steps: int, seed: int = 0
 ) -> tuple[Tensor, EqM]:
     """The mean loss of each window of steps, (WINDOWS,), and the averaged network."""
-    torch._dynamo.reset()
+    start_over(device)
     step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))
     losses = torch.stack([step()[0].clone() for _ in range(steps)])  # (steps,)
     return torch.stack([window.mean() for window in losses.chunk(WINDOWS)]).cpu(), step.state.ema
@@ -46,7 +47,7 @@ def train(
 
 def sample(work: Work, network: EqM, precision: Precision, fast: bool, device: torch.device, steps: int) -> Tensor:
     """How far samples move from their noise, (N, …)."""
-    torch._dynamo.reset()
+    start_over(device)
     step = Sampling(work, precision, fast, device, network)
     start = step.x
     for _ in range(steps):

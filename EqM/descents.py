@@ -64,7 +64,7 @@ def fixed_descents(
     Args:
         sample: makes samples (N, …) of indices from where they start, in steps that it iterates over, and shows
             each to the watch.
-        starts: from indices to where samples start, (N, …).
+        starts: from indices to where samples start, (N, …); called one batch ahead.
         labels: from indices to classes (N,).
         traced: the samples of the first so many indices are measured at each step.
         progress: gets the number of evaluations as they are made.

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 import distributed
 from cli import UserError
 from data import MAX_UNREADABLE, Found, Item, unreadable_errors
+from transfers import to_device
 from untrusted import open_image
 from video import read_frames
 
@@ -173,7 +174,7 @@ class DeviceLoader:
 
     def __init__(self, loader: DataLoader, device: torch.device):
         self.loader, self.device = loader, device
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.on_gpu = device.type == "cuda"
         self.gaps: list[tuple] = []
 
     def __len__(self) -> int:
@@ -184,30 +185,19 @@ class DeviceLoader:
         while (batch := next(batches, None)) is not None:
             batch = self.move(batch)
             self.gaps.append((ended, self.now()))
-            if self.copies and len(self.gaps) > MAX_AHEAD:
+            if self.on_gpu and len(self.gaps) > MAX_AHEAD:
                 self.gaps[-1 - MAX_AHEAD][1].synchronize()
             yield batch
             ended = self.now()
 
     def move(self, batch: dict) -> dict:
-        """Copies a batch's tensors in a stream of their own, for which the current one waits."""
-        if not self.copies:
-            return batch
-        current = torch.cuda.current_stream()
-        with torch.cuda.stream(self.copies):
-            moved = {
-                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
-        current.wait_stream(self.copies)
-        for value in moved.values():
-            if isinstance(value, Tensor):
-                value.record_stream(current)
-        return moved
+        return {
+            name: to_device(value, self.device) if isinstance(value, Tensor) else value for name, value in batch.items()
+        }
 
     def now(self) -> float | torch.cuda.Event:
         """The host's clock in seconds, or, on a GPU, the moment at which it gets here."""
-        if not self.copies:
+        if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record()
@@ -215,7 +205,7 @@ class DeviceLoader:
 
     def take_idle_seconds(self) -> float:
         """Seconds of waiting since the last call; waits for the device."""
-        if self.copies:
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
             gaps = [ended.elapsed_time(began) / 1000 for ended, began in self.gaps]
         else:

@@ -18,7 +18,6 @@ from models import EqM
 from plan import Plan
 from sampling import Composition, Field, gradient_descent, integrate
 from traces import norm_and_energy
-from transfers import to_device
 
 
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
@@ -50,12 +49,16 @@ def sample_batch(
     conditioned: Callable[..., Field],
     plan: Plan,
     indices: Sequence[int],
-    starts: Tensor,
+    x: Tensor,
     steps: Iterable,
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
 ) -> Tensor:
-    """Samples of the plan from where they start, each after so many steps: (N, C, H, W) or (N, C, T, H, W) float32."""
-    y, x, objective = plan.labels(indices), to_device(starts, network.pos_embed.device), plan.starts.objective
+    """Samples of the plan, each after so many steps, in float32: (N, C, H, W) or (N, C, T, H, W).
+
+    Args:
+        x: where they start, of the same shape, on the network's device.
+    """
+    y, objective = plan.labels(indices), plan.starts.objective
     composition, rows = composition_of(args, network, plan), plan.rows(y)
     if args.sampler != "euler":
         return gradient_descent(composition.field(conditioned, rows), x, args.stepsize, steps, mu_of(args), watch)

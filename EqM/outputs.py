@@ -93,7 +93,7 @@ class Report:
     def add(self, sample: Finished, frames: np.ndarray) -> None:
         self.descents[sample.index] = sample.evaluations, sample.final_norm
         if sample.index < SHEET_SAMPLES:
-            self.shown[sample.index] = frames
+            self.shown[sample.index] = frames.copy()  # of a whole group's pinned memory, which can go then
         if sample.index < TRACED:
             self.traces[sample.index] = sample.measured
 
@@ -123,7 +123,7 @@ class Writer:
         self.pool.shutdown()
 
     def take(self, group: list[Finished], x: Tensor, clips: Tensor) -> None:
-        """Samples x (N, …), and what is shown of them, (N, T, H, W, 3) uint8.
+        """Writes samples x (N, …), shown as clips (N, T, H, W, 3) uint8, while it goes on.
 
         Raises:
             UserError: earlier ones are not finite, or cannot be written.
@@ -137,7 +137,7 @@ class Writer:
         return self.report
 
     def go_on(self, reading: int, writing: int) -> None:
-        """Until no more groups than these are still to be read and to be written."""
+        """Until no more groups than these are still to be read and to be written; raises as `take` does."""
         while len(self.reading) > reading:
             group, finite, clips = self.reading.popleft()
             if not finite():

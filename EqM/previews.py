@@ -36,6 +36,7 @@ from source import Source
 from starts import Starts
 from trackers import Preview, Trackers
 from training import TrainingState
+from transfers import to_device
 
 SAMPLES = 16
 # The sampler's default: with the same settings it makes the same samples of the step's checkpoint.
@@ -149,7 +150,7 @@ class Previews:
             cfg_scale=self.args.sample_cfg_scale,
             cfg_channels="all",
         )
-        x = starts(indices)  # (N, …)
+        x = to_device(starts(indices), network.pos_embed.device)  # (N, …)
         return sample_batch(method, network, conditioned, plan, indices, x, steps, lambda *_: bar.update(len(indices)))
 
     def report(self, samples: list[Sample], problem: str, start: float) -> None:

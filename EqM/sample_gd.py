@@ -31,6 +31,7 @@ from sampling import MU, STEPS, STEPSIZE
 from starts import add_start_args
 from traces import TRACED, write_evaluations, write_trace
 from trained import open_network
+from transfers import to_device
 
 SAMPLERS = ("gd", "ngd", "euler")
 
@@ -99,8 +100,11 @@ def write_samples(
     conditioned = conditioned_field(network, evaluations, seconds_per_frame, fast, recorded=not args.adaptive)
     measure = measure_of(args, network, plan, seconds_per_frame)
 
-    def sample(indices: Sequence[int], starts: Tensor, steps: Iterable, watch: Watch) -> Tensor:
-        return sample_batch(args, network, conditioned, plan, indices, starts, steps, watch)
+    def starts(indices: Sequence[int]) -> Tensor:
+        return to_device(plan.starts(indices), device)
+
+    def sample(indices: Sequence[int], x: Tensor, steps: Iterable, watch: Watch) -> Tensor:
+        return sample_batch(args, network, conditioned, plan, indices, x, steps, watch)
 
     hidden = not distributed.is_main()
     with tqdm(total=total, desc="sampling", unit="evaluation", disable=hidden) as bar, Writer(output) as writer:
@@ -108,7 +112,7 @@ def write_samples(
             groups = adaptive_samples(args, network, conditioned, plan, batches, bar.update, measure)
         else:
             steps, traced = args.num_sampling_steps, TRACED if args.trace else 0
-            groups = fixed_descents(sample, plan.starts, plan.labels, batches, steps, traced, bar.update, measure)
+            groups = fixed_descents(sample, starts, plan.labels, batches, steps, traced, bar.update, measure)
         for group in groups:
             x = torch.stack([finished.x for finished in group])  # (N, …)
             decoded = vae.decode(x) if vae else x

@@ -64,7 +64,7 @@ def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float
 
 
 def look_ahead(x: Tensor, previous: Tensor, mu: float) -> Tensor:
-    """The point x + μ·(x − x₋₁) where the field is evaluated: x itself without look-ahead."""
+    """The point x + μ·(x − x₋₁) where the field is evaluated, x itself without look-ahead: (N, …) each."""
     return torch.add(x, x - previous, alpha=mu) if mu else x
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values from the host on the device."""
+    """Values from the host, pinned or not, on the device. Nobody may write to them before they are copied."""
     if device.type != "cuda":
         return values.to(device)
     beside, current = copies(device, "to it"), torch.cuda.current_stream(device)

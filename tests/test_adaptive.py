@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from adaptive import Descent, Slots, summary
-from descents import Finished, Watch, fixed_descents
+from descents import Finished, Watch, fixed_descents, norm_alone
 from sampling import gradient_descent, sample_noise, value_norms
+from traces import norm_and_energy
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3)
@@ -263,7 +264,9 @@ def test_a_batch_that_may_shrink_makes_no_evaluation_that_does_not_count(mu):
 
 
 @pytest.mark.slow
-def test_compiled_slots_do_what_they_do_eagerly():
+@pytest.mark.parametrize("measure", [norm_alone, norm_and_energy()], ids=["norm", "energy"])
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+def test_compiled_slots_do_what_they_do_eagerly(mu, measure):
     minima = torch.stack([minimum(i) for i in range(25)])  # (25, …)
 
     def field_of(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -271,12 +274,14 @@ def test_compiled_slots_do_what_they_do_eagerly():
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    descent, right = Descent(STEPSIZE, 0.3, 60, THRESHOLD), descend(range(25), 4, 0.3, cap=60)
-    slots = Slots(field_of, starts, torch.tensor, SHAPE, 4, descent, CPU, compiled=True, lag=2)
+    descent, right = Descent(STEPSIZE, mu, 60, THRESHOLD), descend(range(25), 4, mu, cap=60, measure=measure)
+    slots = Slots(field_of, starts, torch.tensor, SHAPE, 4, descent, CPU, measure=measure, compiled=True, lag=2)
     assert sorted(sample.index for sample in slots.run(range(25))) == list(range(25))
     for sample in slots.run(range(25)):
         torch.testing.assert_close(sample.x, right[sample.index].x)
         assert sample.evaluations == right[sample.index].evaluations
+        ours, expected = (torch.tensor(each.measured) for each in (sample, right[sample.index]))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 

@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import av
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import distributed
+import outputs
 from checkpoint import save_checkpoint
 from cli import UserError
 from conftest import run_script, run_torchrun
@@ -272,6 +273,21 @@ def test_samples_are_written_and_reported_whatever_the_number_of_groups(tmp_path
     assert sorted(report.descents) == list(range(14))
     for index in range(14):
         assert read_png(tmp_path / f"{index:06d}.png").max() == index
+
+
+def test_a_group_is_read_once_the_next_one_is_under_way(tmp_path, monkeypatch):
+    read = []
+
+    def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: read.append(values) or values
+
+    monkeypatch.setattr(outputs, "read_later", read_later)
+    with Writer(Output(tmp_path, ".png", None)) as writer:
+        for group in range(3):
+            writer.take(finished([group]), torch.zeros(1, 3), torch.zeros(1, 1, 8, 8, 3).byte())
+            assert len(read) == 2 * group
+        writer.finish()
+    assert len(read) == 2 * 3
 
 
 def test_samples_that_are_not_finite_are_an_error_that_says_what_to_do(tmp_path):
