@@ -183,17 +183,15 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[dict]:
         batches, ended = iter(self.loader), self.now()
         while (batch := next(batches, None)) is not None:
-            batch = self.move(batch)
+            moved = {
+                name: to_device(value, self.device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
             self.gaps.append((ended, self.now()))
             if self.on_gpu and len(self.gaps) > MAX_AHEAD:
                 self.gaps[-1 - MAX_AHEAD][1].synchronize()
-            yield batch
+            yield moved
             ended = self.now()
-
-    def move(self, batch: dict) -> dict:
-        return {
-            name: to_device(value, self.device) if isinstance(value, Tensor) else value for name, value in batch.items()
-        }
 
     def now(self) -> float | torch.cuda.Event:
         """The host's clock in seconds, or, on a GPU, the moment at which it gets here."""
