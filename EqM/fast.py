@@ -130,9 +130,9 @@ def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame:
     One block stands for all, so that the wait does not grow with depth. It is tried at once:
     forward and, for training, backward.
     """
-    log.info("compiling the network: the first step waits for this, up to a minute")
-    start = time.perf_counter()
     energy = network.energy != "none"
+    log.info("compiling the network: the first step waits for this, %s", "some minutes" if energy else "up to a minute")
+    start = time.perf_counter()
     functorch_config.activation_memory_budget = 1 if energy else MEMORY_BUDGET
     trial = partial(try_out_energy, seconds_per_frame=seconds_per_frame) if energy else try_out
     # What an earlier network left behind would hide that this one cannot be compiled.

@@ -44,15 +44,16 @@ class Source:
         return Samples(self.found, self.image_size, args.clip_len, args.frame_interval, flip, seed)
 
     def to_input(self, batch: dict, generator: torch.Generator, *place: int) -> Tensor:
-        """A batch on the device as the network's input, (N, C, H, W) or (N, C, T, H, W) float32.
+        """A batch on the device as the network's input, (N, C, H, W) or (N, C, T, H, W) float32, contiguous.
 
         Draws from the posterior follow from the place alone, as (seed, samples drawn before, rank).
         """
         x = unpack(batch["x"], batch["flip"], self.pack.settings.video) if self.pack else batch["x"]
+        # In another layout x would have an explicit energy compiled a second time.
         if not self.space:
-            return to_unit_range(x)
+            return to_unit_range(x.contiguous())
         seed_draws(generator, *place, POSTERIOR)
-        return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator)
+        return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator).contiguous()
 
     def decoder(self, device: torch.device, precision: Precision) -> VAE | None:
         """The VAE that decodes samples, if they are latents; reading packed ones has not loaded it.

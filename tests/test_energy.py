@@ -16,7 +16,7 @@ import benchmark
 import throughput
 from checkpoint import save_checkpoint
 from config import check_resumable
-from conftest import SMALL, run_script
+from conftest import SMALL, make_pack, run_script
 from energy import energy, sample_energy
 from fast import compile_network, conditioned_field, training_step
 from models import EqM
@@ -333,6 +333,24 @@ def test_an_explicit_energy_is_traced_where_samples_stop_by_themselves(shapes, t
         rows = [(int(row["sample"]), int(row["step"]), float(row["energy"])) for row in csv.DictReader(file)]
     assert [row[:2] for row in rows] == [(sample, step) for sample in range(5) for step in (1, 2, 3)]
     assert all(math.isfinite(energy) for *_, energy in rows)
+
+
+@pytest.mark.slow
+def test_an_explicit_energy_is_compiled_once_for_training_from_a_pack_and_once_for_sampling(
+    shapes, tmp_path, monkeypatch
+):
+    make_pack(shapes, tmp_path / "pack")
+    monkeypatch.setenv("TORCH_LOGS", "recompiles")
+    flags = ["--video", "--clip-len", 4, "--model", "EqM-Ti/4", "--ebm", "dot", "--max-steps", 2, "--compile"]
+    run = run_script(*TRAIN, tmp_path / "pack", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (checkpoint,) = tmp_path.glob("results/*/checkpoints/0000002.pt")
+    flags = ["--num-sampling-steps", 2, "--cfg-scale", 1.5, "--num-fid-samples", 4, "--global-batch-size", 2]
+    sampling = run_script("sample_gd.py", "--ckpt", checkpoint, *flags, "--compile", cwd=tmp_path)
+    assert sampling.returncode == 0, sampling.stderr
+    for said in (run.stdout + run.stderr, sampling.stdout + sampling.stderr):
+        assert "compiled in" in said
+        assert "Recompiling" not in said
 
 
 def test_a_network_that_sees_gamma_is_trained_on_it_and_not_sampled(shapes, tmp_path):

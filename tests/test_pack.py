@@ -21,6 +21,7 @@ from loader import EpochStream, Samples, make_loader
 from pack import is_pack, open_pack, read_pack
 from pack_settings import shard_path
 from packed_samples import PackedSamples, unpack
+from source import Source, packed_space
 from video import write_video
 
 
@@ -159,6 +160,18 @@ def test_samples_of_latents_have_the_windows_and_flips_of_the_pixels(shapes, tmp
         for x, clip in zip(ours["x"], theirs["x"], strict=True):
             moments = BlockMeans.encode_moments(clip.permute(1, 2, 3, 0).numpy())  # (T, 2, C, h, w)
             assert np.array_equal(x.numpy(), moments.transpose(1, 2, 0, 3, 4))
+
+
+@pytest.mark.parametrize("vae", [None, BlockMeans])
+def test_the_network_sees_a_pack_in_one_layout(shapes, tmp_path, vae):
+    pack = make_pack(shapes, tmp_path / "pack", image_size=32, vae=vae)
+    source = Source(32, pack.found(), pack, packed_space(pack), None)
+    samples = PackedSamples(pack, 4, 3, True, 0)
+    stream = EpochStream(len(samples), 4, 12, seed=3, first=0, rank=0, ranks=1)
+    batch = next(iter(make_loader(samples, stream, 0, pin_memory=False)))
+    x = source.to_input(batch, torch.Generator(), 0, 0, 0)
+    assert x.shape == ((4, 4, 4, 4, 4) if vae else (4, 3, 4, 32, 32))
+    assert x.is_contiguous()
 
 
 def test_samples_of_image_latents_have_no_time(tmp_path):
