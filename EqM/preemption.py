@@ -1,4 +1,4 @@
-"""Ends a run on SIGTERM or SIGINT after a whole step, on every rank after the same one."""
+"""Ends a run on SIGTERM or SIGINT after a whole step, on every rank after the same one; before the first, at once."""
 
 import os
 import signal
@@ -16,16 +16,23 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command can go on later
 class StopSignals:
     """Notes the first SIGTERM or SIGINT; a later one ends the process at once, as if nothing noted it.
 
+    Before the first step has ended there is nothing to save, and the first one ends the process. A step may be a
+    minute away: it waits for the compiler, whose own processes a scheduler signals too, and some versions of torch
+    (2.11) wait for ever for those that are gone.
+
     Attributes:
         received: the name of the one that this process has had, or an empty text.
     """
 
     def __init__(self):
-        self.received, self.received_at = "", 0.0
+        self.received, self.received_at, self.has_stepped = "", 0.0, False
         self.flag = SharedFlag()
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def note(self, number: int, frame: FrameType | None) -> None:
+        if not self.has_stepped:
+            log.warning("stopped before the first step, with nothing to save: %s", signal.Signals(number).name)
+            os._exit(EXIT_STATUS)  # whatever it is waiting for
         if self.received and time.monotonic() > self.received_at + ONE_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -34,6 +41,7 @@ class StopSignals:
 
     def asked(self) -> bool:
         """True on every rank once any of them was asked to stop; all must call it after every step."""
+        self.has_stepped = True
         stopping = self.flag.raised(bool(self.received))
         if stopping:
             log.warning("stopping after this step: %s", self.received or "another process was asked to")

@@ -122,6 +122,26 @@ def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shape
     assert f"finished: results/{NAME} is at step {stopped_at + 2}" in finished.stdout
 
 
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "torchrun"])
+def test_a_signal_while_the_network_is_compiled_ends_a_run_at_once_and_resume_begins_it(shapes, tmp_path, launcher):
+    command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--max-steps", 2]
+    process = start_script(*command, "--compile", cwd=tmp_path, launcher=launcher)
+    log, end = tmp_path / "results" / NAME / "log.txt", time.monotonic() + 60
+    while not (log.exists() and "compiling the network" in log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (75 if not launcher else 1), said
+    assert "stopped before the first step, with nothing to save: SIGTERM" in said
+    assert "compiled in" not in said
+    assert not checkpoints(tmp_path / "results" / NAME)
+
+    again = run_script(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [row["step"] for row in metrics(tmp_path / "results" / NAME)] == [1, 2]
+
+
 def test_a_second_signal_ends_a_run_at_once(shapes, tmp_path):
     process = start_script("train.py", *SMALL, "--data-path", shapes, "--log-every", 1, cwd=tmp_path)
     wait_for_step(tmp_path, 2, process)
