@@ -16,9 +16,9 @@ EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command can go on later
 class StopSignals:
     """Notes the first SIGTERM or SIGINT; a later one ends the process at once, as if nothing noted it.
 
-    Before the first step has ended there is nothing to save, and the first one ends the process. A step may be a
-    minute away: it waits for the compiler, whose own processes a scheduler signals too, and some versions of torch
-    (2.11) wait for ever for those that are gone.
+    Before the first step has ended there is nothing to save, and a signal ends the process with EXIT_STATUS at once.
+    That step may be minutes away: it waits for the compiler, whose own processes a scheduler signals too, and torch
+    2.11 waits for ever for those that are gone.
 
     Attributes:
         received: the name of the one that this process has had, or an empty text.
