@@ -14,8 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from descents import Finished, Measure, norm_alone
-from sampling import Field, look_ahead
+from sampling import Field, Finished, Measure, look_ahead, norm_alone
 from transfers import read_later, to_device
 
 # Steps by which the host, which reads what has stopped, may be behind a GPU: meanwhile it draws new samples' noise.

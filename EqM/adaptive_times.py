@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from adaptive import Descent, Slots
-from descents import Finished, Watch, fixed_descents
-from fast import conditioned_field, replayed
+from draws import sample_noise
+from fast import replayed
+from fields import conditioned_field
 from precision import Precision
-from sampling import Field, gradient_descent, sample_noise
+from sampling import Field, Finished, Watch, fixed_descents, gradient_descent
 from transfers import read_later, to_device
 from workloads import NUM_CLASSES, Work
 

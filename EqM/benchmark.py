@@ -25,17 +25,16 @@ import distributed
 import scaling_times
 import throughput
 from adaptive_times import adaptive_times
-from cli import UserError
 from distributed import FirstRanks
+from errors import UserError
 from loader_rates import loader_rates
+from logs import device_name, start_log
 from precision import Precision, agree_on_precision
 from rank_losses import WINDOWS, rank_losses
-from runs import device_name, start_log
 from saving_times import saving_times
 from scaling_times import SCALED, SCALED_QUICK
 from throughput import PRODUCT_SIDE, choose_precision
-from timing import GROUPS, start_over
-from workloads import FULL, LARGE, MIDDLE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Work
+from workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Work, start_over
 
 LOSS_STEPS = {"cuda": 100, "cpu": 20}
 

@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cli import UserError, is_out_of_memory
+from errors import UserError, is_out_of_memory
 from files import file_checksum, write_whole
 
 REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
@@ -136,18 +136,3 @@ def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:
     if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
         raise UserError(f"{source} holds no network's weights: give a checkpoint of an EqM network")
     return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict strictly.
-
-    Raises:
-        UserError: names or shapes differ; the text gives the first difference.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
-        if ours != theirs:
-            raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
-    network.load_state_dict(weights)

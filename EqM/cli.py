@@ -9,27 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
+
+from errors import UserError, is_lost_process, is_out_of_memory
 
 # How long a rank other than 0 waits before it prints: when every rank meets the same error,
 # rank 0 says it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 10
 MAX_SIDE = 16_384  # pixels or frames; more is a slip of the finger
-OUT_OF_MEMORY_WORDS = (
-    "DefaultCPUAllocator",
-    "std::bad_alloc",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-LOST_PROCESS_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 TOO_LARGE = 2**63  # what neither a seed nor a tensor's size can be
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can mend; its text says what is wrong and what to do."""
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
@@ -56,18 +44,6 @@ def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
         raise
     except KeyboardInterrupt:
         fail("interrupted", status=130)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """True for Python's, CUDA's and the CPU allocator's ways of saying that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
-
-
-def is_lost_process(error: Exception) -> bool:
-    """True where an exchange with other ranks failed, mostly because one has gone."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST_PROCESS_WORDS)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -16,11 +16,10 @@ from torch import Tensor
 
 import cli
 import distributed
+from logs import device_name, start_log
 from models import EqM
 from precision import Precision, agree_on_precision
-from runs import device_name, start_log
-from timing import start_over
-from workloads import RECIPE, SMALL, TINY, Sampling, Training, Work
+from workloads import RECIPE, SMALL, TINY, Sampling, Training, Work, start_over
 
 WINDOWS = 5  # parts of a training whose mean losses are compared
 LR = 5e-4

@@ -18,9 +18,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as transforms
 
 import distributed
-from cli import UserError
+from clips import Samples, window_length
 from data import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
-from loader import Samples, window_length
+from errors import UserError
 from pack import Pack, is_pack, open_pack, read_pack
 from packed_samples import PackedSamples, unpack
 from untrusted import open_image, open_video

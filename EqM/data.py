@@ -1,14 +1,10 @@
-"""Data sets of videos or images in folders: finding and checking the files.
-
-`python EqM/data.py PATH [--video]` prints what training would find there, in a pack too.
-"""
+"""Data sets of videos or images in folders: finding and checking the files."""
 
 import csv
 import os
 import re
 import struct
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +15,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from tqdm import tqdm
 
-import cli
-from cli import UserError
+from errors import UserError
 from untrusted import open_image
 from video import UnreadableVideo, VideoInfo, probe_video
 
@@ -238,44 +233,5 @@ def check_readable(found: Found, video: bool) -> None:
     if len(found.unreadable) > MAX_UNREADABLE * total:
         raise UserError(
             f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, as {path}: {reason}"
-            " (python EqM/data.py lists them)"
+            " (python EqM/check_data.py lists them)"
         )
-
-
-def summary(found: Found, video: bool) -> Iterator[str]:
-    """Lines that tell a person what was found."""
-    per_class = Counter(item.label for item in found.items)
-    kind = "clips" if video else "images"
-    yield f"{found.root}: {len(found.items)} {kind} of {len(found.classes)} classes"
-    for label, name in enumerate(found.classes):
-        yield f"  {name}: {per_class[label]}"
-    if video and found.items:
-        rates = Counter(round(item.video.frames_per_second, 2) for item in found.items)
-        yield "frames a second: " + ", ".join(f"{rate:g} ({n} clips)" for rate, n in sorted(rates.items()))
-        lengths = [len(item.video.times) for item in found.items]
-        shortest, longest = min(lengths), max(lengths)
-        yield f"frames a clip: {shortest} to {longest}, median {np.median(lengths):g}"
-    yield f"unreadable files: {len(found.unreadable)}"
-    for path, reason in found.unreadable:
-        yield f"  {path}: {reason}"
-
-
-def main() -> None:
-    parser = cli.ArgumentParser("Prints what training would find in a folder.")
-    parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
-    parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
-    args = parser.parse_args()
-    from pack import is_pack, open_pack  # which imports this file
-
-    if is_pack(args.path):
-        pack = open_pack(args.path)
-        print(pack.describe())
-        found, video = pack.found(), pack.settings.video
-    else:
-        found, video = scan(args.path, args.video), args.video
-    for line in summary(found, video):
-        print(line)
-
-
-if __name__ == "__main__":
-    cli.run(main, out_of_memory_advice="look at a smaller folder")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import UserError
+from errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 checks files, packs images or saves, which may take long
@@ -197,3 +197,14 @@ def data_parallel(network: nn.Module) -> nn.Module:
     # Every so many calls it times itself, and a CUDA graph cannot be recorded then.
     parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     return parallel
+
+
+def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
+    """The sample indices of this rank, cut into batches of nearly the same size."""
+    own, ranks = rank(), world_size()
+    if global_batch % ranks:
+        raise UserError(f"--global-batch-size {global_batch} is not a multiple of the {ranks} processes")
+    indices = range(own, num_samples, ranks)
+    num_batches = -(-len(indices) * ranks // global_batch)
+    share = -(-len(indices) // max(num_batches, 1))
+    return [indices[i * share : (i + 1) * share] for i in range(num_batches)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from models import EqM
+    pass
 
 ENERGIES = ("none", "dot", "l2")
 
@@ -44,23 +44,3 @@ def energy_gradient(kind: str, output: Callable[[Tensor], tuple[Tensor, Tensor]]
 def energy_of_field(x: Tensor, field: Tensor) -> Tensor:
     """−⟨x, f(x)⟩ over the number of elements, the `dot` energy read off any field: x, field (N, …) → (N,)."""
     return -(x.float() * field.float()).flatten(1).mean(1)
-
-
-@torch.no_grad()
-def sample_energy(network: "EqM", x: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1) -> Tensor:
-    """The energy −E of samples over their number of elements, low at the data, in float32: (N,).
-
-    Args:
-        network: one with an explicit energy.
-        x: (N, C, H, W) or (N, C, T, H, W), float32.
-        y: (N,) class labels; `num_classes` is the null class.
-        seconds_per_frame: (N,) or one for all; images have no use for it.
-
-    Raises:
-        ValueError: the network has none.
-    """
-    if network.energy == "none":
-        raise ValueError("the network has no explicit energy")
-    blocks, final = network.modulations(torch.zeros(len(x), device=x.device), y)
-    f, _ = network.output(x, blocks, final, seconds_per_frame)
-    return -energy(network.energy, x, f) / x[0].numel()

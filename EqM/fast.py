@@ -17,12 +17,9 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 import distributed
-from cli import is_out_of_memory
+from errors import is_out_of_memory
+from logs import log
 from models import EqM
-from runs import log
-from sampling import Field
-from training import Recipe, TrainingState, train_step
-from transfers import to_device
 
 # Of what a block would keep for going backward: below 1, GELU and LayerNorms are computed again, which
 # takes 6 of 17 activations' memory away for 2% of the time.
@@ -31,7 +28,6 @@ MEMORY_BUDGET = 0.8
 WARMUP_CALLS = 3
 # DistributedDataParallel rebuilds its buckets and times itself in its first ten.
 WARMUP_CALLS_DISTRIBUTED = 11
-UNKNOWN = 2**62  # a row that no table has, so that looking it up fails
 
 
 def add_compile_arg(parser: argparse._ActionsContainer) -> None:
@@ -46,82 +42,9 @@ def is_fast(args: argparse.Namespace, device: torch.device) -> bool:
     return device.type == "cuda" if args.compile is None else args.compile
 
 
-def training_step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) -> Callable[..., Tensor]:
-    """`train_step` as a function of x, y and seconds_per_frame, for batches of one size."""
-    step = partial(train_step, state, recipe)
-    if fast:
-        compile_network(state.working, recipe.micro_batch or batch, training=True)
-    on_gpu = state.device.type == "cuda"
-    return Graphed(step, state.generator, state.drop_half_step, together=True) if fast and on_gpu else step
-
-
-def conditioned_field(
-    network: EqM, batch: int, seconds_per_frame: float, fast: bool, recorded: bool = True
-) -> Callable[..., Field]:
-    """The network as labels (N,), and γ if it looks at it, ↦ field, for batches of one size.
-
-    Args:
-        recorded: where it is fast, a GPU replays each evaluation as a CUDA graph; not within another recording.
-    """
-    field = partial(network.field, seconds_per_frame=seconds_per_frame)
-    if fast:
-        compile_network(network, batch, training=False, seconds_per_frame=seconds_per_frame)
-    if recorded:
-        field = replayed(field, fast, network.pos_embed.device)
-
-    modulations = Modulations(network)
-
-    def conditioned(labels: Tensor, gamma: float = 0.0) -> Field:
-        blocks, final = modulations(labels, gamma)  # (depth, N, 6D), (N, 2D)
-        return lambda x: field(x, blocks, final)
-
-    return conditioned
-
-
 def replayed(function: Callable[..., Tensor], fast: bool, device: torch.device) -> Callable[..., Tensor]:
     """The function, as `Graphed` where it is to be fast on a GPU."""
     return Graphed(function) if fast and device.type == "cuda" else function
-
-
-class Modulations:
-    """What labels (N,) do to a network's blocks, (depth, N, 6D), and to its last layer, (N, 2D).
-
-    While γ stays what it is, it is computed once for each label: another batch of known labels takes a
-    look into a table. Nothing waits for the device; labels that lie on a GPU must be known already, from the host.
-    """
-
-    def __init__(self, network: EqM):
-        self.network = network
-        self.gamma = 0.0
-        self.known: set[int] = set()  # labels
-        self.rows = torch.full((network.num_classes + 1,), UNKNOWN, device=network.pos_embed.device)  # by label
-        self.firsts = torch.arange(len(network.blocks), device=self.rows.device)  # (depth,)
-        self.blocks: Tensor | None = None  # (depth, rows, 6D)
-        self.final: Tensor | None = None  # (rows, 2D)
-
-    def __call__(self, labels: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-        if gamma != self.gamma and not self.network.uncond:
-            self.gamma, self.known = gamma, set()
-        if not labels.is_cuda:
-            new = [label for label in dict.fromkeys(labels.tolist()) if label not in self.known]
-            labels = to_device(labels, self.rows.device)  # (N,)
-            if new:
-                self.add(torch.tensor(new))
-        rows = self.rows[labels]  # (N,)
-        depth, known = self.blocks.shape[:2]
-        each = (self.firsts[:, None] * known + rows).flatten()  # (depth·N,)
-        # Over the first of two axes: over the second of three it takes more than twice as long.
-        blocks = self.blocks.flatten(0, 1).index_select(0, each).unflatten(0, (depth, len(rows)))  # (depth, N, 6D)
-        return blocks, self.final.index_select(0, rows)
-
-    def add(self, labels: Tensor) -> None:
-        y, first = to_device(labels, self.rows.device), len(self.known)  # (n,)
-        parts, final = self.network.modulations(torch.full_like(y, self.gamma, dtype=torch.float32), y)
-        blocks = torch.stack(parts)  # (depth, n, 6D)
-        self.blocks = torch.cat([self.blocks, blocks], dim=1) if first else blocks
-        self.final = torch.cat([self.final, final]) if first else final
-        self.rows[y] = torch.arange(first, first + len(y), device=y.device)
-        self.known.update(labels.tolist())
 
 
 def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1) -> None:

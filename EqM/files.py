@@ -2,10 +2,14 @@
 
 import errno
 import fcntl
+import json
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from errors import UserError
 
 READ_BYTES = 2**22  # at a time
 
@@ -66,3 +70,57 @@ def file_checksum(path: Path, end: int | None = None) -> int:
         while left > 0 and (size := file.readinto(block[:left])):
             checksum, left = zlib.crc32(block[:size], checksum), left - size
     return checksum
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Makes the folder of a file; raises UserError where the file could not be written."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
+def write_json(path: Path, contents: dict) -> None:
+    """Writes a JSON file with a checksum of what it says, whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
+    text = json.dumps(contents | {"checksum": contents_checksum(contents)})
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote.
+
+    Raises:
+        OSError: it is missing or may not be read.
+        ValueError: it is damaged.
+    """
+    return checked(parse_json(path))
+
+
+def parse_json(path: Path) -> object:
+    """Any JSON file; raises as `read_json`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def checked(contents: object) -> dict:
+    """Takes the checksum off what a file of `write_json` holds; raises ValueError where it is not right."""
+    if not isinstance(contents, dict):
+        raise ValueError("no JSON object")
+    contents = dict(contents)
+    checksum = contents.pop("checksum", None)
+    if checksum != contents_checksum(contents):
+        raise ValueError("not with its checksum")
+    return contents
+
+
+def contents_checksum(contents: dict) -> int:
+    return zlib.crc32(json.dumps(contents).encode())

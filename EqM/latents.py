@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cli import UserError
-from loader import to_unit_range
+from errors import UserError
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 PIXEL_SIZE, IMAGE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one
@@ -131,3 +130,18 @@ def draw(moments: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     mean, std = moments.float().unbind(1)
     noise = torch.randn(mean.shape, device=mean.device, generator=generator)
     return (mean + std * noise) * scale
+
+
+def to_unit_range(x: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [−1, 1], any shape."""
+    return x.float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Values in [−1, 1], clipped, to uint8 pixels, any shape."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def encode(x: Tensor, vae: VAE | None) -> Tensor:
+    """uint8 pixels (N, 3, [T,] H, W) as the network's input: in [−1, 1], or the means of their scaled latents."""
+    return batch_moments(vae, x)[:, 0] * vae.space.scale if vae else to_unit_range(x)

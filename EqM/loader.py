@@ -10,95 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2 import functional as transforms
 
 import distributed
-from cli import UserError
-from data import MAX_UNREADABLE, Found, Item, unreadable_errors
+from clips import MAX_TRIES
+from data import MAX_UNREADABLE, Found
+from errors import UserError
 from transfers import to_device
-from untrusted import open_image
-from video import read_frames
 
-MAX_TRIES = 20  # files tried in place of an unreadable one
 MAX_AHEAD = 3  # batches on the device that it has not come to: each takes memory
-
-
-class Samples(Dataset):
-    """Samples as dicts, by key (epoch, index): the same key gives the same sample in any worker.
-
-    `x` is uint8, (3, T, size, size) for videos and (3, size, size) for images; `label` an int;
-    `seconds_per_frame` a float, 0 for images; `unreadable` the paths, a line each, that could
-    not be read and were replaced by others of the set.
-    """
-
-    def __init__(self, found: Found, image_size: int, clip_len: int, frame_interval: int, flip: bool, seed: int):
-        self.items = found.items
-        self.image_size, self.clip_len, self.frame_interval = image_size, clip_len, frame_interval
-        self.flip, self.seed = flip, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        _, index = key
-        place, mirror = keyed_uniforms(self.seed, [key])[0]
-        unreadable = []
-        for _ in range(MAX_TRIES):
-            item = self.items[index]
-            try:
-                x, seconds_per_frame = self.read(item, place)
-                break
-            except unreadable_errors(item.video is not None):
-                unreadable.append(item.path)
-                index = int(np.random.default_rng((self.seed, *key, len(unreadable))).integers(len(self.items)))
-        else:
-            # Not for training: `UnreadableLog` ends the run when it reads this many names.
-            frames = (self.clip_len,) if item.video else ()
-            x, seconds_per_frame = torch.zeros(3, *frames, self.image_size, self.image_size).byte(), 0.0
-        if self.flip and mirror < 0.5:
-            x = x.flip(-1)
-        seconds = np.float32(seconds_per_frame)
-        return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": "\n".join(unreadable)}
-
-    def read(self, item: Item, place: float) -> tuple[Tensor, float]:
-        """One file's sample, (3, [T,] size, size) uint8, and its seconds per frame; `place` in [0, 1) tells where."""
-        if item.video is None:
-            return read_image(item.path, self.image_size), 0.0
-        available = len(item.video.times)
-        start = int(place * (max(available - window_length(self.clip_len, self.frame_interval), 0) + 1))
-        places = [min(start + i * self.frame_interval, available - 1) for i in range(self.clip_len)]
-        frames = torch.from_numpy(read_frames(item.path, item.video, places, self.image_size))  # (T, H, W, 3)
-        return frames.permute(3, 0, 1, 2).contiguous(), self.frame_interval / item.video.frames_per_second
-
-
-def keyed_uniforms(seed: int, keys: list[tuple[int, int]]) -> np.ndarray:
-    """Two uniform numbers in [0, 1) for each key (epoch, index), (N, 2), from the seed and the key alone.
-
-    SplitMix64's mixing function (Steele, Lea & Flood 2014) over seed, epoch and index: a generator
-    for each sample would take longer than reading it from a pack.
-    """
-    golden, shifts = np.array([0x9E3779B97F4A7C15], np.uint64), [np.uint64(shift) for shift in (30, 27, 31, 11)]
-    factors = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-    def mix(z: np.ndarray) -> np.ndarray:
-        z = (z ^ (z >> shifts[0])) * factors[0]
-        z = (z ^ (z >> shifts[1])) * factors[1]
-        return z ^ (z >> shifts[2])
-
-    state = np.array([seed], np.uint64)
-    for part in np.array(keys, np.uint64).T:
-        state = mix(state + golden) ^ part  # (N,)
-    return np.stack([(mix(state + golden * np.uint64(i)) >> shifts[3]) * 2.0**-53 for i in (1, 2)], axis=1)
-
-
-def read_image(path: str, size: int) -> Tensor:
-    """An image resized so that its short side is `size`, and its centre: (3, size, size) uint8."""
-    with open_image(path) as image:
-        pixels = image.convert("RGB")
-    image = transforms.resize(pixels, [size], antialias=True)
-    return transforms.pil_to_tensor(transforms.center_crop(image, [size]))
-
-
-def window_length(clip_len: int, frame_interval: int) -> int:
-    """Frames of the file from a clip's first to its last."""
-    return 1 + (clip_len - 1) * frame_interval
 
 
 class EpochStream(Sampler[list[tuple[int, int]]]):
@@ -154,16 +73,6 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 def as_it_is(batch: dict) -> dict:
     """Collates what is a batch already."""
     return batch
-
-
-def to_unit_range(x: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [−1, 1], any shape."""
-    return x.float() / 127.5 - 1
-
-
-def to_pixels(x: Tensor) -> Tensor:
-    """Values in [−1, 1], clipped, to uint8 pixels, any shape."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 class DeviceLoader:

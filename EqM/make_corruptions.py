@@ -22,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
-from cli import UserError
 from data import find_loose_files
+from errors import UserError
 from untrusted import UnreadableVideo
 from video import iterate_frames, probe_video
 

@@ -8,27 +8,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-import distributed
 from adaptive import Descent, Slots
-from cli import UserError
-from descents import Finished, Measure, norm_alone
-from energy import sample_energy
 from fast import is_fast, replayed
-from models import EqM
+from fields import Composition
+from models import EqM, sample_energy
 from plan import Plan
-from sampling import Composition, Field, gradient_descent, integrate
+from sampling import Field, Finished, Measure, gradient_descent, integrate, norm_alone
 from traces import norm_and_energy
-
-
-def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
-    """The sample indices of this rank, cut into batches of nearly the same size."""
-    rank, ranks = distributed.rank(), distributed.world_size()
-    if global_batch % ranks:
-        raise UserError(f"--global-batch-size {global_batch} is not a multiple of the {ranks} processes")
-    indices = range(rank, num_samples, ranks)
-    num_batches = -(-len(indices) * ranks // global_batch)
-    share = -(-len(indices) // max(num_batches, 1))
-    return [indices[i * share : (i + 1) * share] for i in range(num_batches)]
 
 
 def composition_of(args: argparse.Namespace, network: EqM, plan: Plan) -> Composition:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import cli
-from cli import UserError
 from energy import ENERGIES
+from errors import UserError
 
 LABEL_DROPOUT = 0.1
 PATHS = ("Linear", "GVP", "VP")

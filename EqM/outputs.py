@@ -13,10 +13,10 @@ import av
 import numpy as np
 from torch import Tensor
 
-from cli import UserError
-from descents import Finished
+from errors import UserError
 from pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision
+from sampling import Finished
 from starts import Starts
 from traces import TRACED
 from transfers import read_later
@@ -26,17 +26,6 @@ SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
 WRITERS = 4  # threads that encode and write samples, one each
 # Groups of samples that wait for either while more are made.
 GROUPS_READ, GROUPS_WRITTEN = 1, 2
-
-
-def check_writable(flag: str, path: Path) -> None:
-    """Makes the folder of a file; raises UserError where the file could not be written."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder: give a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

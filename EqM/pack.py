@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError
 from data import Found, Item
-from files import file_checksum
-from pack_settings import Settings, read_json, read_settings, shard_path
+from errors import UserError
+from files import file_checksum, read_json
+from pack_settings import Settings, read_settings, shard_path
 from video import VideoInfo
 
 MAX_MAPPED = 256  # shards a process holds open: each takes a file descriptor

@@ -1,15 +1,13 @@
 """What a pack is made from and how, where its parts lie, and the JSON files that it is described in."""
 
-import json
 import shlex
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
-from files import write_whole
+from errors import UserError
+from files import checked, parse_json
 
 FORMAT, VERSION = "EqM pack", 2
 # Packing loses one shard a process where it is interrupted, and a damaged one is made anew as a whole.
@@ -75,49 +73,6 @@ class Settings:
 def shard_path(folder: Path, number: int) -> Path:
     """A shard's frames; its items lie beside it, as .json."""
     return folder / f"shard-{number:05d}.bin"
-
-
-def write_json(path: Path, contents: dict) -> None:
-    """Writes a JSON file with a checksum of what it says, whole or not at all.
-
-    Raises:
-        OSError: the disk is full, or cannot be written.
-    """
-    text = json.dumps(contents | {"checksum": contents_checksum(contents)})
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict:
-    """What `write_json` wrote.
-
-    Raises:
-        OSError: it is missing or may not be read.
-        ValueError: it is damaged.
-    """
-    return checked(parse_json(path))
-
-
-def parse_json(path: Path) -> object:
-    """Any JSON file; raises as `read_json`."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-
-
-def checked(contents: object) -> dict:
-    """Takes the checksum off what a file of `write_json` holds; raises ValueError where it is not right."""
-    if not isinstance(contents, dict):
-        raise ValueError("no JSON object")
-    contents = dict(contents)
-    checksum = contents.pop("checksum", None)
-    if checksum != contents_checksum(contents):
-        raise ValueError("not with its checksum")
-    return contents
-
-
-def contents_checksum(contents: dict) -> int:
-    return zlib.crc32(json.dumps(contents).encode())
 
 
 def read_settings(folder: Path) -> Settings | None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from loader import keyed_uniforms, window_length
+from clips import window_length
+from draws import keyed_uniforms
 from pack import Pack
 
 

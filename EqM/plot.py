@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import cli
-from cli import UserError
+from errors import UserError
+from logs import log, start_log
 from pictures import write_png
 from plots import COLOURS, Axis, Points, panels, plot
-from runs import log, read_metrics, start_log
+from record import read_metrics
 
 # What metrics.jsonl calls it, what a panel is called, whether it is smoothed, whether its axis begins at 0.
 PANELS = (

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import logging
 import os
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import distributed
+from logs import log
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The first CUDA capability with matrix units for the type. Older cards emulate bf16, slowly,
@@ -114,3 +116,8 @@ def agree_on_precision(
     torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = choice.tf32
     return choice
+
+
+def log_precision(precision: Precision) -> None:
+    """Says what a run computes in: a warning, with the reason, where that is not what was asked for."""
+    log.log(logging.WARNING if precision.reason else logging.INFO, "precision: %s", precision)

@@ -6,7 +6,7 @@ import time
 from types import FrameType
 
 from distributed import SharedFlag
-from runs import log
+from logs import log
 
 # A scheduler signals every process of a job, and torchrun hands its own signal on: those are one request.
 ONE_REQUEST_S = 1.0

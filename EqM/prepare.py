@@ -16,14 +16,13 @@ from tqdm import tqdm
 
 import cli
 import distributed
-from cli import UserError
 from data import check_readable, find_files
-from files import leftovers, lock
+from errors import UserError
+from files import leftovers, lock, write_json
 from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, load_vae
 from pack import Pack, build_index, find_damage, read_index, read_shard_records
-from pack_settings import FORMAT, VERSION, Settings, read_settings, shard_path, write_json
-from packing import Plan, name_in, pack_shards
-from shards import disk_errors
+from pack_settings import FORMAT, VERSION, Settings, read_settings, shard_path
+from packing import Plan, disk_errors, name_in, pack_shards
 
 PARTS = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
 

@@ -20,17 +20,18 @@ from tqdm import tqdm
 
 import cli
 import distributed
-from cli import is_out_of_memory
-from fast import conditioned_field
-from loader import to_pixels
-from methods import batches_of_rank, sample_batch
+from distributed import batches_of_rank
+from errors import is_out_of_memory
+from fields import conditioned_field
+from latents import to_pixels
+from logs import log
+from methods import sample_batch
 from models import EqM
 from objective import Objective
 from outputs import Output
 from pictures import contact_sheet, write_png
 from plan import Plan
 from preemption import StopSignals
-from runs import log
 from sampling import MU, STEPS, STEPSIZE
 from source import Source
 from starts import Starts

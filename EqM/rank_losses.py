@@ -16,8 +16,7 @@ import distributed
 from distributed import FirstRanks
 from objective import Objective
 from precision import Precision
-from timing import start_over
-from workloads import NUM_CLASSES, RECIPE, Training, Work, part_of_rank
+from workloads import NUM_CLASSES, RECIPE, Training, Work, part_of_rank, start_over
 
 WINDOWS = 5  # parts of a training whose mean losses are compared
 LR = 5e-4

@@ -11,9 +11,10 @@ from pathlib import Path
 import distributed
 from checkpoint import is_sealed
 from checkpoint_writer import checkpoints
-from cli import UserError
+from errors import UserError
 from files import leftovers, lock
-from runs import create_run_folder, log, run_folders
+from logs import log
+from runs import create_run_folder, run_folders
 
 # The loading processes of a run that was killed hold its lock until they notice, some seconds later.
 LOCK_PATIENCE_S = 20

@@ -16,21 +16,20 @@ from tqdm import tqdm
 import cli
 import distributed
 from adaptive import summary
-from config import add_known_args, class_names
-from descents import Watch, fixed_descents
-from fast import add_compile_arg, conditioned_field, is_fast
-from latents import VAE
-from loader import to_pixels
-from methods import adaptive_samples, batches_of_rank, composition_of, measure_of, sample_batch
+from distributed import batches_of_rank
+from fast import add_compile_arg, is_fast
+from fields import conditioned_field
+from latents import VAE, to_pixels
+from logs import log, start_log
+from methods import adaptive_samples, composition_of, measure_of, sample_batch
 from models import EqM
 from outputs import Output, Report, Writer, write_npz, write_sheet, write_table
 from plan import Plan, make_plan
-from precision import add_precision_args, agree_on_precision, requested_precision
-from runs import log, log_precision, start_log
-from sampling import MU, STEPS, STEPSIZE
+from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from sampling import MU, STEPS, STEPSIZE, Watch, fixed_descents
 from starts import add_start_args
 from traces import TRACED, write_evaluations, write_trace
-from trained import open_network
+from trained import add_known_args, class_names, open_network
 from transfers import to_device
 
 SAMPLERS = ("gd", "ngd", "euler")

@@ -6,9 +6,9 @@ networks or ranks; x stays in float32.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,52 +73,80 @@ def value_norms(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(value.float().flatten(1), dim=1) / math.sqrt(value[0].numel())
 
 
-class Composition:
-    """Sums Σ wₖ·gₖ of the guided fields gₖ = u + s·(cₖ − u) of classes, each in one batched call.
+# From samples' classes (N,), the points x (N, …) and the field's values there to numbers (N, K), the norm first.
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    Fields are gradients of energies, so that their sum is the gradient of the sum (Du, Li & Mordatch 2020,
-    arXiv 2004.06030). The unconditional field u is the same for all classes: one row of labels more.
+
+def norm_alone(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
+    """The Measure of the norm: (N, 1)."""
+    return value_norms(value)[:, None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A sample x (…) in float32, and how often its field was evaluated; what was measured each time or the last."""
+
+    index: int
+    x: Tensor
+    evaluations: int
+    measured: list[list[float]]
+
+    @property
+    def final_norm(self) -> float:
+        return self.measured[-1][0]
+
+
+class Watch:
+    """Measures the descent of samples as `gradient_descent` shows it: the last step of it, or `every` one."""
+
+    def __init__(self, measure: Measure, y: Tensor, every: bool):
+        self.measure, self.y, self.every = measure, y, every
+        self.steps: list[Tensor] = []  # (N, K) each
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, point: Tensor, value: Tensor) -> None:
+        self.last = point, value
+        if self.every:
+            self.steps.append(self.measure(self.y, point, value))
+
+    def read(self) -> list[list[list[float]]]:
+        """What was measured of each sample. To be called before the field is, since that may overwrite its value."""
+        return torch.stack(self.steps or [self.measure(self.y, *self.last)], dim=1).tolist()
+
+
+def fixed_descents(
+    sample: Callable[[Sequence[int], Tensor, Iterable, Watch], Tensor],
+    starts: Callable[[Sequence[int]], Tensor],
+    labels: Callable[[Sequence[int]], Tensor],
+    batches: Sequence[Sequence[int]],
+    steps: int,
+    traced: int,
+    progress: Callable[[int], object],
+    measure: Measure = norm_alone,
+) -> Iterator[list[Finished]]:
+    """Samples batch by batch, each after the same number of steps.
 
     Args:
-        weights: wₖ, one for each class of a sum.
-        scale: s of classifier-free guidance, or one for each channel; where all are 1, u is not evaluated.
-        device: where the fields are.
-
-    Attributes:
-        rows: evaluations of the network that one of the sum takes.
+        sample: makes samples (N, …) of indices from where they start, in steps that it iterates over, and shows
+            each to the watch.
+        starts: from indices to where samples start, (N, …); called one batch ahead.
+        labels: from indices to classes (N,).
+        traced: the samples of the first so many indices are measured at each step.
+        progress: gets the number of evaluations as they are made.
     """
+    size = max(map(len, batches), default=0)
 
-    def __init__(
-        self, weights: Sequence[float], null_class: int, scale: float | Sequence[float], device: torch.device | str
-    ):
-        w, s = torch.tensor(weights)[:, None], torch.tensor(scale, dtype=torch.float32).view(1, -1)  # (K, 1), (1, C)
-        self.null_class, self.guides = null_class, bool((s != 1).any())
-        self.coefficients = (torch.cat([w * s, w.sum() * (1 - s)]) if self.guides else w).to(device)  # (R, C or 1)
-        self.rows = len(self.coefficients)
-        self.is_plain = self.rows == 1 and weights[0] == 1
+    def counted_steps(samples: int) -> Iterator[int]:
+        for step in range(steps):
+            yield step
+            progress(samples)
 
-    def field(self, conditioned: Callable[[Tensor], Field], y: Tensor) -> Field:
-        """The field of classes y (K, N), of N samples, from the function that gives a batch of labels its field."""
-        if self.is_plain:
-            return conditioned(y[0])
-        rows = torch.cat([y, torch.full_like(y[:1], self.null_class)]) if self.guides else y  # (R, N)
-        every = conditioned(rows.flatten())  # of a batch of RN
-
-        def field(x: Tensor) -> Tensor:
-            fields = every(torch.cat([x] * len(rows))).float().unflatten(0, rows.shape)  # (R, N, C, …)
-            return (fields * self.coefficients.view(len(rows), 1, -1, *[1] * (x.dim() - 2))).sum(0)  # (N, C, …)
-
-        return field
-
-
-def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (len(indices), *shape) on the CPU, each sample from (seed, its index) alone.
-
-    A sample thus starts from the same noise in any batch, on any device and in any process.
-    """
-
-    def draw(index: int) -> Tensor:
-        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(state))
-
-    return torch.stack([draw(index) for index in indices])
+    # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
+    padded = [[*indices, *[indices[-1]] * (size - len(indices))] for indices in batches]
+    following = map(starts, padded)
+    start = next(following, None)  # (N, …)
+    for indices, whole in zip(batches, padded, strict=True):
+        watch = Watch(measure, labels(whole), every=indices[0] < traced)
+        x = sample(whole, start, counted_steps(len(indices)), watch)  # (N, …)
+        start = next(following, None)  # drawn while a GPU is still descending
+        yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), watch.read(), strict=False)]

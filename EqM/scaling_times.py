@@ -10,9 +10,8 @@ import distributed
 from distributed import FirstRanks
 from fast import WARMUP_CALLS_DISTRIBUTED
 from precision import Precision
-from timing import seconds_a_call, start_over
 from training import Recipe
-from workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work
+from workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 
 COLUMNS = ("work", "scaling", "ranks", "batch a rank", "ms a step", "samples/s", "efficiency", "communication", "GB")
 

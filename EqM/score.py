@@ -21,23 +21,22 @@ from tqdm import tqdm
 
 import cli
 import distributed
-from cli import UserError
-from compose import class_index
-from config import add_known_args, class_names
+from clips import first_windows
 from contents import Content, open_path
 from data import unreadable_errors
-from energy import energy_of_field, sample_energy
-from latents import VAE
-from methods import batches_of_rank
-from models import EqM
-from outputs import check_writable
+from distributed import batches_of_rank
+from energy import energy_of_field
+from errors import UserError
+from files import check_writable
+from latents import VAE, encode
+from logs import log, start_log
+from models import EqM, sample_energy
 from pictures import write_png
+from plan import class_index
 from plots import histogram_plot
-from precision import add_precision_args, agree_on_precision, requested_precision
-from runs import log, log_precision, start_log
+from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
 from sampling import value_norms
-from starts import encode, first_windows
-from trained import open_network
+from trained import add_known_args, class_names, open_network
 
 SCORES = ("norm", "energy")
 

@@ -8,16 +8,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import distributed
-from cli import UserError
+from clips import Samples, window_length
 from config import network_settings
 from data import Found, scan_for_training
-from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae
-from loader import Samples, to_unit_range, window_length
+from draws import seed_draws
+from errors import UserError
+from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
+from logs import log
 from pack import Pack, is_pack, open_pack
 from packed_samples import PackedSamples, unpack
 from precision import Precision
-from runs import log
-from training import seed_draws
 
 POSTERIOR = 1  # sets the draws from the posterior apart from the step's own
 
@@ -132,3 +132,10 @@ def check_pack(args: argparse.Namespace, pack: Pack) -> None:
             raise UserError(
                 f"{args.data_path} was made with {flag} {value}, and this run asks for {asked}: leave it out"
             )
+
+
+def check_classes(found: Found, asked: int | None) -> int:
+    """The number of classes to build the network for."""
+    if asked and asked < len(found.classes):
+        raise UserError(f"--num-classes {asked} is less than the data's {len(found.classes)} classes")
+    return asked or len(found.classes)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 import cli
 import distributed
-from cli import UserError
-from data import Found, Item, check_files, find_loose_files, unreadable_errors
-from latents import VAE, batch_moments
-from loader import Samples, to_unit_range
+from clips import Samples, first_windows
+from data import Item, check_files, find_loose_files, unreadable_errors
+from draws import sample_noise
+from errors import UserError
+from latents import VAE, encode
+from logs import log
 from objective import Objective
-from runs import log
-from sampling import sample_noise
 
 INIT_NOISE = 0.5  # where --init-noise is not given
 
@@ -92,22 +92,6 @@ class Starts:
             return self.window.read(item, 0.0)[0]
         except unreadable_errors(item.video is not None) as error:
             raise UserError(f"--init: {item.path} cannot be read: {error}: remove it") from None
-
-
-def first_windows(config: dict) -> Samples:
-    """What reads files as the checkpoint's training did: its size, frames and frame interval.
-
-    Of each clip it is to read the first window, `read(item, 0.0)`.
-    """
-    size, pixels = config["network"]["input_size"], (config.get("vae") or {}).get("downsampling", 1)
-    clip_len, side = (1, size) if isinstance(size, int) else (size[0], size[-1])
-    interval = config.get("args", {}).get("frame_interval", 1)
-    return Samples(Found("", (), (), ()), side * pixels, clip_len, interval, flip=False, seed=0)
-
-
-def encode(x: Tensor, vae: VAE | None) -> Tensor:
-    """uint8 pixels (N, 3, [T,] H, W) as the network's input: in [−1, 1], or the means of their scaled latents."""
-    return batch_moments(vae, x)[:, 0] * vae.space.scale if vae else to_unit_range(x)
 
 
 def choose_starts(

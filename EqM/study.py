@@ -28,9 +28,10 @@ import torch
 from tqdm import tqdm
 
 import cli
-from cli import UserError
+from errors import UserError
+from logs import device_name
 from pictures import write_png
-from runs import device_name, read_metrics
+from record import read_metrics
 from study_tables import Cell, loss_curves, quality_by_evaluations, tables
 
 HERE = Path(__file__).resolve().parent

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descents import Measure
 from energy import energy_of_field
 from pictures import write_png
 from plots import histogram_plot, line_plot
-from sampling import value_norms
+from sampling import Measure, value_norms
 
 TRACED = 8  # how many of the first samples
 QUANTITIES = ("norm", "energy")

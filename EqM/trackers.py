@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 
 import distributed
-from cli import UserError
+from errors import UserError
+from logs import log
 from pictures import gif
-from runs import log
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,24 @@ import cli
 import distributed
 from checkpoint import load_checkpoint
 from checkpoint_writer import CheckpointWriter
-from cli import UserError
-from config import check_classes, check_resumable, make_config, network_settings
+from config import check_resumable, make_config, network_settings
 from data import Found
-from fast import add_compile_arg, is_fast, training_step
+from draws import seed_draws
+from errors import UserError
+from fast import add_compile_arg, is_fast
 from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader
+from logs import device_name, log, start_log
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
-from precision import add_precision_args, agree_on_precision, make_deterministic, requested_precision
+from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
 from preemption import EXIT_STATUS, StopSignals
 from previews import Previews, add_preview_args
+from record import Metrics
 from resume import Start, find_start, is_finished, launcher, log_changes, new_folder
-from runs import Metrics, device_name, log, log_precision, start_log, write_config
-from source import Source, open_source
+from runs import write_config
+from source import Source, check_classes, open_source
 from trackers import add_tracker_args, check_trackers, start_trackers
-from training import Recipe, TrainingState, seed_draws
+from training import Recipe, TrainingState, training_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
 DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}

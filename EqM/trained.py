@@ -4,11 +4,12 @@ import argparse
 
 import torch
 
-from checkpoint import check_written_here, load_file, load_weights, network_weights
-from cli import UserError
-from config import check_flags, published_config
-from latents import VAE, load_vae
-from models import EqM, build_network
+import cli
+from checkpoint import check_written_here, load_file, network_weights
+from energy import ENERGIES
+from errors import UserError
+from latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
+from models import EqM, EqM_models, build_network, load_weights
 from precision import Precision
 
 
@@ -47,3 +48,53 @@ def open_network(args: argparse.Namespace, device: torch.device, precision: Prec
     network = build_network(config["network"])
     load_weights(network, weights, args.ckpt)
     return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae
+
+
+def published_config(args: argparse.Namespace, num_classes: int, space: LatentSpace) -> dict:
+    """The config of a published image checkpoint, which carries none: --model, and the VAE's space, tell."""
+    side = space.side(args.image_size or IMAGE_SIZE)
+    network = {"model": args.model, "input_size": side, "in_channels": space.channels, "num_classes": num_classes}
+    return {
+        "network": network | {"temporal_patch": 1, "energy": args.ebm or "none"},
+        "classes": [str(i) for i in range(num_classes)],
+        "frames_per_second": None,
+        "precision": {"name": "another program"},
+        "vae": space.as_dict(),
+    }
+
+
+def add_known_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `check_flags` compares with a checkpoint."""
+    known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
+    known.add_argument("--model", choices=EqM_models, metavar="NAME")
+    known.add_argument("--video", action="store_true", default=None)
+    known.add_argument("--clip-len", type=cli.side)
+    known.add_argument("--image-size", type=cli.side)
+    known.add_argument("--num-classes", type=cli.positive_int)
+    known.add_argument("--ebm", choices=ENERGIES)
+
+
+def check_flags(args: argparse.Namespace, config: dict) -> None:
+    """Raises UserError, with both values, where a flag contradicts the checkpoint."""
+    network = config["network"]
+    size, pixels = network["input_size"], (config.get("vae") or {}).get("downsampling", 1)
+    video = not isinstance(size, int)
+    trained = {
+        "model": network["model"],
+        "video": video,
+        "clip_len": size[0] if video else 1,
+        "image_size": (size[-1] if video else size) * pixels,
+        "num_classes": network["num_classes"],
+        "ebm": network.get("energy", "none"),
+    }
+    for name, value in trained.items():
+        asked = getattr(args, name)
+        if asked is not None and asked != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {asked} contradicts the checkpoint, which was trained with {value}: leave it out")
+
+
+def class_names(config: dict) -> list[str]:
+    """The names of all classes that the network knows; those without data are called by their index."""
+    names = config["classes"]
+    return names + [str(i) for i in range(len(names), config["network"]["num_classes"])]

@@ -9,15 +9,16 @@ CUDA graph.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import distributed
-from checkpoint import load_weights
-from cli import UserError
+from errors import UserError
+from fast import Graphed, compile_network
+from models import load_weights
 from objective import Objective, drop_labels
 from precision import Precision
 
@@ -214,11 +215,6 @@ def flatten(weights: list[nn.Parameter]) -> Tensor:
     return flat
 
 
-def seed_draws(generator: torch.Generator, *place: int) -> None:
-    """Sets the next random numbers by (seed, samples drawn before, rank) alone: a resumed run repeats them."""
-    generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
-
-
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """A step's noise in x's shape, γ (N,), and a uniform number per label (N,)."""
     n = x.shape[0]
@@ -283,3 +279,12 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
     state.weights.grad = None
     state.finish_update(recipe.ema_decay_at(state.updates), loss, grad_norm)
     return torch.stack([loss, grad_norm])
+
+
+def training_step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) -> Callable[..., Tensor]:
+    """`train_step` as a function of x, y and seconds_per_frame, for batches of one size."""
+    step = partial(train_step, state, recipe)
+    if fast:
+        compile_network(state.working, recipe.micro_batch or batch, training=True)
+    on_gpu = state.device.type == "cuda"
+    return Graphed(step, state.generator, state.drop_half_step, together=True) if fast and on_gpu else step

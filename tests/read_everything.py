@@ -12,9 +12,11 @@ import resource
 import sys
 from pathlib import Path
 
+from clips import Samples
 from data import scan_for_training
-from loader import EpochStream, Samples, UnreadableLog, keyed_uniforms, make_loader
-from runs import process_memory_gb
+from draws import keyed_uniforms
+from loader import EpochStream, UnreadableLog, make_loader
+from record import process_memory_gb
 from video import UnreadableVideo
 
 BATCH = 50

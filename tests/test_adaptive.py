@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adaptive import Descent, Slots, summary
-from descents import Finished, Watch, fixed_descents, norm_alone
-from sampling import gradient_descent, sample_noise, value_norms
+from draws import sample_noise
+from sampling import Finished, Watch, fixed_descents, gradient_descent, norm_alone, value_norms
 from traces import norm_and_energy
 
 CPU = torch.device("cpu")

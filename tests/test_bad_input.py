@@ -140,7 +140,7 @@ def test_a_flag_that_cannot_be_meant_is_refused(run, script, flags, words):
 
 
 @pytest.mark.parametrize(
-    ("script", "flag"), [("train.py", "--data-path"), ("sample_gd.py", "--ckpt"), ("data.py", "path")]
+    ("script", "flag"), [("train.py", "--data-path"), ("sample_gd.py", "--ckpt"), ("check_data.py", "path")]
 )
 def test_a_flag_that_is_needed_is_named(run, script, flag):
     assert_refused(run(script), script, "required", flag)
@@ -243,10 +243,10 @@ def test_training_refuses_data_that_it_cannot_use(run, shapes, tmp_path, make):
 @pytest.mark.parametrize("make", [missing, a_file, empty, no_videos, splits, a_file_without_a_class])
 def test_the_listing_refuses_data_without_files_or_classes(run, shapes, tmp_path, make):
     words = make(tmp_path / "data", shapes)
-    assert_refused(run("data.py", tmp_path / "data", "--video"), "data.py", *words)
+    assert_refused(run("check_data.py", tmp_path / "data", "--video"), "data.py", *words)
 
 
-@pytest.mark.parametrize("script", ["train.py", "data.py"])
+@pytest.mark.parametrize("script", ["train.py", "check_data.py"])
 def test_videos_without_the_video_flag_are_told_of_it(run, shapes, script):
     arguments = ["--data-path", shapes, "--model", "EqM-Ti/4"] if script == "train.py" else [shapes]
     assert_refused(run(script, *arguments), script, shapes, "no class folders of images", "--video")
@@ -521,7 +521,7 @@ def test_the_scripts_say_one_line_in_a_process_of_their_own(tmp_path):
     cases = [
         ("train.py", ["--data-path", "gone", *SMALL], "gone"),
         ("sample_gd.py", ["--ckpt", "gone.pt"], "gone.pt"),
-        ("data.py", ["gone", "--video"], "gone"),
+        ("check_data.py", ["gone", "--video"], "gone"),
     ]
     for script, arguments, word in cases:
         assert_refused(run_script(script, *arguments, cwd=tmp_path), script, word, folder=tmp_path)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from cli import UserError
-from compose import class_index, parse_sum
+from errors import UserError
+from plan import class_index, parse_sum
 
 NAMES = ["CircleRight", "Walk-Left", "Jump + Run", "it's", "4", "Über"]
 

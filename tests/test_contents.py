@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError
+from clips import Samples
 from conftest import make_pack
 from contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path, read_npz
 from data import Found
-from loader import Samples
+from errors import UserError
 from video import probe_video, read_frames, write_video
 
 

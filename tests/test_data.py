@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cli import UserError
+from check_data import summary
+from clips import Samples, window_length
 from conftest import run_script
-from data import Found, Item, find_files, scan, scan_for_training, summary
-from loader import EpochStream, Samples, UnreadableLog, make_loader, to_pixels, to_unit_range, window_length
+from data import Found, Item, find_files, scan, scan_for_training
+from errors import UserError
+from latents import to_pixels, to_unit_range
+from loader import EpochStream, UnreadableLog, make_loader
 from make_moving_shapes import write_avi
 from video import VideoInfo, write_video
 
@@ -177,7 +180,7 @@ def test_the_listing_says_classes_rates_lengths_and_unreadable_files(tmp_path):
     make_set(root, ramp(10), count=3)
     write_video(root / "B" / "fast.mp4", ramp(6, 16), 30)
     (root / "A" / "broken.avi").write_text("no video")
-    result = run_script("data.py", root, "--video", cwd=tmp_path)
+    result = run_script("check_data.py", root, "--video", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.splitlines() == [
         f"{root}: 4 clips of 2 classes",

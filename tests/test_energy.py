@@ -17,13 +17,15 @@ import throughput
 from checkpoint import save_checkpoint
 from config import check_resumable
 from conftest import SMALL, make_pack, run_script
-from energy import energy, sample_energy
-from fast import compile_network, conditioned_field, training_step
-from models import EqM
+from draws import seed_draws
+from energy import energy
+from fast import compile_network
+from fields import Composition, conditioned_field
+from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
-from sampling import Composition, gradient_descent
-from training import Recipe, TrainingState, network_loss, seed_draws
+from sampling import gradient_descent
+from training import Recipe, TrainingState, network_loss, training_step
 from workloads import QUICK, QUICK_BY_NAME, Training
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from cli import UserError
 from conftest import ROOT, make_pack, run_command, run_script, run_torchrun
+from errors import UserError
 from video import probe_video, read_frames, write_video
 
 

@@ -16,13 +16,15 @@ import torch.distributed as dist
 import compare
 from adaptive import Descent, Slots
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from fast import Graphed, conditioned_field, training_step
+from draws import sample_noise, seed_draws
+from fast import Graphed
+from fields import Composition, conditioned_field
 from models import EqM
 from pictures import read_png
 from precision import Precision
-from sampling import Composition, gradient_descent, sample_noise
-from timing import start_over
-from training import Recipe, TrainingState, seed_draws
+from sampling import gradient_descent
+from training import Recipe, TrainingState, training_step
+from workloads import start_over
 
 CPU = torch.device("cpu")
 PRECISIONS = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import features
-from cli import UserError
+from errors import UserError
 from features import open_features, pixel_features
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import judge
-from cli import UserError
+from errors import UserError
 from judge import small, train_judge, words
 from make_moving_shapes import render_clip
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError
 from conftest import ROOT, run_command, run_script
 from data import Found
+from errors import UserError
 from latents import batch_moments, draw, load_vae
 from models import EqM_models
 from pictures import read_png

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from cli import UserError
+from errors import UserError
 from objective import PATHS, SCHEDULES, Objective, add_objective_args, crowding, drop_labels, objective_of
 
 # E[c²] = λ²·(a + (1 − a)/3) at the defaults a = 0.8, λ = 4.

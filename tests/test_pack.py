@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import UserError
+from clips import Samples
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
 from data import scan
+from errors import UserError
 from files import file_checksum
-from loader import EpochStream, Samples, make_loader
+from loader import EpochStream, make_loader
 from pack import is_pack, open_pack, read_pack
 from pack_settings import shard_path
 from packed_samples import PackedSamples, unpack
@@ -85,7 +86,7 @@ def test_an_image_pack_gives_the_batches_that_the_files_give(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 5, 32])
 def test_items_of_a_shard_follow_one_another_whatever_the_chunks(shapes, tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("pack_settings.MIN_SHARDS", 3)
-    monkeypatch.setattr("shards.CHUNK_FRAMES", chunk)
+    monkeypatch.setattr("packing.CHUNK_FRAMES", chunk)
     pack = make_pack(shapes, tmp_path / "pack")
     assert pack.shards.tolist() == [0] * 6 + [1] * 6 + [2] * 4
     files = Samples(scan(shapes, True, False), 16, 4, 3, True, 0)
@@ -196,7 +197,7 @@ def test_a_pack_has_what_the_scan_finds(tmp_path):
 
 
 def test_the_listing_of_a_pack_says_what_it_holds(packed, shapes):
-    result = run_script("data.py", packed, cwd=packed)
+    result = run_script("check_data.py", packed, cwd=packed)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     size = 16 * 16 * 16 * 16 * 3
@@ -263,7 +264,7 @@ def test_a_half_made_pack_is_refused_with_the_command_that_finishes_it(copied, s
     for opened in (is_pack, open_pack):
         with pytest.raises(UserError, match=f"half-made pack: run python EqM/prepare.py {shapes} {copied} --video"):
             opened(copied)
-    result = run_script("data.py", copied, cwd=copied)
+    result = run_script("check_data.py", copied, cwd=copied)
     assert result.returncode == 1
     assert "half-made pack" in result.stderr
     assert len(result.stderr.splitlines()) == 1
@@ -348,7 +349,7 @@ def without_privileges(script: str, *arguments: object, cwd: Path) -> subprocess
 )
 def test_a_file_that_may_not_be_read_is_one_line(copied, shapes, tmp_path, name, words):
     (copied / name).chmod(0)
-    result = without_privileges("data.py", copied, cwd=tmp_path)
+    result = without_privileges("check_data.py", copied, cwd=tmp_path)
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()[-1:]
     assert words in line
@@ -385,7 +386,7 @@ def test_data_with_files_of_a_packs_names_is_listed_as_plain_data(shapes, tmp_pa
     source = Path(shutil.copytree(shapes, tmp_path / "data"))
     for name in ("index.json", "settings.json"):
         (source / name).write_text('{"format": "of mine", "version": 1}')
-    result = run_script("data.py", source, "--video", cwd=tmp_path)
+    result = run_script("check_data.py", source, "--video", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "16 clips of 4 classes" in result.stdout
 

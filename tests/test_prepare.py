@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from cli import UserError
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
 from data import scan
+from errors import UserError
 from make_moving_shapes import write_avi
 from pack import is_pack, open_pack
 from packing import pack_shard, pack_shards

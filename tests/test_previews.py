@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-import runs
+import record
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data import Found
 from models import EqM_models
 from pictures import contact_sheet, read_png
 from precision import Precision
 from previews import SAMPLES, Previews
-from runs import Metrics
+from record import Metrics
 from source import Source
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
@@ -225,7 +225,7 @@ def test_a_resumed_run_replaces_the_sheets_after_its_checkpoint(shapes, tmp_path
 
 def test_seconds_of_sampling_do_not_count_as_training(tmp_path, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(record.time, "perf_counter", lambda: clock[0])
     rows = []
     metrics = Metrics(tmp_path, CPU, 0, 0, rows.append)
     clock[0] += 10

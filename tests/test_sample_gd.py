@@ -14,17 +14,18 @@ from PIL import Image
 import distributed
 import outputs
 from checkpoint import save_checkpoint
-from cli import UserError
 from conftest import run_script, run_torchrun
-from descents import Finished
-from fast import conditioned_field
-from methods import adaptive_samples, batches_of_rank, composition_of, sample_batch
+from distributed import batches_of_rank
+from draws import sample_noise
+from errors import UserError
+from fields import conditioned_field
+from methods import adaptive_samples, composition_of, sample_batch
 from models import EqM
 from objective import Objective
 from outputs import Output, Writer
 from pictures import read_png
 from plan import Plan
-from sampling import sample_noise
+from sampling import Finished
 from starts import Starts
 
 STEPS = ["--num-sampling-steps", 3]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sampling import Composition, Field, gradient_descent, integrate, sample_noise
+from draws import sample_noise
+from fields import Composition
+from sampling import Field, gradient_descent, integrate
 
 MINIMUM = torch.tensor([1.0, -2.0, 0.5])
 

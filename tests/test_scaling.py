@@ -17,9 +17,9 @@ import benchmark
 import distributed
 import rank_losses
 import scaling_times
-from cli import UserError
 from conftest import run_script, run_torchrun
 from distributed import FirstRanks
+from errors import UserError
 from precision import Precision
 from scaling_times import SCALED, SCALED_QUICK, ScalingRow
 from workloads import BASE, LARGE, SMALL, TINY, Training

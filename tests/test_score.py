@@ -13,7 +13,7 @@ import distributed
 import score
 from checkpoint import save_checkpoint
 from conftest import make_pack, run_script, run_torchrun
-from loader import to_unit_range
+from latents import to_unit_range
 from models import build_network
 from score import auroc, norm_and_energy
 from video import probe_video, read_frames, write_video

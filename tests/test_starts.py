@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from checkpoint import save_checkpoint
-from cli import UserError
 from conftest import run_script
-from loader import to_unit_range
+from draws import sample_noise
+from errors import UserError
+from latents import encode, to_unit_range
 from pictures import CAPTION_HEIGHT, MARGIN, read_png
-from sampling import gradient_descent, sample_noise
-from starts import Starts, choose_starts, encode
+from sampling import gradient_descent
+from starts import Starts, choose_starts
 from video import iterate_frames, probe_video, read_frames, write_video
 
 SHAPE = (3, 4, 16, 16)

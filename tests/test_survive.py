@@ -18,14 +18,15 @@ import torch
 
 from checkpoint import load_checkpoint, load_file, save_checkpoint
 from checkpoint_writer import CheckpointWriter, checkpoints
-from cli import UserError
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from draws import seed_draws
+from errors import UserError
 from files import lock
 from preemption import ONE_REQUEST_S
 from resume import find_start, newest_good
 from test_train import assert_same, load, metrics
 from test_training import FP16, FP32, RECIPE, new_state, same, weights
-from training import seed_draws, train_step
+from training import train_step
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 TRAIN = ["train.py", *SMALL, "--num-workers", 0, "--log-every", 4, "--ckpt-every", 3]

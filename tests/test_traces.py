@@ -5,11 +5,12 @@ import argparse
 import pytest
 import torch
 
-from fast import conditioned_field
+from draws import sample_noise
+from fields import conditioned_field
 from methods import composition_of, measure_of, sample_batch
 from models import EqM
 from plan import Plan
-from sampling import sample_noise, value_norms
+from sampling import value_norms
 from starts import Starts
 
 SECONDS = 0.12

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cli import UserError
 from conftest import SMALL, run_script
+from errors import UserError
 from pictures import gif, read_png
 from test_train import NAME, metrics, trained
 from trackers import Preview, Trackers

@@ -14,17 +14,19 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from checkpoint_writer import CheckpointWriter
+from clips import Samples
 from config import network_settings
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data import Found, Item, scan_for_training
-from loader import Samples, to_unit_range
+from draws import seed_draws
+from latents import to_unit_range
 from models import build_network
 from objective import Objective
 from precision import Precision
 from runs import create_run_folder
 from source import Source
 from train import parse_args, sample_limit, train
-from training import Recipe, TrainingState, draw_random_numbers, seed_draws
+from training import Recipe, TrainingState, draw_random_numbers
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 

@@ -8,10 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import distributed
-from cli import UserError
+from draws import seed_draws
+from errors import UserError
 from models import EqM
 from precision import Precision, resolve_precision
-from training import Recipe, TrainingState, draw_random_numbers, seed_draws, train_step
+from training import Recipe, TrainingState, draw_random_numbers, train_step
 
 CPU = torch.device("cpu")
 FP32, FP16 = resolve_precision("fp32", "cpu"), Precision("fp16", "fp16", torch.float16)

@@ -17,9 +17,9 @@ from PIL import Image
 
 import untrusted
 import video
+from clips import read_image
 from conftest import ROOT, run_command, run_script
 from data import UNREADABLE_IMAGE, probe_image
-from loader import read_image
 from test_video import H264, LEVELS, encode, encode_kind, grey
 from video import UnreadableVideo, iterate_frames, probe_video, read_frames
 
@@ -74,7 +74,7 @@ def test_pipes_and_devices_among_the_files_are_skipped_and_named(shapes, tmp_pat
     os.mkfifo(folder / f"pipe{suffix}")
     (folder / f"zeros{suffix}").symlink_to("/dev/zero")
     (folder / f"good{suffix}").write_bytes(next(shapes.glob("*/*.avi")).read_bytes() if flags else png(16, 16))
-    result = run_script("data.py", tmp_path / "data", *flags, cwd=tmp_path)
+    result = run_script("check_data.py", tmp_path / "data", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "  A: 1" in result.stdout.splitlines()
     assert "unreadable files: 2" in result.stdout

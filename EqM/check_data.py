@@ -1,0 +1,51 @@
+"""Prints what training would find in a folder or a pack.
+
+python EqM/check_data.py datasets/ucf-101/train --video
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import cli
+from data import Found, scan
+from pack import is_pack, open_pack
+
+
+def summary(found: Found, video: bool) -> Iterator[str]:
+    """Lines that tell a person what was found."""
+    per_class = Counter(item.label for item in found.items)
+    kind = "clips" if video else "images"
+    yield f"{found.root}: {len(found.items)} {kind} of {len(found.classes)} classes"
+    for label, name in enumerate(found.classes):
+        yield f"  {name}: {per_class[label]}"
+    if video and found.items:
+        rates = Counter(round(item.video.frames_per_second, 2) for item in found.items)
+        yield "frames a second: " + ", ".join(f"{rate:g} ({n} clips)" for rate, n in sorted(rates.items()))
+        lengths = [len(item.video.times) for item in found.items]
+        shortest, longest = min(lengths), max(lengths)
+        yield f"frames a clip: {shortest} to {longest}, median {np.median(lengths):g}"
+    yield f"unreadable files: {len(found.unreadable)}"
+    for path, reason in found.unreadable:
+        yield f"  {path}: {reason}"
+
+
+def main() -> None:
+    parser = cli.ArgumentParser("Prints what training would find in a folder.")
+    parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
+    parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
+    args = parser.parse_args()
+    if is_pack(args.path):
+        pack = open_pack(args.path)
+        print(pack.describe())
+        found, video = pack.found(), pack.settings.video
+    else:
+        found, video = scan(args.path, args.video), args.video
+    for line in summary(found, video):
+        print(line)
+
+
+if __name__ == "__main__":
+    cli.run(main, out_of_memory_advice="look at a smaller folder")

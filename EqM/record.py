@@ -1,0 +1,139 @@
+"""The record of a run: the lines of metrics.jsonl, and memory."""
+
+import json
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import distributed
+from errors import UserError
+from files import write_whole
+from logs import log
+
+
+class Metrics:
+    """Writes the lines of metrics.jsonl and of the log; on rank 0 `also` gets each line's values."""
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        samples: int,
+        step: int,
+        also: Callable[[dict], None] = lambda row: None,
+    ):
+        self.path, self.device, self.also = folder / "metrics.jsonl", device, also
+        if distributed.is_main() and self.path.exists():
+            try:
+                self.cut(step)
+            except OSError as error:
+                log.error("%s keeps the lines after step %d: %s", self.path, step, error.strerror)
+        self.start = self.since = time.perf_counter()
+        self.samples = samples
+
+    def write(self, means: Tensor, samples: int, waiting_s: float, **counters: float) -> float:
+        """Averages over the ranks, and writes the result.
+
+        Every rank must call it. `means` (3,) is this rank's loss, gradient norm and largest gradient norm
+        since the last line, `samples` those of all ranks so far, `waiting_s` how long this rank has waited
+        for data since the last line;
+        `counters` (step, epoch, …) go into the line as they are.
+
+        Returns:
+            Minutes since the start, the same on all ranks.
+        """
+        now = time.perf_counter()
+        times = means.new_tensor([(now - self.start) / 60, waiting_s / (now - self.since)])
+        loss, grad_norm, largest_grad_norm, minutes, waiting = distributed.mean(torch.cat([means, times])).tolist()
+        row = counters | {
+            "minutes": round(minutes, 3),
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "largest_grad_norm": largest_grad_norm,
+            "samples_per_second": round((samples - self.samples) / (now - self.since), 2),
+            "waiting_for_data": round(waiting, 4),
+            "memory_gb": round(peak_memory_gb(self.device), 3),
+        }
+        if distributed.is_main():
+            self.append(row)
+            self.also(row)
+        log.info(
+            "step {step}: loss {loss:.4f}, gradient norm {grad_norm:.3f} (largest {largest_grad_norm:.3f}), "
+            "{samples_per_second:.1f} samples/s, {memory_gb:.2f} GB".format(**row)
+        )
+        self.samples, self.since = samples, now
+        return minutes
+
+    def leave_out(self, seconds: float) -> None:
+        """Counts seconds that no step took neither into the samples a second nor into the share of waiting."""
+        self.since += seconds
+
+    def append(self, row: dict) -> None:
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            log.error("%s lacks the line of step %d: %s", self.path, row["step"], error.strerror)
+
+    def cut(self, step: int) -> None:
+        """Removes the lines after a step, from which a run goes on, and what is left of one half written."""
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if step_of_line(line) <= step]
+        if kept != lines:
+            write_whole(self.path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def step_of_line(line: str) -> float:
+    """The step of a line of metrics; of a damaged one, infinity."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory used so far, in 10⁹ bytes: the GPU's, or on a CPU the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return process_memory_gb()
+
+
+def process_memory_gb() -> float:
+    """The most memory that this process has used, in 10⁹ bytes."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    # Linux's getrusage gives a program that another one has started what that one had used.
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
+    """Numbers of a run's lines of metrics; damaged ones, as one that is being written, are left out, with a warning.
+
+    Raises:
+        UserError: it is no run's folder, or there are none.
+    """
+    path, rows, damaged = run / "metrics.jsonl", [], []
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run} is not a run's folder: it has no metrics.jsonl") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({name: float(row[name]) for name in names})
+        except (ValueError, KeyError, TypeError):
+            damaged.append(number)
+    if damaged:
+        log.warning("%s: damaged lines are left out: %d, the first is line %d", path, len(damaged), damaged[0])
+    if not rows:
+        raise UserError(f"{path} has no whole line: wait for the run's first, or give another run")
+    return rows
