@@ -20,17 +20,16 @@ from pathlib import Path
 
 import torch
 
-import cli
-import distributed
 import scaling_times
 import throughput
 from adaptive_times import adaptive_times
-from distributed import FirstRanks
-from errors import UserError
 from loader_rates import loader_rates
-from logs import device_name, start_log
 from precision import Precision, agree_on_precision
 from rank_losses import WINDOWS, rank_losses
+from runtime import cli, distributed
+from runtime.distributed import FirstRanks
+from runtime.errors import UserError
+from runtime.logs import device_name, start_log
 from saving_times import saving_times
 from scaling_times import SCALED, SCALED_QUICK
 from throughput import PRODUCT_SIDE, choose_precision

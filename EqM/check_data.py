@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 from data import Found, scan
 from pack import is_pack, open_pack
+from runtime import cli
 
 
 def summary(found: Found, video: bool) -> Iterator[str]:

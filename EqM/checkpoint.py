@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from errors import UserError, is_out_of_memory
-from files import file_checksum, write_whole
+from runtime.errors import UserError, is_out_of_memory
+from runtime.files import file_checksum, write_whole
 
 REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
 REQUIRED_KEYS |= {"since_log", "bad_steps"}

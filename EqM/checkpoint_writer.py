@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import is_sealed, save_checkpoint
-from errors import UserError
-from logs import log
+from runtime.errors import UserError
+from runtime.logs import log
 
 
 def step_of(path: Path) -> int:

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
 from data import Found, Item, unreadable_errors
-from draws import keyed_uniforms
+from runtime.draws import keyed_uniforms
 from untrusted import open_image
 from video import read_frames
 

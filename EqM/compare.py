@@ -14,11 +14,10 @@ from datetime import date
 import torch
 from torch import Tensor
 
-import cli
-import distributed
-from logs import device_name, start_log
 from models import EqM
 from precision import Precision, agree_on_precision
+from runtime import cli, distributed
+from runtime.logs import device_name, start_log
 from workloads import RECIPE, SMALL, TINY, Sampling, Training, Work, start_over
 
 WINDOWS = 5  # parts of a training whose mean losses are compared

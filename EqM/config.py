@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-import distributed
 from data import Found
-from errors import UserError
 from latents import LatentSpace
 from models import build_network
 from objective import Objective
 from precision import Precision
+from runtime import distributed
+from runtime.errors import UserError
 
 
 def network_settings(args: argparse.Namespace, image_size: int, num_classes: int, space: LatentSpace | None) -> dict:

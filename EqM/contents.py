@@ -17,12 +17,12 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as transforms
 
-import distributed
 from clips import Samples, window_length
 from data import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
-from errors import UserError
 from pack import Pack, is_pack, open_pack, read_pack
 from packed_samples import PackedSamples, unpack
+from runtime import distributed
+from runtime.errors import UserError
 from untrusted import open_image, open_video
 from video import probe_video
 

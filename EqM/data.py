@@ -15,7 +15,7 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from tqdm import tqdm
 
-from errors import UserError
+from runtime.errors import UserError
 from untrusted import open_image
 from video import UnreadableVideo, VideoInfo, probe_video
 

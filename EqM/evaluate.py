@@ -12,15 +12,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import cli
-import distributed
-from errors import UserError
 from evaluation_table import lines
 from features import FEATURES, WITH_WEIGHTS, open_features
-from files import check_writable, write_whole
-from logs import log, start_log
 from metrics import PERCENTILES, RESAMPLES, SPLITS
 from report import check_judged, compare, judge_samples
+from runtime import cli, distributed
+from runtime.errors import UserError
+from runtime.files import check_writable, write_whole
+from runtime.logs import log, start_log
 from sides import measure, open_sides
 
 

@@ -16,10 +16,10 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
 
-import distributed
-from errors import is_out_of_memory
-from logs import log
 from models import EqM
+from runtime import distributed
+from runtime.errors import is_out_of_memory
+from runtime.logs import log
 
 # Of what a block would keep for going backward: below 1, GELU and LayerNorms are computed again, which
 # takes 6 of 17 activations' memory away for 2% of the time.

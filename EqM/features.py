@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from errors import UserError
+from runtime.errors import UserError
 
 PIXEL_FEATURES = 64  # so that a few hundred samples have a covariance
 PIXEL_SIDE = 64  # frames are averaged down to it before they are projected

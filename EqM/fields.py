@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fast import compile_network, replayed
 from models import EqM
+from runtime.transfers import to_device
 from sampling import Field
-from transfers import to_device
 
 UNKNOWN = 2**62  # a row that no table has, so that looking it up fails
 

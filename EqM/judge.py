@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import UserError
+from runtime.errors import UserError
 
 SIDE, FRAMES = 32, 8  # pixels and frames that it sees at most
 HELD_OUT = 0.25  # of each class

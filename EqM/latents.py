@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from runtime.errors import UserError
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 PIXEL_SIZE, IMAGE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one

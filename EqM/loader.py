@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-import distributed
 from clips import MAX_TRIES
 from data import MAX_UNREADABLE, Found
-from errors import UserError
-from transfers import to_device
+from runtime import distributed
+from runtime.errors import UserError
+from runtime.transfers import to_device
 
 MAX_AHEAD = 3  # batches on the device that it has not come to: each takes memory
 

@@ -21,9 +21,9 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-import cli
 from data import find_loose_files
-from errors import UserError
+from runtime import cli
+from runtime.errors import UserError
 from untrusted import UnreadableVideo
 from video import iterate_frames, probe_video
 

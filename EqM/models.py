@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from energy import ENERGIES, energy, energy_gradient
-from errors import UserError
+from runtime.errors import UserError
 
 # Shortest and longest period of the sinusoids that encode a token's time, in seconds: from
 # under the step of common frame rates with a frame interval to longer than any clip.

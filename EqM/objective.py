@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import cli
 from energy import ENERGIES
-from errors import UserError
+from runtime import cli
+from runtime.errors import UserError
 
 LABEL_DROPOUT = 0.1
 PATHS = ("Linear", "GVP", "VP")

@@ -13,13 +13,13 @@ import av
 import numpy as np
 from torch import Tensor
 
-from errors import UserError
-from pictures import contact_sheet, read_png, write_gif, write_png
+from drawing.pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision
+from runtime.errors import UserError
+from runtime.transfers import read_later
 from sampling import Finished
 from starts import Starts
 from traces import TRACED
-from transfers import read_later
 from video import write_video
 
 SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows

@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Found, Item
-from errors import UserError
-from files import file_checksum, read_json
 from pack_settings import Settings, read_settings, shard_path
+from runtime.errors import UserError
+from runtime.files import file_checksum, read_json
 from video import VideoInfo
 
 MAX_MAPPED = 256  # shards a process holds open: each takes a file descriptor

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError
-from files import checked, parse_json
+from runtime.errors import UserError
+from runtime.files import checked, parse_json
 
 FORMAT, VERSION = "EqM pack", 2
 # Packing loses one shard a process where it is interrupted, and a damaged one is made anew as a whole.

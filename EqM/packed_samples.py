@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clips import window_length
-from draws import keyed_uniforms
 from pack import Pack
+from runtime.draws import keyed_uniforms
 
 
 class PackedSamples(Dataset):

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from clips import read_image
 from data import unreadable_errors
-from errors import UserError
-from files import write_json, write_whole
 from pack import Encode
 from pack_settings import Settings, shard_path
+from runtime.errors import UserError
+from runtime.files import write_json, write_whole
 from video import iterate_frames, probe_video
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import UserError
 from latents import VAE
+from runtime.errors import UserError
 from starts import Starts, choose_starts
 from trained import class_names
 

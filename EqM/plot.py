@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-from errors import UserError
-from logs import log, start_log
-from pictures import write_png
-from plots import COLOURS, Axis, Points, panels, plot
+from drawing.pictures import write_png
+from drawing.plots import COLOURS, Axis, Points, panels, plot
 from record import read_metrics
+from runtime import cli
+from runtime.errors import UserError
+from runtime.logs import log, start_log
 
 # What metrics.jsonl calls it, what a panel is called, whether it is smoothed, whether its axis begins at 0.
 PANELS = (

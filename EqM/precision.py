@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-import distributed
-from logs import log
+from runtime import distributed
+from runtime.logs import log
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The first CUDA capability with matrix units for the type. Older cards emulate bf16, slowly,

@@ -5,8 +5,8 @@ import signal
 import time
 from types import FrameType
 
-from distributed import SharedFlag
-from logs import log
+from runtime.distributed import SharedFlag
+from runtime.logs import log
 
 # A scheduler signals every process of a job, and torchrun hands its own signal on: those are one request.
 ONE_REQUEST_S = 1.0

@@ -14,15 +14,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import cli
-import distributed
 from data import check_readable, find_files
-from errors import UserError
-from files import leftovers, lock, write_json
 from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, load_vae
 from pack import Pack, build_index, find_damage, read_index, read_shard_records
 from pack_settings import FORMAT, VERSION, Settings, read_settings, shard_path
 from packing import Plan, disk_errors, name_in, pack_shards
+from runtime import cli, distributed
+from runtime.errors import UserError
+from runtime.files import leftovers, lock, write_json
 
 PARTS = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
 

@@ -18,26 +18,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import distributed
-from distributed import batches_of_rank
-from errors import is_out_of_memory
+from drawing.pictures import contact_sheet, write_png
 from fields import conditioned_field
 from latents import to_pixels
-from logs import log
 from methods import sample_batch
 from models import EqM
 from objective import Objective
 from outputs import Output
-from pictures import contact_sheet, write_png
 from plan import Plan
 from preemption import StopSignals
+from runtime import cli, distributed
+from runtime.distributed import batches_of_rank
+from runtime.errors import is_out_of_memory
+from runtime.logs import log
+from runtime.transfers import to_device
 from sampling import MU, STEPS, STEPSIZE
 from source import Source
 from starts import Starts
 from trackers import Preview, Trackers
 from training import TrainingState
-from transfers import to_device
 
 SAMPLES = 16
 # The sampler's default: with the same settings it makes the same samples of the step's checkpoint.

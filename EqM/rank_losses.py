@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import distributed
-from distributed import FirstRanks
 from objective import Objective
 from precision import Precision
+from runtime import distributed
+from runtime.distributed import FirstRanks
 from workloads import NUM_CLASSES, RECIPE, Training, Work, part_of_rank, start_over
 
 WINDOWS = 5  # parts of a training whose mean losses are compared

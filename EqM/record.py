@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import distributed
-from errors import UserError
-from files import write_whole
-from logs import log
+from runtime import distributed
+from runtime.errors import UserError
+from runtime.files import write_whole
+from runtime.logs import log
 
 
 class Metrics:

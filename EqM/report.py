@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from errors import UserError
 from features import Features
 from judge import Judged, check_classes, train_judge
 from metrics import METRICS, SUBSET_SIZE, Estimate, at_equal_counts, equal_count
+from runtime.errors import UserError
 from sides import Side
 
 

@@ -8,13 +8,13 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import distributed
 from checkpoint import is_sealed
 from checkpoint_writer import checkpoints
-from errors import UserError
-from files import leftovers, lock
-from logs import log
 from runs import create_run_folder, run_folders
+from runtime import distributed
+from runtime.errors import UserError
+from runtime.files import leftovers, lock
+from runtime.logs import log
 
 # The loading processes of a run that was killed hold its lock until they notice, some seconds later.
 LOCK_PATIENCE_S = 20

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from errors import UserError
-from files import write_whole
+from runtime.errors import UserError
+from runtime.files import write_whole
 
 
 def run_name(model: str, path_type: str) -> str:

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-import distributed
-from distributed import FirstRanks
 from fast import WARMUP_CALLS_DISTRIBUTED
 from precision import Precision
+from runtime import distributed
+from runtime.distributed import FirstRanks
 from training import Recipe
 from workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 

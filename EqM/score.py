@@ -19,22 +19,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import distributed
 from clips import first_windows
 from contents import Content, open_path
 from data import unreadable_errors
-from distributed import batches_of_rank
+from drawing.pictures import write_png
+from drawing.plots import histogram_plot
 from energy import energy_of_field
-from errors import UserError
-from files import check_writable
 from latents import VAE, encode
-from logs import log, start_log
 from models import EqM, sample_energy
-from pictures import write_png
 from plan import class_index
-from plots import histogram_plot
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from runtime import cli, distributed
+from runtime.distributed import batches_of_rank
+from runtime.errors import UserError
+from runtime.files import check_writable
+from runtime.logs import log, start_log
 from sampling import value_norms
 from trained import add_known_args, class_names, open_network
 

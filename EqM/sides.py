@@ -14,12 +14,12 @@ from tqdm import tqdm
 from clips import Samples
 from contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
 from data import Found, unreadable_errors
-from draws import keyed_uniforms
-from errors import UserError
 from features import Features
 from judge import small
-from logs import log
 from pack import is_pack
+from runtime.draws import keyed_uniforms
+from runtime.errors import UserError
+from runtime.logs import log
 
 
 @dataclass

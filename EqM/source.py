@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import distributed
 from clips import Samples, window_length
 from config import network_settings
 from data import Found, scan_for_training
-from draws import seed_draws
-from errors import UserError
 from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
-from logs import log
 from pack import Pack, is_pack, open_pack
 from packed_samples import PackedSamples, unpack
 from precision import Precision
+from runtime import distributed
+from runtime.draws import seed_draws
+from runtime.errors import UserError
+from runtime.logs import log
 
 POSTERIOR = 1  # sets the draws from the posterior apart from the step's own
 

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import cli
-import distributed
 from clips import Samples, first_windows
 from data import Item, check_files, find_loose_files, unreadable_errors
-from draws import sample_noise
-from errors import UserError
 from latents import VAE, encode
-from logs import log
 from objective import Objective
+from runtime import cli, distributed
+from runtime.draws import sample_noise
+from runtime.errors import UserError
+from runtime.logs import log
 
 INIT_NOISE = 0.5  # where --init-noise is not given
 

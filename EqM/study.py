@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
-from errors import UserError
-from logs import device_name
-from pictures import write_png
+from drawing.pictures import write_png
 from record import read_metrics
+from runtime import cli
+from runtime.errors import UserError
+from runtime.logs import device_name
 from study_tables import Cell, loss_curves, quality_by_evaluations, tables
 
 HERE = Path(__file__).resolve().parent

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plots import line_plot
+from drawing.plots import line_plot
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from errors import is_out_of_memory
 from precision import Precision, agree_on_precision
+from runtime.errors import is_out_of_memory
 from workloads import Sampling, Training, Work, seconds_a_call, start_over, synchronize
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the bf16 matrix product whose speed is called the ceiling

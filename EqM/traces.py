@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from drawing.pictures import write_png
+from drawing.plots import histogram_plot, line_plot
 from energy import energy_of_field
-from pictures import write_png
-from plots import histogram_plot, line_plot
 from sampling import Measure, value_norms
 
 TRACED = 8  # how many of the first samples

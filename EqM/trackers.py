@@ -14,10 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
-import distributed
-from errors import UserError
-from logs import log
-from pictures import gif
+from drawing.pictures import gif
+from runtime import distributed
+from runtime.errors import UserError
+from runtime.logs import log
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,12 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import cli
-import distributed
 from checkpoint import load_checkpoint
 from checkpoint_writer import CheckpointWriter
 from config import check_resumable, make_config, network_settings
 from data import Found
-from draws import seed_draws
-from errors import UserError
 from fast import add_compile_arg, is_fast
 from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader
-from logs import device_name, log, start_log
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
@@ -32,6 +27,10 @@ from previews import Previews, add_preview_args
 from record import Metrics
 from resume import Start, find_start, is_finished, launcher, log_changes, new_folder
 from runs import write_config
+from runtime import cli, distributed
+from runtime.draws import seed_draws
+from runtime.errors import UserError
+from runtime.logs import device_name, log, start_log
 from source import Source, check_classes, open_source
 from trackers import add_tracker_args, check_trackers, start_trackers
 from training import Recipe, TrainingState, training_step

@@ -4,13 +4,13 @@ import argparse
 
 import torch
 
-import cli
 from checkpoint import check_written_here, load_file, network_weights
 from energy import ENERGIES
-from errors import UserError
 from latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
 from models import EqM, EqM_models, build_network, load_weights
 from precision import Precision
+from runtime import cli
+from runtime.errors import UserError
 
 
 def load(args: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[dict, dict, VAE | None]:

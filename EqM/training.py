@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import distributed
-from errors import UserError
 from fast import Graphed, compile_network
 from models import load_weights
 from objective import Objective, drop_labels
 from precision import Precision
+from runtime import distributed
+from runtime.errors import UserError
 
 # Elements to which each weight's place in a flat tensor is rounded up: 128 bytes in 16 bits,
 # so that matrix products find every weight aligned.

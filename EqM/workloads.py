@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import distributed
-from draws import seed_draws
 from fields import Composition, conditioned_field
 from models import EqM, build_network
 from precision import Precision
+from runtime import distributed
+from runtime.draws import seed_draws
 from sampling import gradient_descent
 from training import Recipe, TrainingState, training_step
 

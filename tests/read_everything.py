@@ -14,9 +14,9 @@ from pathlib import Path
 
 from clips import Samples
 from data import scan_for_training
-from draws import keyed_uniforms
 from loader import EpochStream, UnreadableLog, make_loader
 from record import process_memory_gb
+from runtime.draws import keyed_uniforms
 from video import UnreadableVideo
 
 BATCH = 50

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptive import Descent, Slots, summary
-from draws import sample_noise
+from runtime.draws import sample_noise
 from sampling import Finished, Watch, fixed_descents, gradient_descent, norm_alone, value_norms
 from traces import norm_and_energy
 

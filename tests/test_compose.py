@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from errors import UserError
 from plan import class_index, parse_sum
+from runtime.errors import UserError
 
 NAMES = ["CircleRight", "Walk-Left", "Jump + Run", "it's", "4", "Über"]
 

@@ -9,7 +9,7 @@ from clips import Samples
 from conftest import make_pack
 from contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path, read_npz
 from data import Found
-from errors import UserError
+from runtime.errors import UserError
 from video import probe_video, read_frames, write_video
 
 

@@ -12,10 +12,10 @@ from check_data import summary
 from clips import Samples, window_length
 from conftest import run_script
 from data import Found, Item, find_files, scan, scan_for_training
-from errors import UserError
 from latents import to_pixels, to_unit_range
 from loader import EpochStream, UnreadableLog, make_loader
 from make_moving_shapes import write_avi
+from runtime.errors import UserError
 from video import VideoInfo, write_video
 
 CLASSES = ("CircleRight", "CircleUp", "SquareRight", "SquareUp")

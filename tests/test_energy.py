@@ -17,13 +17,13 @@ import throughput
 from checkpoint import save_checkpoint
 from config import check_resumable
 from conftest import SMALL, make_pack, run_script
-from draws import seed_draws
 from energy import energy
 from fast import compile_network
 from fields import Composition, conditioned_field
 from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
+from runtime.draws import seed_draws
 from sampling import gradient_descent
 from training import Recipe, TrainingState, network_loss, training_step
 from workloads import QUICK, QUICK_BY_NAME, Training

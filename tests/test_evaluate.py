@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from conftest import ROOT, make_pack, run_command, run_script, run_torchrun
-from errors import UserError
+from runtime.errors import UserError
 from video import probe_video, read_frames, write_video
 
 

@@ -16,12 +16,12 @@ import torch.distributed as dist
 import compare
 from adaptive import Descent, Slots
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from draws import sample_noise, seed_draws
+from drawing.pictures import read_png
 from fast import Graphed
 from fields import Composition, conditioned_field
 from models import EqM
-from pictures import read_png
 from precision import Precision
+from runtime.draws import sample_noise, seed_draws
 from sampling import gradient_descent
 from training import Recipe, TrainingState, training_step
 from workloads import start_over

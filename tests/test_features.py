@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import features
-from errors import UserError
 from features import open_features, pixel_features
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, run_command
-from files import leftovers, write_whole
+from runtime.files import leftovers, write_whole
 
 
 def test_a_file_is_written_whole_in_the_place_of_another(tmp_path):
@@ -66,7 +66,7 @@ def test_a_killed_program_leaves_no_file_but_a_temporary_one(tmp_path):
 import os, sys
 sys.path.insert(0, {str(ROOT / "EqM")!r})
 from pathlib import Path
-from files import write_whole
+from runtime.files import write_whole
 
 def write(temporary):
     temporary.write_bytes(b"half")

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import judge
-from errors import UserError
 from judge import small, train_judge, words
 from make_moving_shapes import render_clip
+from runtime.errors import UserError
 
 CPU = torch.device("cpu")
 CLASSES = [(shape, direction) for shape in ("square", "triangle") for direction in ("right", "left")]

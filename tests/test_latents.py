@@ -13,11 +13,11 @@ from PIL import Image
 
 from conftest import ROOT, run_command, run_script
 from data import Found
-from errors import UserError
+from drawing.pictures import read_png
 from latents import batch_moments, draw, load_vae
 from models import EqM_models
-from pictures import read_png
 from precision import Precision
+from runtime.errors import UserError
 from source import Source
 
 diffusers = pytest.importorskip("diffusers")

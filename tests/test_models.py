@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from checkpoint import load_file, network_weights
-from errors import UserError
 from models import EqM, EqM_models, load_weights
+from runtime.errors import UserError
 
 PARITY = Path(__file__).parent / "parity_eqm_tiny_forward.pt"
 SMALL = {"hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "in_channels": 3, "patch_size": 2}

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from errors import UserError
 from objective import PATHS, SCHEDULES, Objective, add_objective_args, crowding, drop_labels, objective_of
+from runtime.errors import UserError
 
 # E[c²] = λ²·(a + (1 − a)/3) at the defaults a = 0.8, λ = 4.
 MEAN_C_SQUARED = 16 * (0.8 + 0.2 / 3)

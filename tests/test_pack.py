@@ -16,12 +16,12 @@ from PIL import Image
 from clips import Samples
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
 from data import scan
-from errors import UserError
-from files import file_checksum
 from loader import EpochStream, make_loader
 from pack import is_pack, open_pack, read_pack
 from pack_settings import shard_path
 from packed_samples import PackedSamples, unpack
+from runtime.errors import UserError
+from runtime.files import file_checksum
 from source import Source, packed_space
 from video import write_video
 
@@ -407,13 +407,13 @@ def test_the_suggested_command_can_be_pasted(shapes, tmp_path):
 def test_a_checksum_is_over_the_whole_file_whatever_is_read_at_a_time(tmp_path, monkeypatch, size):
     data = np.random.default_rng(0).bytes(size)
     (tmp_path / "file").write_bytes(data)
-    monkeypatch.setattr("files.READ_BYTES", 1000)
+    monkeypatch.setattr("runtime.files.READ_BYTES", 1000)
     assert file_checksum(tmp_path / "file") == zlib.crc32(data)
 
 
 @pytest.mark.parametrize("place", [0, 5_000, 12_287])
 def test_a_changed_byte_is_found_in_every_part_of_a_shard(copied, monkeypatch, place):
-    monkeypatch.setattr("files.READ_BYTES", 5_000)
+    monkeypatch.setattr("runtime.files.READ_BYTES", 5_000)
     path = shard_path(copied, 7)
     data = bytearray(path.read_bytes())
     data[place] ^= 1

@@ -8,9 +8,9 @@ import pytest
 from PIL import ImageColor
 
 from conftest import run_script
-from pictures import read_png
+from drawing.pictures import read_png
+from drawing.plots import BOTTOM, COLOURS, HEIGHT, LEFT, TOP, WIDTH
 from plot import PANELS, smoothed
-from plots import BOTTOM, COLOURS, HEIGHT, LEFT, TOP, WIDTH
 from test_train import trained
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from plots import COLOURS, HEIGHT, LEFT, TOP, WIDTH, Axis, histogram_plot, line_plot
+from drawing.plots import COLOURS, HEIGHT, LEFT, TOP, WIDTH, Axis, histogram_plot, line_plot
 
 
 def has_colour(picture: np.ndarray, column: float, row: float, colour: str = COLOURS[0]) -> bool:

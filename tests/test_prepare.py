@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
 from data import scan
-from errors import UserError
 from make_moving_shapes import write_avi
 from pack import is_pack, open_pack
 from packing import pack_shard, pack_shards
 from prepare import finish, make_plan, missing_shards
+from runtime.errors import UserError
 from video import probe_video, read_frames
 
 PREPARE = ROOT / "EqM" / "prepare.py"

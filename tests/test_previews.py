@@ -14,8 +14,8 @@ from PIL import Image
 import record
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data import Found
+from drawing.pictures import contact_sheet, read_png
 from models import EqM_models
-from pictures import contact_sheet, read_png
 from precision import Precision
 from previews import SAMPLES, Previews
 from record import Metrics

@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-import distributed
 import outputs
 from checkpoint import save_checkpoint
 from conftest import run_script, run_torchrun
-from distributed import batches_of_rank
-from draws import sample_noise
-from errors import UserError
+from drawing.pictures import read_png
 from fields import conditioned_field
 from methods import adaptive_samples, composition_of, sample_batch
 from models import EqM
 from objective import Objective
 from outputs import Output, Writer
-from pictures import read_png
 from plan import Plan
+from runtime import distributed
+from runtime.distributed import batches_of_rank
+from runtime.draws import sample_noise
+from runtime.errors import UserError
 from sampling import Finished
 from starts import Starts
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from draws import sample_noise
 from fields import Composition
+from runtime.draws import sample_noise
 from sampling import Field, gradient_descent, integrate
 
 MINIMUM = torch.tensor([1.0, -2.0, 0.5])

@@ -14,13 +14,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import benchmark
-import distributed
 import rank_losses
 import scaling_times
 from conftest import run_script, run_torchrun
-from distributed import FirstRanks
-from errors import UserError
 from precision import Precision
+from runtime import distributed
+from runtime.distributed import FirstRanks
+from runtime.errors import UserError
 from scaling_times import SCALED, SCALED_QUICK, ScalingRow
 from workloads import BASE, LARGE, SMALL, TINY, Training
 

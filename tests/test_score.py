@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import distributed
 import score
 from checkpoint import save_checkpoint
 from conftest import make_pack, run_script, run_torchrun
 from latents import to_unit_range
 from models import build_network
+from runtime import distributed
 from score import auroc, norm_and_energy
 from video import probe_video, read_frames, write_video
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from checkpoint import save_checkpoint
 from conftest import run_script
-from draws import sample_noise
-from errors import UserError
+from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
 from latents import encode, to_unit_range
-from pictures import CAPTION_HEIGHT, MARGIN, read_png
+from runtime.draws import sample_noise
+from runtime.errors import UserError
 from sampling import gradient_descent
 from starts import Starts, choose_starts
 from video import iterate_frames, probe_video, read_frames, write_video

@@ -19,11 +19,11 @@ import torch
 from checkpoint import load_checkpoint, load_file, save_checkpoint
 from checkpoint_writer import CheckpointWriter, checkpoints
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from draws import seed_draws
-from errors import UserError
-from files import lock
 from preemption import ONE_REQUEST_S
 from resume import find_start, newest_good
+from runtime.draws import seed_draws
+from runtime.errors import UserError
+from runtime.files import lock
 from test_train import assert_same, load, metrics
 from test_training import FP16, FP32, RECIPE, new_state, same, weights
 from training import train_step

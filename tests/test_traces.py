@@ -5,11 +5,11 @@ import argparse
 import pytest
 import torch
 
-from draws import sample_noise
 from fields import conditioned_field
 from methods import composition_of, measure_of, sample_batch
 from models import EqM
 from plan import Plan
+from runtime.draws import sample_noise
 from sampling import value_norms
 from starts import Starts
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from conftest import SMALL, run_script
-from errors import UserError
-from pictures import gif, read_png
+from drawing.pictures import gif, read_png
+from runtime.errors import UserError
 from test_train import NAME, metrics, trained
 from trackers import Preview, Trackers
 

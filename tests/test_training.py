@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import distributed
-from draws import seed_draws
-from errors import UserError
 from models import EqM
 from precision import Precision, resolve_precision
+from runtime import distributed
+from runtime.draws import seed_draws
+from runtime.errors import UserError
 from training import Recipe, TrainingState, draw_random_numbers, train_step
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from errors import UserError, is_lost_process, is_out_of_memory
+from runtime.errors import UserError, is_lost_process, is_out_of_memory
 
 # How long a rank other than 0 waits before it prints: when every rank meets the same error,
 # rank 0 says it, and torchrun ends the others within this time.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from runtime.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 checks files, packs images or saves, which may take long

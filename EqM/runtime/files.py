@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from errors import UserError
+from runtime.errors import UserError
 
 READ_BYTES = 2**22  # at a time
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-import distributed
+from runtime import distributed
 
 log = logging.getLogger("EqM")
 
