@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Found, scan
+from data.scan import Found, scan
 from pack import is_pack, open_pack
 from runtime import cli
 

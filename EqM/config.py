@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data import Found
-from latents import LatentSpace
+from data.latents import LatentSpace
+from data.scan import Found
 from models import build_network
 from objective import Objective
 from precision import Precision

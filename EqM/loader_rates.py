@@ -12,9 +12,9 @@ import av
 import numpy as np
 import torch
 
-from loader import EpochStream, make_loader
+from data.batches import EpochStream, make_loader
+from data.source import open_source
 from precision import Precision
-from source import open_source
 
 WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 50, 25  # of the source videos, which are MPEG-4 in AVI as UCF-101's
 CLIP_LEN, FRAME_INTERVAL = 4, 3

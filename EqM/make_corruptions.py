@@ -21,11 +21,11 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from data import find_loose_files
+from data.scan import find_loose_files
+from data.untrusted import UnreadableVideo
+from data.video import iterate_frames, probe_video
 from runtime import cli
 from runtime.errors import UserError
-from untrusted import UnreadableVideo
-from video import iterate_frames, probe_video
 
 
 def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,6 +13,7 @@ import av
 import numpy as np
 from torch import Tensor
 
+from data.video import write_video
 from drawing.pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision
 from runtime.errors import UserError
@@ -20,7 +21,6 @@ from runtime.transfers import read_later
 from sampling import Finished
 from starts import Starts
 from traces import TRACED
-from video import write_video
 
 SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
 WRITERS = 4  # threads that encode and write samples, one each

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import Found, Item
+from data.scan import Found, Item
+from data.video import VideoInfo
 from pack_settings import Settings, read_settings, shard_path
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
-from video import VideoInfo
 
 MAX_MAPPED = 256  # shards a process holds open: each takes a file descriptor
 

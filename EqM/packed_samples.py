@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clips import window_length
+from data.clips import window_length
 from pack import Pack
 from runtime.draws import keyed_uniforms
 

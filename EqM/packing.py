@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clips import read_image
-from data import unreadable_errors
+from data.clips import read_image
+from data.scan import unreadable_errors
+from data.video import iterate_frames, probe_video
 from pack import Encode
 from pack_settings import Settings, shard_path
 from runtime.errors import UserError
 from runtime.files import write_json, write_whole
-from video import iterate_frames, probe_video
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latents import VAE
+from data.latents import VAE
 from runtime.errors import UserError
 from starts import Starts, choose_starts
 from trained import class_names

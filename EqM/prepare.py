@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import check_readable, find_files
-from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, load_vae
+from data.latents import IMAGE_SIZE, PIXEL_SIZE, VAE, load_vae
+from data.scan import check_readable, find_files
 from pack import Pack, build_index, find_damage, read_index, read_shard_records
 from pack_settings import FORMAT, VERSION, Settings, read_settings, shard_path
 from packing import Plan, disk_errors, name_in, pack_shards

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.latents import to_pixels
+from data.source import Source
 from drawing.pictures import contact_sheet, write_png
 from fields import conditioned_field
-from latents import to_pixels
 from methods import sample_batch
 from models import EqM
 from objective import Objective
@@ -33,7 +34,6 @@ from runtime.errors import is_out_of_memory
 from runtime.logs import log
 from runtime.transfers import to_device
 from sampling import MU, STEPS, STEPSIZE
-from source import Source
 from starts import Starts
 from trackers import Preview, Trackers
 from training import TrainingState

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adaptive import summary
+from data.latents import VAE, to_pixels
 from fast import add_compile_arg, is_fast
 from fields import conditioned_field
-from latents import VAE, to_pixels
 from methods import adaptive_samples, composition_of, measure_of, sample_batch
 from models import EqM
 from outputs import Output, Report, Writer, write_npz, write_sheet, write_table

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clips import first_windows
-from contents import Content, open_path
-from data import unreadable_errors
+from data.clips import first_windows
+from data.contents import Content, open_path
+from data.latents import VAE, encode
+from data.scan import unreadable_errors
 from drawing.pictures import write_png
 from drawing.plots import histogram_plot
 from energy import energy_of_field
-from latents import VAE, encode
 from models import EqM, sample_energy
 from plan import class_index
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision

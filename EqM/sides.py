@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clips import Samples
-from contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
-from data import Found, unreadable_errors
+from data.clips import Samples
+from data.contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
+from data.scan import Found, unreadable_errors
 from features import Features
 from judge import small
 from pack import is_pack

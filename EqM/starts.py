@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clips import Samples, first_windows
-from data import Item, check_files, find_loose_files, unreadable_errors
-from latents import VAE, encode
+from data.clips import Samples, first_windows
+from data.latents import VAE, encode
+from data.scan import Item, check_files, find_loose_files, unreadable_errors
 from objective import Objective
 from runtime import cli, distributed
 from runtime.draws import sample_noise

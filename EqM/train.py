@@ -16,9 +16,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from checkpoint import load_checkpoint
 from checkpoint_writer import CheckpointWriter
 from config import check_resumable, make_config, network_settings
-from data import Found
+from data.batches import DeviceLoader, EpochStream, UnreadableLog, make_loader
+from data.scan import Found
+from data.source import Source, check_classes, open_source
 from fast import add_compile_arg, is_fast
-from loader import DeviceLoader, EpochStream, UnreadableLog, make_loader
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
@@ -31,7 +32,6 @@ from runtime import cli, distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
-from source import Source, check_classes, open_source
 from trackers import add_tracker_args, check_trackers, start_trackers
 from training import Recipe, TrainingState, training_step
 

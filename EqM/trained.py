@@ -5,8 +5,8 @@ import argparse
 import torch
 
 from checkpoint import check_written_here, load_file, network_weights
+from data.latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
 from energy import ENERGIES
-from latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
 from models import EqM, EqM_models, build_network, load_weights
 from precision import Precision
 from runtime import cli

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latents import LatentSpace
+from data.latents import LatentSpace
 from pack import Pack, open_pack
 from packed_samples import PackedSamples
 from packing import pack_shard

@@ -12,12 +12,12 @@ import resource
 import sys
 from pathlib import Path
 
-from clips import Samples
-from data import scan_for_training
-from loader import EpochStream, UnreadableLog, make_loader
+from data.batches import EpochStream, UnreadableLog, make_loader
+from data.clips import Samples
+from data.scan import scan_for_training
+from data.video import UnreadableVideo
 from record import process_memory_gb
 from runtime.draws import keyed_uniforms
-from video import UnreadableVideo
 
 BATCH = 50
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clips import Samples
 from conftest import make_pack
-from contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path, read_npz
-from data import Found
+from data.clips import Samples
+from data.contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path, read_npz
+from data.scan import Found
+from data.video import probe_video, read_frames, write_video
 from runtime.errors import UserError
-from video import probe_video, read_frames, write_video
 
 
 def windows(size: int, clip_len: int = 1, interval: int = 1) -> Samples:

@@ -9,14 +9,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from check_data import summary
-from clips import Samples, window_length
 from conftest import run_script
-from data import Found, Item, find_files, scan, scan_for_training
-from latents import to_pixels, to_unit_range
-from loader import EpochStream, UnreadableLog, make_loader
+from data.batches import EpochStream, UnreadableLog, make_loader
+from data.clips import Samples, window_length
+from data.latents import to_pixels, to_unit_range
+from data.scan import Found, Item, find_files, scan, scan_for_training
+from data.video import VideoInfo, write_video
 from make_moving_shapes import write_avi
 from runtime.errors import UserError
-from video import VideoInfo, write_video
 
 CLASSES = ("CircleRight", "CircleUp", "SquareRight", "SquareUp")
 

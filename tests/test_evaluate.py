@@ -11,8 +11,8 @@ from PIL import Image
 
 import evaluate
 from conftest import ROOT, make_pack, run_command, run_script, run_torchrun
+from data.video import probe_video, read_frames, write_video
 from runtime.errors import UserError
-from video import probe_video, read_frames, write_video
 
 
 @pytest.fixture(scope="module")

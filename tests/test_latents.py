@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, run_command, run_script
-from data import Found
+from data.latents import batch_moments, draw, load_vae
+from data.scan import Found
+from data.source import Source
 from drawing.pictures import read_png
-from latents import batch_moments, draw, load_vae
 from models import EqM_models
 from precision import Precision
 from runtime.errors import UserError
-from source import Source
 
 diffusers = pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_a_saved_vae_gives_the_moments_of_diffusers_whatever_the_chunks(vae_fold
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         right = diffusers.AutoencoderKL.from_pretrained(vae_folder).encode(pixels).latent_dist
-    monkeypatch.setattr("latents.CHUNK_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr("data.latents.CHUNK_PIXELS", 2 * 16 * 16)
     moments = vae.moments(pixels)
     assert moments.shape == (5, 2, 4, 8, 8)
     torch.testing.assert_close(moments[:, 0], right.mean)

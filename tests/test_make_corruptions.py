@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, run_command
+from data.video import iterate_frames, probe_video
 from make_corruptions import shuffled_order, write_lossless
-from video import iterate_frames, probe_video
 
 
 def spoil(source: Path, destination: Path, *flags: object) -> subprocess.CompletedProcess:

@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from clips import Samples
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
-from data import scan
-from loader import EpochStream, make_loader
+from data.batches import EpochStream, make_loader
+from data.clips import Samples
+from data.scan import scan
+from data.source import Source, packed_space
+from data.video import write_video
 from pack import is_pack, open_pack, read_pack
 from pack_settings import shard_path
 from packed_samples import PackedSamples, unpack
 from runtime.errors import UserError
 from runtime.files import file_checksum
-from source import Source, packed_space
-from video import write_video
 
 
 @pytest.fixture(scope="module")

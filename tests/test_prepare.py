@@ -16,13 +16,13 @@ import pytest
 from tqdm import tqdm
 
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
-from data import scan
+from data.scan import scan
+from data.video import probe_video, read_frames
 from make_moving_shapes import write_avi
 from pack import is_pack, open_pack
 from packing import pack_shard, pack_shards
 from prepare import finish, make_plan, missing_shards
 from runtime.errors import UserError
-from video import probe_video, read_frames
 
 PREPARE = ROOT / "EqM" / "prepare.py"
 OPTIONS = ("--video", "--image-size", 16)
@@ -348,7 +348,7 @@ def test_a_worker_that_is_killed_ends_the_run_in_one_line(shapes, tmp_path, monk
 
 
 def test_damaged_copies_of_a_clip_are_packed_or_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.MAX_UNREADABLE", 1.0)
+    monkeypatch.setattr("data.scan.MAX_UNREADABLE", 1.0)
     source = noise_clips(tmp_path / "train", 1)
     whole = (source / "A" / "0000.avi").read_bytes()
     rng = np.random.default_rng(1)

@@ -13,13 +13,13 @@ from PIL import Image
 
 import record
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from data import Found
+from data.scan import Found
+from data.source import Source
 from drawing.pictures import contact_sheet, read_png
 from models import EqM_models
 from precision import Precision
 from previews import SAMPLES, Previews
 from record import Metrics
-from source import Source
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
 from trackers import Trackers

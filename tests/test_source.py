@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from conftest import run_script, run_torchrun
-from loader import DeviceLoader
+from data.batches import DeviceLoader
 
 diffusers = pytest.importorskip("diffusers")
 SMALL = ["--video", "--clip-len", "4", "--model", "EqM-Ti/4", "--log-every", 1, "--max-steps", 3, "--lr", 1e-3]

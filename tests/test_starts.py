@@ -14,13 +14,13 @@ from PIL import Image
 
 from checkpoint import save_checkpoint
 from conftest import run_script
+from data.latents import encode, to_unit_range
+from data.video import iterate_frames, probe_video, read_frames, write_video
 from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
-from latents import encode, to_unit_range
 from runtime.draws import sample_noise
 from runtime.errors import UserError
 from sampling import gradient_descent
 from starts import Starts, choose_starts
-from video import iterate_frames, probe_video, read_frames, write_video
 
 SHAPE = (3, 4, 16, 16)
 CONFIG = {"network": {"input_size": (4, 16, 16)}, "vae": None, "args": {"frame_interval": 3}}

@@ -14,17 +14,17 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from checkpoint_writer import CheckpointWriter
-from clips import Samples
 from config import network_settings
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from data import Found, Item, scan_for_training
-from latents import to_unit_range
+from data.clips import Samples
+from data.latents import to_unit_range
+from data.scan import Found, Item, scan_for_training
+from data.source import Source
 from models import build_network
 from objective import Objective
 from precision import Precision
 from runs import create_run_folder
 from runtime.draws import seed_draws
-from source import Source
 from train import parse_args, sample_limit, train
 from training import Recipe, TrainingState, draw_random_numbers
 

@@ -15,18 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import untrusted
-import video
-from clips import read_image
 from conftest import ROOT, run_command, run_script
-from data import UNREADABLE_IMAGE, probe_image
+from data import untrusted, video
+from data.clips import read_image
+from data.scan import UNREADABLE_IMAGE, probe_image
+from data.video import UnreadableVideo, iterate_frames, probe_video, read_frames
 from test_video import H264, LEVELS, encode, encode_kind, grey
-from video import UnreadableVideo, iterate_frames, probe_video, read_frames
 
 REPORT_MEMORY = """
 import sys
 from runs import process_memory_gb
-from video import UnreadableVideo, probe_video
+from data.video import UnreadableVideo, probe_video
 before = process_memory_gb()
 try:
     probe_video(sys.argv[1])

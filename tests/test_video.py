@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-import video
-from video import UnreadableVideo, iterate_frames, probe_video, read_frames, write_video
+from data import video
+from data.video import UnreadableVideo, iterate_frames, probe_video, read_frames, write_video
 
 # A frame's grey level tells which one it is; neighbours differ much, so that coding does not blur them together.
 LEVELS = [10 + 6 * (17 * i % 40) for i in range(40)]

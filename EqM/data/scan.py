@@ -15,9 +15,9 @@ from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from tqdm import tqdm
 
+from data.untrusted import open_image
+from data.video import UnreadableVideo, VideoInfo, probe_video
 from runtime.errors import UserError
-from untrusted import open_image
-from video import UnreadableVideo, VideoInfo, probe_video
 
 VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from data import Found, Item, unreadable_errors
+from data.scan import Found, Item, unreadable_errors
+from data.untrusted import open_image
+from data.video import read_frames
 from runtime.draws import keyed_uniforms
-from untrusted import open_image
-from video import read_frames
 
 MAX_TRIES = 20  # files tried in place of an unreadable one
 

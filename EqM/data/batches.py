@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clips import MAX_TRIES
-from data import MAX_UNREADABLE, Found
+from data.clips import MAX_TRIES
+from data.scan import MAX_UNREADABLE, Found
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.transfers import to_device

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clips import Samples, window_length
 from config import network_settings
-from data import Found, scan_for_training
-from latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
+from data.clips import Samples, window_length
+from data.latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
+from data.scan import Found, scan_for_training
 from pack import Pack, is_pack, open_pack
 from packed_samples import PackedSamples, unpack
 from precision import Precision

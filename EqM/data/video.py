@@ -9,7 +9,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from untrusted import (
+from data.untrusted import (
     MAX_ASPECT,
     MAX_FRAMES,
     Patience,

@@ -17,14 +17,14 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as transforms
 
-from clips import Samples, window_length
-from data import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
+from data.clips import Samples, window_length
+from data.scan import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
+from data.untrusted import open_image, open_video
+from data.video import probe_video
 from pack import Pack, is_pack, open_pack, read_pack
 from packed_samples import PackedSamples, unpack
 from runtime import distributed
 from runtime.errors import UserError
-from untrusted import open_image, open_video
-from video import probe_video
 
 NPZ_SHAPES = "(N, H, W, 3) images or (N, T, H, W, 3) clips"
 
