@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.packs.pack import is_pack, open_pack
 from data.scan import Found, scan
-from pack import is_pack, open_pack
 from runtime import cli
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.latents import IMAGE_SIZE, PIXEL_SIZE, VAE, load_vae
+from data.packs.format import FORMAT, VERSION, Settings, read_settings, shard_path
+from data.packs.pack import Pack, build_index, find_damage, read_index, read_shard_records
+from data.packs.writer import Plan, disk_errors, name_in, pack_shards
 from data.scan import check_readable, find_files
-from pack import Pack, build_index, find_damage, read_index, read_shard_records
-from pack_settings import FORMAT, VERSION, Settings, read_settings, shard_path
-from packing import Plan, disk_errors, name_in, pack_shards
 from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.files import leftovers, lock, write_json

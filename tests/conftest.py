@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from data.latents import LatentSpace
-from pack import Pack, open_pack
-from packed_samples import PackedSamples
-from packing import pack_shard
+from data.packs.pack import Pack, open_pack
+from data.packs.samples import PackedSamples
+from data.packs.writer import pack_shard
 from prepare import finish, make_plan, missing_shards
 
 ROOT = Path(__file__).resolve().parent.parent

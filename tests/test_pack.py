@@ -16,12 +16,12 @@ from PIL import Image
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
 from data.batches import EpochStream, make_loader
 from data.clips import Samples
+from data.packs.format import shard_path
+from data.packs.pack import is_pack, open_pack, read_pack
+from data.packs.samples import PackedSamples, unpack
 from data.scan import scan
 from data.source import Source, packed_space
 from data.video import write_video
-from pack import is_pack, open_pack, read_pack
-from pack_settings import shard_path
-from packed_samples import PackedSamples, unpack
 from runtime.errors import UserError
 from runtime.files import file_checksum
 
@@ -85,8 +85,8 @@ def test_an_image_pack_gives_the_batches_that_the_files_give(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 5, 32])
 def test_items_of_a_shard_follow_one_another_whatever_the_chunks(shapes, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("pack_settings.MIN_SHARDS", 3)
-    monkeypatch.setattr("packing.CHUNK_FRAMES", chunk)
+    monkeypatch.setattr("data.packs.format.MIN_SHARDS", 3)
+    monkeypatch.setattr("data.packs.writer.CHUNK_FRAMES", chunk)
     pack = make_pack(shapes, tmp_path / "pack")
     assert pack.shards.tolist() == [0] * 6 + [1] * 6 + [2] * 4
     files = Samples(scan(shapes, True, False), 16, 4, 3, True, 0)
@@ -255,7 +255,7 @@ def test_a_pack_with_other_times_is_a_good_pack_by_its_checksums(copied):
 
 
 def test_a_pack_with_the_recorded_times_is_opened_without_reading_it(copied, monkeypatch):
-    monkeypatch.setattr("pack.file_checksum", None)
+    monkeypatch.setattr("data.packs.pack.file_checksum", None)
     open_pack(copied, False)
 
 
@@ -431,7 +431,7 @@ def test_another_folder_is_no_pack(shapes):
 def test_more_shards_than_may_be_open_are_read(packed, monkeypatch):
     pack = open_pack(packed, False)
     expected = [item_frames(pack, i) for i in range(16)]
-    monkeypatch.setattr("pack.MAX_MAPPED", 2)
+    monkeypatch.setattr("data.packs.pack.MAX_MAPPED", 2)
     other = read_pack(packed)
     assert all(np.array_equal(item_frames(other, i), expected[i]) for i in range(16))
     assert other.shard_frames.cache_info().currsize == 2

@@ -16,11 +16,11 @@ import pytest
 from tqdm import tqdm
 
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
+from data.packs.pack import is_pack, open_pack
+from data.packs.writer import pack_shard, pack_shards
 from data.scan import scan
 from data.video import probe_video, read_frames
 from make_moving_shapes import write_avi
-from pack import is_pack, open_pack
-from packing import pack_shard, pack_shards
 from prepare import finish, make_plan, missing_shards
 from runtime.errors import UserError
 
@@ -342,7 +342,7 @@ def test_a_main_process_that_has_gone_is_not_taken_for_a_full_disk(shapes, tmp_p
 def test_a_worker_that_is_killed_ends_the_run_in_one_line(shapes, tmp_path, monkeypatch):
     args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
     plan = make_plan(args, None)
-    monkeypatch.setattr("packing.pack_shard", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("data.packs.writer.pack_shard", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match="ended with status -9: run the same command again"):
         pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
 

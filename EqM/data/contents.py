@@ -18,11 +18,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as transforms
 
 from data.clips import Samples, window_length
+from data.packs.pack import Pack, is_pack, open_pack, read_pack
+from data.packs.samples import PackedSamples, unpack
 from data.scan import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
 from data.untrusted import open_image, open_video
 from data.video import probe_video
-from pack import Pack, is_pack, open_pack, read_pack
-from packed_samples import PackedSamples, unpack
 from runtime import distributed
 from runtime.errors import UserError
 

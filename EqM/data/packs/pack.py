@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.packs.format import Settings, read_settings, shard_path
 from data.scan import Found, Item
 from data.video import VideoInfo
-from pack_settings import Settings, read_settings, shard_path
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
 

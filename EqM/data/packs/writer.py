@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from data.clips import read_image
+from data.packs.format import Settings, shard_path
+from data.packs.pack import Encode
 from data.scan import unreadable_errors
 from data.video import iterate_frames, probe_video
-from pack import Encode
-from pack_settings import Settings, shard_path
 from runtime.errors import UserError
 from runtime.files import write_json, write_whole
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.clips import window_length
-from pack import Pack
+from data.packs.pack import Pack
 from runtime.draws import keyed_uniforms
 
 
