@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from data.latents import VAE
+from runs.load_network import class_names
 from runtime.errors import UserError
 from starts import Starts, choose_starts
-from trained import class_names
 
 
 @dataclass(frozen=True)

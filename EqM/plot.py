@@ -12,7 +12,7 @@ import numpy as np
 
 from drawing.pictures import write_png
 from drawing.plots import COLOURS, Axis, Points, panels, plot
-from record import read_metrics
+from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError
 from runtime.logs import log, start_log

@@ -27,7 +27,8 @@ from models import EqM
 from objective import Objective
 from outputs import Output
 from plan import Plan
-from preemption import StopSignals
+from runs.signals import StopSignals
+from runs.trackers import Preview, Trackers
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.errors import is_out_of_memory
@@ -35,7 +36,6 @@ from runtime.logs import log
 from runtime.transfers import to_device
 from sampling import MU, STEPS, STEPSIZE
 from starts import Starts
-from trackers import Preview, Trackers
 from training import TrainingState
 
 SAMPLES = 16

@@ -22,6 +22,7 @@ from models import EqM
 from outputs import Output, Report, Writer, write_npz, write_sheet, write_table
 from plan import Plan, make_plan
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from runs.load_network import add_known_args, class_names, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.logs import log, start_log
@@ -29,7 +30,6 @@ from runtime.transfers import to_device
 from sampling import MU, STEPS, STEPSIZE, Watch, fixed_descents
 from starts import add_start_args
 from traces import TRACED, write_evaluations, write_trace
-from trained import add_known_args, class_names, open_network
 
 SAMPLERS = ("gd", "ngd", "euler")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_writer import CheckpointWriter, checkpoints
 from precision import Precision
+from runs.checkpoint_writer import CheckpointWriter, checkpoints
 from workloads import Training, Work
 
 STEPS_AHEAD = 4  # that the host gives to the device before it waits

@@ -29,13 +29,13 @@ from energy import energy_of_field
 from models import EqM, sample_energy
 from plan import class_index
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from runs.load_network import add_known_args, class_names, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.errors import UserError
 from runtime.files import check_writable
 from runtime.logs import log, start_log
 from sampling import value_norms
-from trained import add_known_args, class_names, open_network
 
 SCORES = ("norm", "energy")
 

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from drawing.pictures import write_png
-from record import read_metrics
+from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError
 from runtime.logs import device_name

@@ -13,9 +13,6 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import load_checkpoint
-from checkpoint_writer import CheckpointWriter
-from config import check_resumable, make_config, network_settings
 from data.batches import DeviceLoader, EpochStream, UnreadableLog, make_loader
 from data.scan import Found
 from data.source import Source, check_classes, open_source
@@ -23,16 +20,19 @@ from fast import add_compile_arg, is_fast
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
-from preemption import EXIT_STATUS, StopSignals
 from previews import Previews, add_preview_args
-from record import Metrics
-from resume import Start, find_start, is_finished, launcher, log_changes, new_folder
-from runs import write_config
+from runs.checkpoint import load_checkpoint
+from runs.checkpoint_writer import CheckpointWriter
+from runs.config import check_resumable, make_config, network_settings
+from runs.folder import write_config
+from runs.record import Metrics
+from runs.resume import Start, find_start, is_finished, launcher, log_changes, new_folder
+from runs.signals import EXIT_STATUS, StopSignals
+from runs.trackers import add_tracker_args, check_trackers, start_trackers
 from runtime import cli, distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
-from trackers import add_tracker_args, check_trackers, start_trackers
 from training import Recipe, TrainingState, training_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}

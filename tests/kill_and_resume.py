@@ -114,6 +114,6 @@ if __name__ == "__main__":
     import torch
 
     import train  # noqa: F401
-    from checkpoint import load_checkpoint
+    from runs.checkpoint import load_checkpoint
 
     main()

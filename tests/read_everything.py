@@ -16,7 +16,7 @@ from data.batches import EpochStream, UnreadableLog, make_loader
 from data.clips import Samples
 from data.scan import scan_for_training
 from data.video import UnreadableVideo
-from record import process_memory_gb
+from runs.record import process_memory_gb
 from runtime.draws import keyed_uniforms
 
 BATCH = 50

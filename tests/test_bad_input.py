@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import save_checkpoint
 from conftest import ROOT, SMALL, make_pack, run_command, run_script, run_torchrun
+from runs.checkpoint import save_checkpoint
 
 Run = Callable[..., subprocess.CompletedProcess]
 

@@ -14,8 +14,6 @@ import torch.multiprocessing as mp
 
 import benchmark
 import throughput
-from checkpoint import save_checkpoint
-from config import check_resumable
 from conftest import SMALL, make_pack, run_script
 from energy import energy
 from fast import compile_network
@@ -23,6 +21,8 @@ from fields import Composition, conditioned_field
 from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
+from runs.checkpoint import save_checkpoint
+from runs.config import check_resumable
 from runtime.draws import seed_draws
 from sampling import gradient_descent
 from training import Recipe, TrainingState, network_loss, training_step

@@ -8,8 +8,8 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from checkpoint import load_file, network_weights
 from models import EqM, EqM_models, load_weights
+from runs.checkpoint import load_file, network_weights
 from runtime.errors import UserError
 
 PARITY = Path(__file__).parent / "parity_eqm_tiny_forward.pt"

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint import load_checkpoint
 from conftest import run_script
 from data.packs.pack import open_pack
 from drawing.pictures import read_png
+from runs.checkpoint import load_checkpoint
 from test_golden_losses import CLIPS, COMMON
 
 OLD = Path(__file__).parent / "old"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import record
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data.scan import Found
 from data.source import Source
@@ -19,10 +18,11 @@ from drawing.pictures import contact_sheet, read_png
 from models import EqM_models
 from precision import Precision
 from previews import SAMPLES, Previews
-from record import Metrics
+from runs import record
+from runs.record import Metrics
+from runs.trackers import Trackers
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
-from trackers import Trackers
 from training import TrainingState
 
 CPU, FP32 = torch.device("cpu"), Precision("fp32", "fp32", torch.float32)

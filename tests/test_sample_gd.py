@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 import outputs
-from checkpoint import save_checkpoint
 from conftest import run_script, run_torchrun
 from drawing.pictures import read_png
 from fields import conditioned_field
@@ -21,6 +20,7 @@ from models import EqM
 from objective import Objective
 from outputs import Output, Writer
 from plan import Plan
+from runs.checkpoint import save_checkpoint
 from runtime import distributed
 from runtime.distributed import batches_of_rank
 from runtime.draws import sample_noise

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import score
-from checkpoint import save_checkpoint
 from conftest import make_pack, run_script, run_torchrun
 from data.latents import to_unit_range
 from data.video import probe_video, read_frames, write_video
 from models import build_network
+from runs.checkpoint import save_checkpoint
 from runtime import distributed
 from score import auroc, norm_and_energy
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import save_checkpoint
 from conftest import run_script
 from data.latents import encode, to_unit_range
 from data.video import iterate_frames, probe_video, read_frames, write_video
 from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
+from runs.checkpoint import save_checkpoint
 from runtime.draws import sample_noise
 from runtime.errors import UserError
 from sampling import gradient_descent

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_file, save_checkpoint
-from checkpoint_writer import CheckpointWriter, checkpoints
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from preemption import ONE_REQUEST_S
-from resume import find_start, newest_good
+from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
+from runs.checkpoint_writer import CheckpointWriter, checkpoints
+from runs.resume import find_start, newest_good
+from runs.signals import ONE_REQUEST_S
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.files import lock
@@ -279,7 +279,7 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
     run = tmp_path / "results" / NAME
     run.mkdir(parents=True)
     assert lock(run)
-    monkeypatch.setattr("resume.LOCK_PATIENCE_S", 0)
+    monkeypatch.setattr("runs.resume.LOCK_PATIENCE_S", 0)
     with pytest.raises(UserError, match="another process trains in"):
         find_start(
             Namespace(resume=True, results_dir=tmp_path / "results", model="EqM-Ti/4", path_type="Linear", ckpt=None)
@@ -364,7 +364,7 @@ def test_a_damaged_checkpoint_is_not_counted_among_those_to_keep(tmp_path):
 def test_older_checkpoints_are_not_read_where_all_are_kept(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     save_checkpoint(tmp_path / "checkpoints" / "0000001.pt", {"config": {}, "step": 1})
-    monkeypatch.setattr("checkpoint_writer.is_sealed", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("runs.checkpoint_writer.is_sealed", lambda path: pytest.fail(f"{path} was read"))
     writer = CheckpointWriter(tmp_path, None, None)
     writer.save({"config": {}, "step": 2})
     writer.finish()

@@ -11,9 +11,9 @@ from PIL import Image
 
 from conftest import SMALL, run_script
 from drawing.pictures import gif, read_png
+from runs.trackers import Preview, Trackers
 from runtime.errors import UserError
 from test_train import NAME, metrics, trained
-from trackers import Preview, Trackers
 
 WATCHED = ["--log-every", 1, "--ckpt-every", 2, "--resume", "--sample-every", 2, "--sample-steps", 2]
 # A stand-in that notes what it is called with.

@@ -13,8 +13,6 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from checkpoint_writer import CheckpointWriter
-from config import network_settings
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from data.clips import Samples
 from data.latents import to_unit_range
@@ -23,7 +21,9 @@ from data.source import Source
 from models import build_network
 from objective import Objective
 from precision import Precision
-from runs import create_run_folder
+from runs.checkpoint_writer import CheckpointWriter
+from runs.config import network_settings
+from runs.folder import create_run_folder
 from runtime.draws import seed_draws
 from train import parse_args, sample_limit, train
 from training import Recipe, TrainingState, draw_random_numbers

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import network_settings
 from data.clips import Samples, window_length
 from data.latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
 from data.packs.pack import Pack, is_pack, open_pack
 from data.packs.samples import PackedSamples, unpack
 from data.scan import Found, scan_for_training
 from precision import Precision
+from runs.config import network_settings
 from runtime import distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError

@@ -8,9 +8,9 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint import is_sealed
-from checkpoint_writer import checkpoints
-from runs import create_run_folder, run_folders
+from runs.checkpoint import is_sealed
+from runs.checkpoint_writer import checkpoints
+from runs.folder import create_run_folder, run_folders
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import leftovers, lock

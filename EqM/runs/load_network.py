@@ -4,11 +4,11 @@ import argparse
 
 import torch
 
-from checkpoint import check_written_here, load_file, network_weights
 from data.latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
 from energy import ENERGIES
 from models import EqM, EqM_models, build_network, load_weights
 from precision import Precision
+from runs.checkpoint import check_written_here, load_file, network_weights
 from runtime import cli
 from runtime.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import is_sealed, save_checkpoint
+from runs.checkpoint import is_sealed, save_checkpoint
 from runtime.errors import UserError
 from runtime.logs import log
 
