@@ -15,13 +15,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from adaptive import Descent, Slots
 from fast import replayed
-from fields import conditioned_field
 from precision import Precision
 from runtime.draws import sample_noise
 from runtime.transfers import read_later, to_device
-from sampling import Field, Finished, Watch, fixed_descents, gradient_descent
+from sampling.adaptive import Descent, Slots
+from sampling.descent import Field, Finished, Watch, fixed_descents, gradient_descent
+from sampling.fields import conditioned_field
 from workloads import NUM_CLASSES, Work
 
 # Evaluations are spread evenly from a fifth of the cap to the cap.

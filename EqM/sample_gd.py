@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adaptive import summary
 from data.latents import VAE, to_pixels
 from fast import add_compile_arg, is_fast
-from fields import conditioned_field
-from methods import adaptive_samples, composition_of, measure_of, sample_batch
 from models import EqM
-from outputs import Output, Report, Writer, write_npz, write_sheet, write_table
-from plan import Plan, make_plan
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
 from runs.load_network import add_known_args, class_names, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.logs import log, start_log
 from runtime.transfers import to_device
-from sampling import MU, STEPS, STEPSIZE, Watch, fixed_descents
-from starts import add_start_args
-from traces import TRACED, write_evaluations, write_trace
+from sampling.adaptive import summary
+from sampling.descent import MU, STEPS, STEPSIZE, Watch, fixed_descents
+from sampling.fields import conditioned_field
+from sampling.outputs import Output, Report, Writer, write_npz, write_sheet, write_table
+from sampling.plan import Plan, make_plan
+from sampling.sampler import adaptive_samples, composition_of, measure_of, sample_batch
+from sampling.starts import add_start_args
+from sampling.traces import TRACED, write_evaluations, write_trace
 
 SAMPLERS = ("gd", "ngd", "euler")
 

@@ -27,7 +27,6 @@ from drawing.pictures import write_png
 from drawing.plots import histogram_plot
 from energy import energy_of_field
 from models import EqM, sample_energy
-from plan import class_index
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
 from runs.load_network import add_known_args, class_names, open_network
 from runtime import cli, distributed
@@ -35,7 +34,8 @@ from runtime.distributed import batches_of_rank
 from runtime.errors import UserError
 from runtime.files import check_writable
 from runtime.logs import log, start_log
-from sampling import value_norms
+from sampling.descent import value_norms
+from sampling.plan import class_index
 
 SCORES = ("norm", "energy")
 

@@ -20,7 +20,6 @@ from fast import add_compile_arg, is_fast
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
-from previews import Previews, add_preview_args
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import check_resumable, make_config, network_settings
@@ -33,6 +32,7 @@ from runtime import cli, distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
+from sampling.previews import Previews, add_preview_args
 from training import Recipe, TrainingState, training_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}

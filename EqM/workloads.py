@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fields import Composition, conditioned_field
 from models import EqM, build_network
 from precision import Precision
 from runtime import distributed
 from runtime.draws import seed_draws
-from sampling import gradient_descent
+from sampling.descent import gradient_descent
+from sampling.fields import Composition, conditioned_field
 from training import Recipe, TrainingState, training_step
 
 NUM_CLASSES = 101

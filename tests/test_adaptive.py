@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from adaptive import Descent, Slots, summary
 from runtime.draws import sample_noise
-from sampling import Finished, Watch, fixed_descents, gradient_descent, norm_alone, value_norms
-from traces import norm_and_energy
+from sampling.adaptive import Descent, Slots, summary
+from sampling.descent import Finished, Watch, fixed_descents, gradient_descent, norm_alone, value_norms
+from sampling.traces import norm_and_energy
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3)

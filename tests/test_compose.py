@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from plan import class_index, parse_sum
 from runtime.errors import UserError
+from sampling.plan import class_index, parse_sum
 
 NAMES = ["CircleRight", "Walk-Left", "Jump + Run", "it's", "4", "Über"]
 

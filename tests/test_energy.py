@@ -17,14 +17,14 @@ import throughput
 from conftest import SMALL, make_pack, run_script
 from energy import energy
 from fast import compile_network
-from fields import Composition, conditioned_field
 from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
 from runs.checkpoint import save_checkpoint
 from runs.config import check_resumable
 from runtime.draws import seed_draws
-from sampling import gradient_descent
+from sampling.descent import gradient_descent
+from sampling.fields import Composition, conditioned_field
 from training import Recipe, TrainingState, network_loss, training_step
 from workloads import QUICK, QUICK_BY_NAME, Training
 

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 import compare
-from adaptive import Descent, Slots
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from drawing.pictures import read_png
 from fast import Graphed
-from fields import Composition, conditioned_field
 from models import EqM
 from precision import Precision
 from runtime.draws import sample_noise, seed_draws
-from sampling import gradient_descent
+from sampling.adaptive import Descent, Slots
+from sampling.descent import gradient_descent
+from sampling.fields import Composition, conditioned_field
 from training import Recipe, TrainingState, training_step
 from workloads import start_over
 

@@ -17,10 +17,10 @@ from data.source import Source
 from drawing.pictures import contact_sheet, read_png
 from models import EqM_models
 from precision import Precision
-from previews import SAMPLES, Previews
 from runs import record
 from runs.record import Metrics
 from runs.trackers import Trackers
+from sampling.previews import SAMPLES, Previews
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
 from training import TrainingState

@@ -11,22 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-import outputs
 from conftest import run_script, run_torchrun
 from drawing.pictures import read_png
-from fields import conditioned_field
-from methods import adaptive_samples, composition_of, sample_batch
 from models import EqM
 from objective import Objective
-from outputs import Output, Writer
-from plan import Plan
 from runs.checkpoint import save_checkpoint
 from runtime import distributed
 from runtime.distributed import batches_of_rank
 from runtime.draws import sample_noise
 from runtime.errors import UserError
-from sampling import Finished
-from starts import Starts
+from sampling import outputs
+from sampling.descent import Finished
+from sampling.fields import conditioned_field
+from sampling.outputs import Output, Writer
+from sampling.plan import Plan
+from sampling.sampler import adaptive_samples, composition_of, sample_batch
+from sampling.starts import Starts
 
 STEPS = ["--num-sampling-steps", 3]
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fields import Composition
 from runtime.draws import sample_noise
-from sampling import Field, gradient_descent, integrate
+from sampling.descent import Field, gradient_descent, integrate
+from sampling.fields import Composition
 
 MINIMUM = torch.tensor([1.0, -2.0, 0.5])
 

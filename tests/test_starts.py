@@ -19,8 +19,8 @@ from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
 from runs.checkpoint import save_checkpoint
 from runtime.draws import sample_noise
 from runtime.errors import UserError
-from sampling import gradient_descent
-from starts import Starts, choose_starts
+from sampling.descent import gradient_descent
+from sampling.starts import Starts, choose_starts
 
 SHAPE = (3, 4, 16, 16)
 CONFIG = {"network": {"input_size": (4, 16, 16)}, "vae": None, "args": {"frame_interval": 3}}

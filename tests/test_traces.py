@@ -5,13 +5,13 @@ import argparse
 import pytest
 import torch
 
-from fields import conditioned_field
-from methods import composition_of, measure_of, sample_batch
 from models import EqM
-from plan import Plan
 from runtime.draws import sample_noise
-from sampling import value_norms
-from starts import Starts
+from sampling.descent import value_norms
+from sampling.fields import conditioned_field
+from sampling.plan import Plan
+from sampling.sampler import composition_of, measure_of, sample_batch
+from sampling.starts import Starts
 
 SECONDS = 0.12
 LABELS = Plan([0, 1, 2], [], Starts(0, (3, 4, 8, 8)))

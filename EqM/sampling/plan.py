@@ -12,7 +12,7 @@ from torch import Tensor
 from data.latents import VAE
 from runs.load_network import class_names
 from runtime.errors import UserError
-from starts import Starts, choose_starts
+from sampling.starts import Starts, choose_starts
 
 
 @dataclass(frozen=True)

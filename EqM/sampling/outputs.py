@@ -18,9 +18,9 @@ from drawing.pictures import contact_sheet, read_png, write_gif, write_png
 from precision import Precision
 from runtime.errors import UserError
 from runtime.transfers import read_later
-from sampling import Finished
-from starts import Starts
-from traces import TRACED
+from sampling.descent import Finished
+from sampling.starts import Starts
+from sampling.traces import TRACED
 
 SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
 WRITERS = 4  # threads that encode and write samples, one each

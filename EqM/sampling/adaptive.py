@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.transfers import read_later, to_device
-from sampling import Field, Finished, Measure, look_ahead, norm_alone
+from sampling.descent import Field, Finished, Measure, look_ahead, norm_alone
 
 # Steps by which the host, which reads what has stopped, may be behind a GPU: meanwhile it draws new samples' noise.
 LAG = 4

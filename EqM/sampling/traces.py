@@ -10,7 +10,7 @@ from torch import Tensor
 from drawing.pictures import write_png
 from drawing.plots import histogram_plot, line_plot
 from energy import energy_of_field
-from sampling import Measure, value_norms
+from sampling.descent import Measure, value_norms
 
 TRACED = 8  # how many of the first samples
 QUANTITIES = ("norm", "energy")

@@ -9,7 +9,7 @@ from torch import Tensor
 from fast import compile_network, replayed
 from models import EqM
 from runtime.transfers import to_device
-from sampling import Field
+from sampling.descent import Field
 
 UNKNOWN = 2**62  # a row that no table has, so that looking it up fails
 

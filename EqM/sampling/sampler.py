@@ -8,13 +8,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from adaptive import Descent, Slots
 from fast import is_fast, replayed
-from fields import Composition
 from models import EqM, sample_energy
-from plan import Plan
-from sampling import Field, Finished, Measure, gradient_descent, integrate, norm_alone
-from traces import norm_and_energy
+from sampling.adaptive import Descent, Slots
+from sampling.descent import Field, Finished, Measure, gradient_descent, integrate, norm_alone
+from sampling.fields import Composition
+from sampling.plan import Plan
+from sampling.traces import norm_and_energy
 
 
 def composition_of(args: argparse.Namespace, network: EqM, plan: Plan) -> Composition:

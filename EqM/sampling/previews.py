@@ -21,12 +21,8 @@ from tqdm import tqdm
 from data.latents import to_pixels
 from data.source import Source
 from drawing.pictures import contact_sheet, write_png
-from fields import conditioned_field
-from methods import sample_batch
 from models import EqM
 from objective import Objective
-from outputs import Output
-from plan import Plan
 from runs.signals import StopSignals
 from runs.trackers import Preview, Trackers
 from runtime import cli, distributed
@@ -34,8 +30,12 @@ from runtime.distributed import batches_of_rank
 from runtime.errors import is_out_of_memory
 from runtime.logs import log
 from runtime.transfers import to_device
-from sampling import MU, STEPS, STEPSIZE
-from starts import Starts
+from sampling.descent import MU, STEPS, STEPSIZE
+from sampling.fields import conditioned_field
+from sampling.outputs import Output
+from sampling.plan import Plan
+from sampling.sampler import sample_batch
+from sampling.starts import Starts
 from training import TrainingState
 
 SAMPLES = 16
