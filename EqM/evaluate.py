@@ -12,15 +12,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from evaluation_table import lines
-from features import FEATURES, WITH_WEIGHTS, open_features
-from metrics import PERCENTILES, RESAMPLES, SPLITS
-from report import check_judged, compare, judge_samples
+from evaluation.features import FEATURES, WITH_WEIGHTS, open_features
+from evaluation.metrics import PERCENTILES, RESAMPLES, SPLITS
+from evaluation.report import check_judged, compare, judge_samples
+from evaluation.sides import measure, open_sides
+from evaluation.table import lines
 from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, write_whole
 from runtime.logs import log, start_log
-from sides import measure, open_sides
 
 
 def parse_args() -> argparse.Namespace:

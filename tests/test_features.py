@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import features
-from features import open_features, pixel_features
+from evaluation import features
+from evaluation.features import open_features, pixel_features
 from runtime.errors import UserError
 
 CPU = torch.device("cpu")

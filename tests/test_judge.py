@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import judge
-from judge import small, train_judge, words
+from evaluation import judge
+from evaluation.judge import small, train_judge, words
 from make_moving_shapes import render_clip
 from runtime.errors import UserError
 

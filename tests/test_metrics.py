@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import metrics
-from metrics import (
+from evaluation import metrics
+from evaluation.metrics import (
     METRICS,
     at_equal_counts,
     frechet_distance,

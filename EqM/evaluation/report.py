@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from features import Features
-from judge import Judged, check_classes, train_judge
-from metrics import METRICS, SUBSET_SIZE, Estimate, at_equal_counts, equal_count
+from evaluation.features import Features
+from evaluation.judge import Judged, check_classes, train_judge
+from evaluation.metrics import METRICS, SUBSET_SIZE, Estimate, at_equal_counts, equal_count
+from evaluation.sides import Side
 from runtime.errors import UserError
-from sides import Side
 
 
 def compare(each: Features, real: Tensor, generated: Tensor, seed: int) -> dict:

@@ -15,8 +15,8 @@ from data.clips import Samples
 from data.contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
 from data.packs.pack import is_pack
 from data.scan import Found, unreadable_errors
-from features import Features
-from judge import small
+from evaluation.features import Features
+from evaluation.judge import small
 from runtime.draws import keyed_uniforms
 from runtime.errors import UserError
 from runtime.logs import log
