@@ -20,20 +20,19 @@ from pathlib import Path
 
 import torch
 
-import scaling_times
-import throughput
-from adaptive_times import adaptive_times
-from loader_rates import loader_rates
+from measuring import scaling_times, throughput
+from measuring.adaptive_times import adaptive_times
+from measuring.agreement import WINDOWS, rank_losses
+from measuring.loader_rates import loader_rates
+from measuring.saving_times import saving_times
+from measuring.scaling_times import SCALED, SCALED_QUICK
+from measuring.throughput import PRODUCT_SIDE, choose_precision
+from measuring.workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Work, start_over
 from precision import Precision, agree_on_precision
-from rank_losses import WINDOWS, rank_losses
 from runtime import cli, distributed
 from runtime.distributed import FirstRanks
 from runtime.errors import UserError
 from runtime.logs import device_name, start_log
-from saving_times import saving_times
-from scaling_times import SCALED, SCALED_QUICK
-from throughput import PRODUCT_SIDE, choose_precision
-from workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, QUICK_BY_NAME, SMALL, TINY, Work, start_over
 
 LOSS_STEPS = {"cuda": 100, "cpu": 20}
 

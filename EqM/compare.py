@@ -14,11 +14,11 @@ from datetime import date
 import torch
 from torch import Tensor
 
+from measuring.workloads import RECIPE, SMALL, TINY, Sampling, Training, Work, start_over
 from models import EqM
 from precision import Precision, agree_on_precision
 from runtime import cli, distributed
 from runtime.logs import device_name, start_log
-from workloads import RECIPE, SMALL, TINY, Sampling, Training, Work, start_over
 
 WINDOWS = 5  # parts of a training whose mean losses are compared
 LR = 5e-4

@@ -28,11 +28,11 @@ import torch
 from tqdm import tqdm
 
 from drawing.pictures import write_png
+from measuring.study_tables import Cell, loss_curves, quality_by_evaluations, tables
 from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError
 from runtime.logs import device_name
-from study_tables import Cell, loss_curves, quality_by_evaluations, tables
 
 HERE = Path(__file__).resolve().parent
 PRECISIONS = {"fp32": "", "bf16": "--use-bf16", "fp16": "--use-amp"}

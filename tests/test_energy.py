@@ -13,10 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import benchmark
-import throughput
 from conftest import SMALL, make_pack, run_script
 from energy import energy
 from fast import compile_network
+from measuring import throughput
+from measuring.workloads import QUICK, QUICK_BY_NAME, Training
 from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
@@ -26,7 +27,6 @@ from runtime.draws import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
 from training import Recipe, TrainingState, network_loss, training_step
-from workloads import QUICK, QUICK_BY_NAME, Training
 
 CPU = torch.device("cpu")
 KINDS = ["dot", "l2"]

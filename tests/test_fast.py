@@ -17,6 +17,7 @@ import compare
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from drawing.pictures import read_png
 from fast import Graphed
+from measuring.workloads import start_over
 from models import EqM
 from precision import Precision
 from runtime.draws import sample_noise, seed_draws
@@ -24,7 +25,6 @@ from sampling.adaptive import Descent, Slots
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
 from training import Recipe, TrainingState, training_step
-from workloads import start_over
 
 CPU = torch.device("cpu")
 PRECISIONS = {
@@ -436,8 +436,8 @@ def test_the_comparison_finds_a_fast_path_that_differs(monkeypatch, capsys, wron
         seconds_per_frame = 0.5 if fast and wrong == "sampling" else seconds_per_frame
         return conditioned_field(network, batch, seconds_per_frame, fast=False)
 
-    monkeypatch.setattr("workloads.training_step", step)
-    monkeypatch.setattr("workloads.conditioned_field", field)
+    monkeypatch.setattr("measuring.workloads.training_step", step)
+    monkeypatch.setattr("measuring.workloads.conditioned_field", field)
     monkeypatch.setattr(sys, "argv", ["compare.py", "--steps", "10", "--sampling-steps", "3"])
     assert compare.main() == 1
     assert "fast and eager DIFFER" in capsys.readouterr().out

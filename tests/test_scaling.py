@@ -14,15 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import benchmark
-import rank_losses
-import scaling_times
 from conftest import run_script, run_torchrun
+from measuring import agreement as rank_losses
+from measuring import scaling_times
+from measuring.scaling_times import SCALED, SCALED_QUICK, ScalingRow
+from measuring.workloads import BASE, LARGE, SMALL, TINY, Training
 from precision import Precision
 from runtime import distributed
 from runtime.distributed import FirstRanks
 from runtime.errors import UserError
-from scaling_times import SCALED, SCALED_QUICK, ScalingRow
-from workloads import BASE, LARGE, SMALL, TINY, Training
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "fp32", torch.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import run_script
-from study_tables import Cell, loss_curves, quality_by_evaluations, tables
+from measuring.study_tables import Cell, loss_curves, quality_by_evaluations, tables
 
 SMALL_STUDY = [
     *("--video", "--seeds", 1, "--samples", 6),

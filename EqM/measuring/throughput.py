@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from measuring.workloads import Sampling, Training, Work, seconds_a_call, start_over, synchronize
 from precision import Precision, agree_on_precision
 from runtime.errors import is_out_of_memory
-from workloads import Sampling, Training, Work, seconds_a_call, start_over, synchronize
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the bf16 matrix product whose speed is called the ceiling
 COLUMNS = ("work", "batch", "precision", "mode", "ms a step", "samples/s", "tokens/s", "GB", "TFLOP/s", "of product")

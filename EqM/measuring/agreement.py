@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from measuring.workloads import NUM_CLASSES, RECIPE, Training, Work, part_of_rank, start_over
 from objective import Objective
 from precision import Precision
 from runtime import distributed
 from runtime.distributed import FirstRanks
-from workloads import NUM_CLASSES, RECIPE, Training, Work, part_of_rank, start_over
 
 WINDOWS = 5  # parts of a training whose mean losses are compared
 LR = 5e-4

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fast import replayed
+from measuring.workloads import NUM_CLASSES, Work
 from precision import Precision
 from runtime.draws import sample_noise
 from runtime.transfers import read_later, to_device
 from sampling.adaptive import Descent, Slots
 from sampling.descent import Field, Finished, Watch, fixed_descents, gradient_descent
 from sampling.fields import conditioned_field
-from workloads import NUM_CLASSES, Work
 
 # Evaluations are spread evenly from a fifth of the cap to the cap.
 DESCENT = Descent(stepsize=0.05, mu=0.0, cap=100, threshold=0.4)

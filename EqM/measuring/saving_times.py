@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from measuring.workloads import Training, Work
 from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
-from workloads import Training, Work
 
 STEPS_AHEAD = 4  # that the host gives to the device before it waits
 USUAL_SECONDS = 2.0

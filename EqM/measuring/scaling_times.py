@@ -7,11 +7,11 @@ from functools import partial
 import torch
 
 from fast import WARMUP_CALLS_DISTRIBUTED
+from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 from precision import Precision
 from runtime import distributed
 from runtime.distributed import FirstRanks
 from training import Recipe
-from workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 
 COLUMNS = ("work", "scaling", "ranks", "batch a rank", "ms a step", "samples/s", "efficiency", "communication", "GB")
 
