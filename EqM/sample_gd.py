@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from compiled import add_compile_arg, is_fast
 from data.latents import VAE, to_pixels
-from fast import add_compile_arg, is_fast
 from models import EqM
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
 from runs.load_network import add_known_args, class_names, open_network

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from compiled import add_compile_arg, is_fast
 from data.batches import DeviceLoader, EpochStream, UnreadableLog, make_loader
 from data.scan import Found
 from data.source import Source, check_classes, open_source
-from fast import add_compile_arg, is_fast
 from models import EqM_models, build_network
 from objective import add_objective_args, objective_of
 from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
@@ -33,7 +33,7 @@ from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
 from sampling.previews import Previews, add_preview_args
-from training import Recipe, TrainingState, training_step
+from step import Recipe, TrainingState, training_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
 DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}

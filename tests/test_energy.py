@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import benchmark
+from compiled import compile_network
 from conftest import SMALL, make_pack, run_script
 from energy import energy
-from fast import compile_network
 from measuring import throughput
 from measuring.workloads import QUICK, QUICK_BY_NAME, Training
 from models import EqM, sample_energy
@@ -26,7 +26,7 @@ from runs.config import check_resumable
 from runtime.draws import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
-from training import Recipe, TrainingState, network_loss, training_step
+from step import Recipe, TrainingState, network_loss, training_step
 
 CPU = torch.device("cpu")
 KINDS = ["dot", "l2"]

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 import compare
+from compiled import Graphed
 from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
 from drawing.pictures import read_png
-from fast import Graphed
 from measuring.workloads import start_over
 from models import EqM
 from precision import Precision
@@ -24,7 +24,7 @@ from runtime.draws import sample_noise, seed_draws
 from sampling.adaptive import Descent, Slots
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
-from training import Recipe, TrainingState, training_step
+from step import Recipe, TrainingState, training_step
 
 CPU = torch.device("cpu")
 PRECISIONS = {
@@ -397,7 +397,7 @@ def test_each_set_of_shapes_has_a_graph_of_its_own(gpu_stream):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_distributed_data_parallel_is_captured_with_its_exchange(gpu_stream, tmp_path, monkeypatch, precision):
     # Eight forward passes a step: the 100th falls into the captured one.
-    monkeypatch.setattr("fast.WARMUP_CALLS_DISTRIBUTED", 12)
+    monkeypatch.setattr("compiled.WARMUP_CALLS_DISTRIBUTED", 12)
     alone = Trained(True, precision, gpu_stream, micro_batch=1)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=gpu_stream)
     try:

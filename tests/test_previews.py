@@ -21,9 +21,9 @@ from runs import record
 from runs.record import Metrics
 from runs.trackers import Trackers
 from sampling.previews import SAMPLES, Previews
+from step import TrainingState
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
-from training import TrainingState
 
 CPU, FP32 = torch.device("cpu"), Precision("fp32", "fp32", torch.float32)
 NO_SIGNAL = argparse.Namespace(received="")

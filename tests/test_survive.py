@@ -24,9 +24,9 @@ from runs.signals import ONE_REQUEST_S
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.files import lock
+from step import train_step
 from test_train import assert_same, load, metrics
 from test_training import FP16, FP32, RECIPE, new_state, same, weights
-from training import train_step
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 TRAIN = ["train.py", *SMALL, "--num-workers", 0, "--log-every", 4, "--ckpt-every", 3]

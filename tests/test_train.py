@@ -25,8 +25,8 @@ from runs.checkpoint_writer import CheckpointWriter
 from runs.config import network_settings
 from runs.folder import create_run_folder
 from runtime.draws import seed_draws
+from step import Recipe, TrainingState, draw_random_numbers
 from train import parse_args, sample_limit, train
-from training import Recipe, TrainingState, draw_random_numbers
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 

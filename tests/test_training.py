@@ -12,7 +12,7 @@ from precision import Precision, resolve_precision
 from runtime import distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
-from training import Recipe, TrainingState, draw_random_numbers, train_step
+from step import Recipe, TrainingState, draw_random_numbers, train_step
 
 CPU = torch.device("cpu")
 FP32, FP16 = resolve_precision("fp32", "cpu"), Precision("fp16", "fp16", torch.float16)

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fast import replayed
+from compiled import replayed
 from measuring.workloads import NUM_CLASSES, Work
 from precision import Precision
 from runtime.draws import sample_noise

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from fast import WARMUP_CALLS_DISTRIBUTED
+from compiled import WARMUP_CALLS_DISTRIBUTED
 from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 from precision import Precision
 from runtime import distributed
 from runtime.distributed import FirstRanks
-from training import Recipe
+from step import Recipe
 
 COLUMNS = ("work", "scaling", "ranks", "batch a rank", "ms a step", "samples/s", "efficiency", "communication", "GB")
 

@@ -16,7 +16,7 @@ from runtime import distributed
 from runtime.draws import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
-from training import Recipe, TrainingState, training_step
+from step import Recipe, TrainingState, training_step
 
 NUM_CLASSES = 101
 GUIDANCE, STEPSIZE = 1.5, 0.0017

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fast import compile_network, replayed
+from compiled import compile_network, replayed
 from models import EqM
 from runtime.transfers import to_device
 from sampling.descent import Field

@@ -36,7 +36,7 @@ from sampling.outputs import Output
 from sampling.plan import Plan
 from sampling.sampler import sample_batch
 from sampling.starts import Starts
-from training import TrainingState
+from step import TrainingState
 
 SAMPLES = 16
 # The sampler's default: with the same settings it makes the same samples of the step's checkpoint.

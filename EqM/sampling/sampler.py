@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from fast import is_fast, replayed
+from compiled import is_fast, replayed
 from models import EqM, sample_energy
 from sampling.adaptive import Descent, Slots
 from sampling.descent import Field, Finished, Measure, gradient_descent, integrate, norm_alone

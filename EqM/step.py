@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fast import Graphed, compile_network
+from compiled import Graphed, compile_network
 from models import load_weights
 from objective import Objective, drop_labels
 from precision import Precision
