@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.found import Found, Names, Videos
 from data.packs.format import Settings, read_settings, shard_path
-from data.scan import Found, Item
 from data.video import VideoInfo
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
@@ -123,13 +123,11 @@ class Pack:
     def found(self) -> Found:
         """What `data.scan` says of files, of the items of the pack."""
         source, video = self.settings.source, self.settings.video
-        columns = zip(self.paths, self.labels.tolist(), self.lengths.tolist(), self.rates.tolist(), strict=True)
-        items = tuple(
-            Item(os.path.join(source, path), label, VideoInfo(range(length), rate) if video else None)  # noqa: PTH118
-            for path, label, length, rate in columns
-        )
+        paths = Names(os.path.join(source, path) for path in self.paths)  # noqa: PTH118
+        pairs = zip(self.lengths.tolist(), self.rates.tolist(), strict=True)
+        videos = Videos(VideoInfo(range(length), rate) for length, rate in pairs) if video else None
         unreadable = tuple((str(Path(source, path)), reason) for path, reason in self.unreadable)
-        return Found(str(self.folder), tuple(self.settings.classes), items, unreadable)
+        return Found(str(self.folder), tuple(self.settings.classes), paths, self.labels, videos, unreadable)
 
 
 def is_pack(folder: Path) -> bool:
