@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from runtime.errors import UserError
 
@@ -187,16 +186,6 @@ class SharedFlag:
         (work, value), self.exchange = self.exchange, None
         work.wait()
         return bool(value.item())
-
-
-def data_parallel(network: nn.Module) -> nn.Module:
-    """The network itself in one process, else one that averages gradients over the ranks."""
-    if not is_group():
-        return network
-    parallel = DistributedDataParallel(network, process_group=_scope, gradient_as_bucket_view=True)
-    # Every so many calls it times itself, and a CUDA graph cannot be recorded then.
-    parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
-    return parallel
 
 
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:
