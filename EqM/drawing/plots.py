@@ -29,7 +29,8 @@ PLOT_SIZE = (7.0, 3.9)  # inches, of one plot with its labels
 DPI = 120
 FONT_SIZE = 10  # points
 LETTER, LEGEND_GAP = 0.085, 0.8  # inches: about one letter of that size, and the space around a name in the legend
-LONGEST_NAME = 80  # letters that the legend shows
+NAME_HEIGHT = 0.2  # inches, of one row of the legend
+LONGEST_NAME = 76  # letters that the legend shows
 MAX_BINS = 40
 MARKED_POINTS = 12  # a line through so few points shows each of them
 
@@ -184,14 +185,21 @@ def add_legend(figure: "Figure", names: Sequence[str]) -> None:
 
     if not names:
         return
-    shown = [name if len(name) <= LONGEST_NAME else "…" + name[-LONGEST_NAME:] for name in names]
+    shown = [shortened(name) for name in names]
     entry = LETTER * max(map(len, shown)) + LEGEND_GAP  # inches
     columns = max(1, min(len(shown), int(figure.get_figwidth() / entry)))
-    handles = [Line2D([], [], color=colour) for _, colour in coloured(names)]
+    figure.set_figheight(figure.get_figheight() + NAME_HEIGHT * math.ceil(len(shown) / columns))
+    handles = [Line2D([], [], color=colour, linewidth=2.5) for _, colour in coloured(names)]
     legend = figure.legend(handles, shown, loc="outside upper center", ncols=columns, frameon=False)
     for text, name in zip(legend.get_texts(), shown, strict=True):
         text.set_parse_math(False)  # a name with two $ is no formula
         text.set_text(name)
+
+
+def shortened(name: str) -> str:
+    """A name that fits into the legend: of a long one, as a path, its start and its end."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 def write_plots(path: Path, plots: Sequence[Lines | Histogram], columns: int = 1) -> None:
