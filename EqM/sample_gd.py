@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from compiled import add_compile_arg, is_fast
 from data.latents import VAE, to_pixels
+from drawing.plots import INSTALL, can_plot, check_plots
 from models import EqM
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
 from runs.load_network import add_known_args, class_names, open_network
@@ -79,7 +80,10 @@ def parse_args() -> argparse.Namespace:
     )
     add_start_args(parser)
     add_known_args(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.trace:
+        check_plots("--trace")
+    return args
 
 
 @torch.no_grad()
@@ -123,6 +127,8 @@ def main() -> None:
     args = parse_args()
     device = distributed.start()
     start_log()
+    if args.adaptive and not can_plot():
+        log.warning("matplotlib is missing, so the plot of evaluations is left out: %s", INSTALL)
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     network, config, vae = open_network(args, device, precision)
     batches_of_rank(args.num_fid_samples, args.global_batch_size)
@@ -149,7 +155,8 @@ def main() -> None:
         if args.adaptive:
             counts = [count for count, _ in report.descents.values()]
             log.info(summary(counts, args.num_sampling_steps))
-            log.info("evaluations of all samples: %s", write_evaluations(output.folder, counts))
+            if can_plot():
+                log.info("evaluations of all samples: %s", write_evaluations(output.folder, counts))
     distributed.stop()
 
 

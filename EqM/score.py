@@ -23,8 +23,7 @@ from data.clips import first_windows
 from data.contents import Content, open_path
 from data.latents import VAE, encode
 from data.scan import unreadable_errors
-from drawing.pictures import write_png
-from drawing.plots import histogram_plot
+from drawing.plots import Histogram, check_plots, write_plots
 from energy import energy_of_field
 from models import EqM, sample_energy
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
@@ -57,6 +56,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.paths) > 2 or len({path.resolve() for path in args.paths}) < len(args.paths):
         raise UserError("give one PATH, or two different ones to tell apart")
+    if len(args.paths) == 2:
+        check_plots("comparing two paths")
     return args
 
 
@@ -150,7 +151,12 @@ def write_scores(path: Path, scores: dict[Path, dict[str, list[float]]]) -> None
 
 
 def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
-    """Prints how well each score tells two paths apart, and draws both scores' histograms."""
+    """Logs how well each score tells two paths apart, and draws a histogram of each score.
+
+    Args:
+        scores: norm and energy of each file, by path and name of the file.
+        picture: the PNG file to write.
+    """
     (first, a), (second, b) = ((path, np.array(list(rows.values()))) for path, rows in scores.items())  # (N, 2)
     log.info("AUROC: how often a file of %s (%d) has a higher score than one of %s (%d)", second, len(b), first, len(a))
     short = [path.resolve().name for path in scores]
@@ -160,8 +166,8 @@ def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
         area = auroc(a[:, i], b[:, i])
         log.info("AUROC of the %s: %.4f", name, area)
         series = {names[0]: a[:, i].tolist(), names[1]: b[:, i].tolist()}
-        plots.append(histogram_plot(series, f"{name} (AUROC {area:.3f})"))
-    write_png(picture, np.concatenate(plots))
+        plots.append(Histogram(series, f"{name} (AUROC {area:.3f})"))
+    write_plots(picture, plots)
     log.info("histograms: %s", picture)
 
 
