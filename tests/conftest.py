@@ -3,17 +3,17 @@
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.form import Form
 from data.latents import LatentSpace
 from data.packs.pack import Pack, open_pack
+from data.packs.plan import finish, make_plan, missing_shards
 from data.packs.samples import PackedSamples
 from data.packs.writer import pack_shard
-from prepare import finish, make_plan, missing_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
@@ -93,8 +93,7 @@ class BlockMeans:
 
 def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 16, vae: object = None) -> Pack:
     """Packs in this process, and opens the pack."""
-    args = Namespace(source=source, pack=folder, video=video, image_size=image_size, vae="mean" if vae else "none")
-    plan = make_plan(args, vae)
+    plan = make_plan(source, folder, Form(video, image_size), vae and vae.space)
     for number in missing_shards(plan):
         pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
     finish(plan)
