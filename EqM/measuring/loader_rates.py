@@ -70,7 +70,7 @@ def clips_per_second(data: Path, image_size: int, workers: int) -> float:
 
 def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
     """Names and clips a second, one after another."""
-    prepare = Path(__file__).with_name("prepare.py")
+    prepare = Path(__file__).resolve().parents[1] / "prepare.py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sources(folder / "videos", videos)

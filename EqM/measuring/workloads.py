@@ -73,8 +73,6 @@ FULL = {
 }
 TINY = Work("Ti/2, 4 frames of 16 px", "train", "EqM-Ti/2", (4, 16, 16), 16, 3, 4, ways=FAST_AND_EAGER)
 QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frames of 16 px", kind="sample", batch=4)]}
-# Measured where they are asked for by name.
-QUICK_BY_NAME = {"energy": [replace(TINY, name="EqM-E dot Ti/2, 4 frames of 16 px", energy="dot")]}
 
 
 def part_of_rank(batch: int) -> slice:
