@@ -1,32 +1,12 @@
-"""The first samples' norms and energies along the way, and how long all samples took: a table and plots."""
+"""Norms and energies of the first samples by step, and the evaluations of all samples: a table and plots."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from drawing.plots import Histogram, Lines, write_plots
-from energy import energy_of_field
-from sampling.descent import Measure, value_norms
 
-TRACED = 8  # how many of the first samples
 QUANTITIES = ("norm", "energy")
-
-
-def norm_and_energy(explicit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Measure:
-    """The Measure of both (N, 2): the energy −⟨x, f(x)⟩ of the field over the number of elements, or an explicit one.
-
-    Args:
-        explicit: from samples' classes (N,) and points (N, …) to their energies (N,).
-    """
-
-    def measure(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
-        energies = energy_of_field(x, value) if explicit is None else explicit(y, x)  # (N,)
-        return torch.stack([value_norms(value), energies], dim=1)
-
-    return measure
 
 
 def write_trace(folder: Path, traces: Mapping[int, list[list[float]]]) -> list[Path]:
