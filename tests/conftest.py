@@ -55,13 +55,13 @@ def run_script(script: str, *arguments: object, cwd: Path) -> subprocess.Complet
     return WARM.run(ROOT / "EqM" / script, *arguments, cwd=cwd, environment=environment, timeout_s=120)
 
 
-def run_torchrun(processes: int, script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> under torchrun, on a port of its own."""
+def run_torchrun(processes: int, script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script>, or one of a whole path, under torchrun, on a port of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return run_command(*launcher, ROOT / "EqM" / script, *arguments, cwd=cwd)
 
 
-def run_ranks(processes: int, script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+def run_ranks(processes: int, script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """As `run_torchrun`, but for the launcher: in processes that have imported torch already."""
     environment = environment_of()
     if not WARM.fits(environment):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cli import UserError
-from conftest import run_script
+from conftest import run_python
 from data import Found, Item, find_files, scan, scan_for_training, summary
 from loader import EpochStream, Samples, UnreadableLog, make_loader, to_pixels, to_unit_range, window_length
 from make_moving_shapes import write_avi
@@ -177,7 +177,7 @@ def test_the_listing_says_classes_rates_lengths_and_unreadable_files(tmp_path):
     make_set(root, ramp(10), count=3)
     write_video(root / "B" / "fast.mp4", ramp(6, 16), 30)
     (root / "A" / "broken.avi").write_text("no video")
-    result = run_script("data.py", root, "--video", cwd=tmp_path)
+    result = run_python("data.py", root, "--video", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.splitlines() == [
         f"{root}: 4 clips of 2 classes",

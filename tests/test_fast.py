@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import compare
 from adaptive import Descent, Slots
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
 from fast import Graphed, conditioned_field, training_step
 from models import EqM
 from pictures import read_png
@@ -303,8 +303,7 @@ def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
         "assert not step.recordings\n"
         "distributed.stop()\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = run_command(*launcher, script, cwd=tmp_path)
+    run = run_ranks(2, script, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("the step cannot be captured: RuntimeError: not here") == 1
 

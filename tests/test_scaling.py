@@ -18,7 +18,7 @@ import distributed
 import rank_losses
 import scaling_times
 from cli import UserError
-from conftest import run_script, run_torchrun
+from conftest import run_python, run_ranks
 from distributed import FirstRanks
 from precision import Precision
 from scaling_times import SCALED, SCALED_QUICK, ScalingRow
@@ -186,7 +186,7 @@ def test_the_works_are_those_of_the_bars():
 
 
 def test_the_quick_table_of_two_processes_has_both_group_sizes(tmp_path):
-    run = run_torchrun(2, "benchmark.py", "--scaling", "--quick", cwd=tmp_path)
+    run = run_ranks(2, "benchmark.py", "--scaling", "--quick", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "results" / "benchmark.json").read_text())
     rows = [ScalingRow(**row) for row in report["scaling"]]
@@ -205,7 +205,7 @@ def test_the_quick_table_of_two_processes_has_both_group_sizes(tmp_path):
 
 
 def test_scaling_on_a_cpu_without_quick_is_refused_in_one_line(tmp_path):
-    run = run_script("benchmark.py", "--scaling", cwd=tmp_path)
+    run = run_python("benchmark.py", "--scaling", cwd=tmp_path)
     assert run.returncode == 1
     assert run.stderr == (
         "benchmark.py: error: --scaling takes GPUs; on a CPU add --quick, which measures a small network\n"
