@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from latents import LatentSpace
 from pack import Pack, open_pack
@@ -20,6 +21,11 @@ from warm_python import WarmPython
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
 WARM = WarmPython()
+
+# In this process and in those that it starts: threads that share the work of small networks wait for one another, and
+# on a machine that others use as well they wait ten times as long as they work.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
