@@ -1,10 +1,11 @@
 """Fixtures: a small set of moving shapes, a trained checkpoint, and the scripts as people run them."""
 
 import os
+import pickle
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,15 @@ def run_ranks(processes: int, script: str | Path, *arguments: object, cwd: Path)
         return run_torchrun(processes, script, *arguments, cwd=cwd)
     path = ROOT / "EqM" / script
     return WARM.run_ranks(processes, path, *arguments, cwd=cwd, environment=environment, timeout_s=120)
+
+
+def spawn(function: Callable[..., object], arguments: tuple, processes: int, folder: Path) -> None:
+    """As torch.multiprocessing.spawn: calls a function of a test's module with a rank first, in several processes."""
+    with (folder / "call.pickle").open("wb") as file:
+        pickle.dump(sys.path, file)
+        pickle.dump((function, arguments), file)
+    run = run_ranks(processes, ROOT / "tests" / "rank_call.py", folder / "call.pickle", cwd=folder)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import benchmark
 import distributed
 import rank_losses
 import scaling_times
 from cli import UserError
-from conftest import run_python, run_ranks
+from conftest import run_python, run_ranks, spawn
 from distributed import FirstRanks
 from precision import Precision
 from scaling_times import SCALED, SCALED_QUICK, ScalingRow
@@ -40,7 +39,7 @@ def spawned(rank: int, folder: Path, ranks: int, function: Callable[[], object])
 
 def on_ranks(folder: Path, ranks: int, function: Callable[[], object]) -> list:
     """What the function returns on each of so many real processes, in rank order."""
-    mp.spawn(spawned, args=(folder, ranks, function), nprocs=ranks)
+    spawn(spawned, (folder, ranks, function), ranks, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
