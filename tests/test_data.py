@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from check_data import summary
-from conftest import run_script
+from conftest import run_python
 from data.batches import EpochStream, UnreadableLog, make_loader
 from data.clips import Samples, window_length
 from data.latents import to_pixels, to_unit_range
@@ -180,7 +180,7 @@ def test_the_listing_says_classes_rates_lengths_and_unreadable_files(tmp_path):
     make_set(root, ramp(10), count=3)
     write_video(root / "B" / "fast.mp4", ramp(6, 16), 30)
     (root / "A" / "broken.avi").write_text("no video")
-    result = run_script("check_data.py", root, "--video", cwd=tmp_path)
+    result = run_python("check_data.py", root, "--video", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.splitlines() == [
         f"{root}: 4 clips of 2 classes",

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import benchmark
 from compiled import compile_network
-from conftest import SMALL, make_pack, run_script
+from conftest import SMALL, make_pack, run_script, spawn
 from energy import energy
 from measuring import throughput
 from measuring.workloads import QUICK, QUICK_BY_NAME, Training
@@ -257,7 +256,7 @@ def shard_step(rank: int, folder: Path, ranks: int, kind: str, fast: bool) -> No
 @pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_mean_of_their_gradients(tmp_path, kind, fast):
-    mp.spawn(shard_step, args=(tmp_path, 2, kind, fast), nprocs=2)
+    spawn(shard_step, (tmp_path, 2, kind, fast), 2, tmp_path)
     for rank in (0, 1):
         shard_step(rank, tmp_path, 1, kind, fast=False)
     first, second = (torch.load(tmp_path / f"1-{rank}.pt") for rank in (0, 1))

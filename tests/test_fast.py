@@ -9,13 +9,13 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import compare
 import pytest
 import torch
 import torch.distributed as dist
 
-import compare
 from compiled import Graphed
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from measuring.workloads import start_over
 from models import EqM
@@ -305,8 +305,7 @@ def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
         "assert not step.recordings\n"
         "distributed.stop()\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = run_command(*launcher, script, cwd=tmp_path)
+    run = run_ranks(2, script, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("the step cannot be captured: RuntimeError: not here") == 1
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from conftest import run_script
+from conftest import run_python, run_script
 from drawing.pictures import read_png
 from drawing.plots import BOTTOM, COLOURS, HEIGHT, LEFT, TOP, WIDTH
 from plot import PANELS, smoothed
@@ -95,7 +95,7 @@ def test_a_line_half_written_is_left_out_with_a_warning(tmp_path):
     whole = plotted(tmp_path, "a")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
-    run = run_script("plot.py", "a", cwd=tmp_path)
+    run = run_python("plot.py", "a", cwd=tmp_path)
     assert run.returncode == 0
     assert "WARNING a/metrics.jsonl: damaged lines are left out: 1, the first is line 3" in run.stdout
     assert np.array_equal(read_png(tmp_path / "plot.png"), whole)

@@ -130,7 +130,11 @@ def test_the_legend_lies_within_the_picture_whatever_the_names(count):
 @pytest.mark.parametrize(
     "plot",
     [
-        *(Lines(s, "x", "y", log) for s in ({}, {"a": []}, {"a": [(1, 2.0)]}, {"a": [(0, 2), (9, 2)]}) for log in (0, 1)),
+        *(
+            Lines(s, "x", "y", log)
+            for s in ({}, {"a": []}, {"a": [(1, 2.0)]}, {"a": [(0, 2), (9, 2)]})
+            for log in (0, 1)
+        ),
         *(Histogram({"a": v}, "x", whole) for v in ([], [3.0], [math.nan, 1.0, 2.0]) for whole in (False, True)),
     ],
     ids=str,

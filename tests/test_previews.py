@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script
 from data.scan import Found
 from data.source import Source
 from drawing.pictures import contact_sheet, read_png
@@ -100,7 +100,7 @@ def test_a_sheet_shows_what_the_sampler_makes_of_the_checkpoint_of_its_step(
     run = trained(tmp_path, shapes, *flags, processes=processes)
     checkpoint = run / "checkpoints" / "0000004.pt"
     arguments = ["sample_gd.py", "--ckpt", checkpoint, "--folder", "other", *SAMPLER, *sampler]
-    sampled = run_torchrun(processes, *arguments, cwd=tmp_path) if processes else run_script(*arguments, cwd=tmp_path)
+    sampled = run_ranks(processes, *arguments, cwd=tmp_path) if processes else run_script(*arguments, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
     earlier, sheet = (read_png(run / "samples" / f"000000{step}-sheet.png") for step in (2, 4))
     assert np.array_equal(sheet, read_png(tmp_path / "other-sheet.png"))

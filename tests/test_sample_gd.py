@@ -4,6 +4,7 @@ import argparse
 import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import av
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import run_script, run_torchrun
+from conftest import run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from models import EqM
 from objective import Objective
@@ -32,9 +33,16 @@ STEPS = ["--num-sampling-steps", 3]
 CPU = torch.device("cpu")
 
 
-def sampled(checkpoint: Path, folder: Path, *flags: object, processes: int = 0) -> Path:
+def sampled(
+    checkpoint: Path,
+    folder: Path,
+    *flags: object,
+    processes: int = 0,
+    start: Callable[..., CompletedProcess] = run_script,
+    launch: Callable[..., CompletedProcess] = run_ranks,
+) -> Path:
     arguments = ["sample_gd.py", "--ckpt", checkpoint, "--folder", "out", *STEPS, *flags]
-    run = run_torchrun(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
+    run = launch(processes, *arguments, cwd=folder) if processes else start(*arguments, cwd=folder)
     assert run.returncode == 0, run.stderr
     return folder / "out"
 
@@ -89,7 +97,8 @@ def image_checkpoint(tmp_path_factory) -> Path:
 
 
 def test_videos_are_h264_files_of_the_trained_length_and_rate(checkpoint, tmp_path):
-    folder = sampled(checkpoint, tmp_path, "--num-fid-samples", 5, "--video", "--clip-len", 4, "--model", "EqM-Ti/4")
+    flags = ["--num-fid-samples", 5, "--video", "--clip-len", 4, "--model", "EqM-Ti/4"]
+    folder = sampled(checkpoint, tmp_path, *flags, start=run_python)
     assert sorted(path.name for path in folder.glob("*.mp4")) == [f"{i:06d}.mp4" for i in range(5)]
     frames, stream = read_video(folder / "000004.mp4")
     assert frames.shape == (4, 16, 16, 3)
@@ -128,10 +137,10 @@ def test_gifs_have_every_frame(checkpoint, tmp_path):
 def test_videos_do_not_depend_on_batch_size_or_number_of_processes(lively_checkpoint, tmp_path, flags, processes):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-    whole = sampled(lively_checkpoint, tmp_path / "one", "--num-fid-samples", 5, "--stepsize", 0.05)
-    parts = sampled(
-        lively_checkpoint, tmp_path / "other", "--num-fid-samples", 5, "--stepsize", 0.05, *flags, processes=processes
-    )
+    common = ["--num-fid-samples", 5, "--stepsize", 0.05]
+    whole = sampled(lively_checkpoint, tmp_path / "one", *common)
+    how = {"processes": processes, "launch": run_torchrun}
+    parts = sampled(lively_checkpoint, tmp_path / "other", *common, *flags, **how)
     assert_same_frames(parts, whole)
     assert_same_tables(rows(whole), rows(parts))
 
@@ -396,7 +405,7 @@ def test_the_trace_of_fixed_steps_has_the_first_samples_only(image_checkpoint, t
 
 def test_the_end_says_what_stopping_saved_when_some_ranks_have_no_sample(checkpoint, tmp_path):
     flags = ["--ckpt", checkpoint, "--num-fid-samples", 1, "--adaptive", 100, "--global-batch-size", 2]
-    run = run_torchrun(2, "sample_gd.py", *flags, "--num-sampling-steps", 4, cwd=tmp_path)
+    run = run_ranks(2, "sample_gd.py", *flags, "--num-sampling-steps", 4, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "evaluations a sample: mean 1, median 1, from 1 to 1; 0 of 1 came to the cap of 4; 75% fewer" in run.stdout
 

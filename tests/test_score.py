@@ -2,7 +2,9 @@
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 import score
-from conftest import make_pack, run_script, run_torchrun
+from conftest import make_pack, run_python, run_ranks, run_script
 from data.latents import to_unit_range
 from data.video import probe_video, read_frames, write_video
 from models import build_network
@@ -51,9 +53,15 @@ def numbers(path: Path) -> np.ndarray:
     return np.array([[float(row["norm"]), float(row["energy"])] for row in rows(path)])
 
 
-def scored(checkpoint: Path, folder: Path, *arguments: object, processes: int = 0) -> str:
+def scored(
+    checkpoint: Path,
+    folder: Path,
+    *arguments: object,
+    processes: int = 0,
+    start: Callable[..., CompletedProcess] = run_script,
+) -> str:
     command = ["score.py", "--ckpt", checkpoint, *arguments]
-    run = run_torchrun(processes, *command, cwd=folder) if processes else run_script(*command, cwd=folder)
+    run = run_ranks(processes, *command, cwd=folder) if processes else start(*command, cwd=folder)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -62,7 +70,8 @@ def scored(checkpoint: Path, folder: Path, *arguments: object, processes: int = 
 def both(lively_checkpoint, shapes, noise_folder, tmp_path_factory) -> tuple[Path, str]:
     """Where the shapes and the noise are scored, and what was printed."""
     folder = tmp_path_factory.mktemp("scored")
-    return folder, scored(lively_checkpoint, folder, shapes, noise_folder, "--global-batch-size", 5)
+    arguments = [shapes, noise_folder, "--global-batch-size", 5]
+    return folder, scored(lively_checkpoint, folder, *arguments, start=run_python)
 
 
 def by_hand(checkpoint: Path, clip: Path, label: int) -> list[float]:

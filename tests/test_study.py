@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import run_script
+from conftest import run_python, run_script
 from measuring.study_tables import Cell, loss_curves, quality_by_evaluations, tables
 
 SMALL_STUDY = [
@@ -94,6 +94,6 @@ def test_a_study_goes_on_where_it_was_and_does_nothing_twice(shapes, tmp_path):
 
 
 def test_a_folder_without_training_data_is_named(tmp_path):
-    run = run_script("study.py", "adaptive", tmp_path, cwd=tmp_path)
+    run = run_python("study.py", "adaptive", tmp_path, cwd=tmp_path)
     assert run.returncode == 1
     assert f"study.py: error: {tmp_path} has no folder train" in run.stderr

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from argparse import Namespace
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, run_script
 from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 from runs.resume import find_start, newest_good
@@ -27,6 +28,7 @@ from runtime.files import lock
 from step import train_step
 from test_train import assert_same, load, metrics
 from test_training import FP16, FP32, RECIPE, new_state, same, weights
+from warm_python import WarmProcess
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 TRAIN = ["train.py", *SMALL, "--num-workers", 0, "--log-every", 4, "--ckpt-every", 3]
@@ -70,14 +72,23 @@ def test_a_deterministic_run_on_a_gpu_ends_bitwise_the_same_after_a_stop(shapes,
         assert_same(ours[key], right[key])
 
 
-def start_script(*arguments: object, cwd: Path, launcher: tuple = ()) -> subprocess.Popen:
+def start_script(*arguments: object, cwd: Path) -> WarmProcess | subprocess.Popen:
+    """As `start_python`, in a process that has imported torch already."""
+    environment = environment_of()
+    if not WARM.fits(environment):
+        return start_python(*arguments, cwd=cwd)
+    script, *others = arguments
+    streams = [tempfile.TemporaryFile()]  # noqa: SIM115
+    return WARM.start(ROOT / "EqM" / script, *others, cwd=cwd, environment=environment, streams=streams)
+
+
+def start_python(*arguments: object, cwd: Path, launcher: tuple = ()) -> subprocess.Popen:
     """A script in a process group of its own, as a shell starts it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, ROOT / "EqM" / arguments[0], *arguments[1:]]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment,
+        env=environment_of(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -85,7 +96,7 @@ def start_script(*arguments: object, cwd: Path, launcher: tuple = ()) -> subproc
     )
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: WarmProcess | subprocess.Popen) -> None:
     path, end = folder / "results" / NAME / "metrics.jsonl", time.monotonic() + 60
     while not (path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines())):
         assert process.poll() is None, process.communicate()[0]
@@ -100,7 +111,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shapes, tmp_path, straight, number, workers):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--num-workers", workers]
-    process = start_script(*command, cwd=tmp_path)
+    start = start_python if (number, workers) == (signal.SIGTERM, 2) else start_script
+    process = start(*command, cwd=tmp_path)
     wait_for_step(tmp_path, 3, process)
     os.killpg(process.pid, number)  # a terminal signals the loading processes too
     said, _ = process.communicate(timeout=60)
@@ -126,7 +138,7 @@ def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shape
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "torchrun"])
 def test_a_signal_while_the_network_is_compiled_ends_a_run_at_once_and_resume_begins_it(shapes, tmp_path, launcher):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--max-steps", 2]
-    process = start_script(*command, "--compile", cwd=tmp_path, launcher=launcher)
+    process = start_python(*command, "--compile", cwd=tmp_path, launcher=launcher)
     log, end = tmp_path / "results" / NAME / "log.txt", time.monotonic() + 60
     while not (log.exists() and "compiling the network" in log.read_text()):
         assert time.monotonic() < end
@@ -159,7 +171,7 @@ def test_a_second_signal_ends_a_run_at_once(shapes, tmp_path):
 @pytest.mark.parametrize("everyone", [False, True], ids=["torchrun alone", "every process"])
 def test_torchrun_that_is_asked_to_stop_saves_first(shapes, tmp_path, everyone):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1]
-    process = start_script(*command, cwd=tmp_path, launcher=TORCHRUN)
+    process = start_python(*command, cwd=tmp_path, launcher=TORCHRUN)
     wait_for_step(tmp_path, 3, process)
     for pid in [*(children(process.pid) if everyone else []), process.pid]:
         os.kill(pid, signal.SIGTERM)
@@ -180,7 +192,7 @@ def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(shapes, tmp_
     other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
     (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
     command = [*TRAIN, "--data-path", shapes, "--log-every", 1, "--max-steps", 60]
-    process = start_script(*command, cwd=tmp_path, launcher=(*TORCHRUN, "--max-restarts=1"))
+    process = start_python(*command, cwd=tmp_path, launcher=(*TORCHRUN, "--max-restarts=1"))
     run = tmp_path / "results" / "008-EqM-Ti-4-Linear-velocity-None"
     end = time.monotonic() + 60
     while len(checkpoints(run)) < 2:
@@ -191,7 +203,7 @@ def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(shapes, tmp_
     assert process.returncode == 0, said
     assert "going on from" in said
     (tmp_path / "straight").mkdir()
-    assert run_torchrun(2, *command, cwd=tmp_path / "straight").returncode == 0
+    assert run_ranks(2, *command, cwd=tmp_path / "straight").returncode == 0
     assert_ends_as(run, tmp_path / "straight" / "results" / NAME, 60)
     assert sorted(path.name[:3] for path in (tmp_path / "results").iterdir()) == ["007", "008"]
 
@@ -201,7 +213,7 @@ def test_a_run_resumed_by_another_number_of_ranks_sees_the_same_samples(shapes, 
     folder.mkdir()
     command = [*TRAIN, "--data-path", shapes, "--resume"]
     assert run_script(*command, "--max-steps", 6, cwd=folder).returncode == 0
-    run = run_torchrun(2, *command, "--max-steps", 10, cwd=folder)
+    run = run_ranks(2, *command, "--max-steps", 10, cwd=folder)
     assert run.returncode == 0, run.stderr
     assert "WARNING processes was 1 and is 2" in run.stdout
     ours, right = load(folder / "results" / NAME, 10), load(straight, 10)

@@ -4,8 +4,10 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import av
 import pytest
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
 from data.clips import Samples
 from data.latents import to_unit_range
 from data.scan import Found, Item, scan_for_training
@@ -31,10 +33,12 @@ from train import parse_args, sample_limit, train
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 
 
-def trained(folder: Path, data: Path, *flags: object, processes: int = 0) -> Path:
+def trained(
+    folder: Path, data: Path, *flags: object, processes: int = 0, launch: Callable[..., CompletedProcess] = run_ranks
+) -> Path:
     """Trains in a folder, on clips of 16 pixels unless flags say otherwise, and returns the newest run's folder."""
     arguments = ["train.py", "--data-path", data, *SMALL, "--num-workers", 0, *flags]
-    run = run_torchrun(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
+    run = launch(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
     assert run.returncode == 0, run.stderr
     return max((folder / "results").iterdir())
 
@@ -116,7 +120,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bitwise_as_one_that_was_not(shap
 
 
 def test_two_processes_share_the_batch_and_write_one_run(shapes, tmp_path):
-    run = trained(tmp_path, shapes, "--max-steps", 2, "--use-bf16", processes=2)
+    run = trained(tmp_path, shapes, "--max-steps", 2, "--use-bf16", processes=2, launch=run_torchrun)
     log = (run / "log.txt").read_text()
     assert "8 (the default on a CPU; on a GPU 256), 4 per rank" in log
     assert log.count("precision: fp32 IEEE (bf16 requested: rank 0:") == 1
@@ -291,9 +295,8 @@ def test_an_error_of_one_rank_ends_the_others_without_a_traceback(shapes, tmp_pa
         "    distributed.mean(torch.zeros(1))\n"
         "cli.run(main, '')\n"
     )
-    for rank in (0, 1):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        result = run_command(*launcher, script, rank, cwd=tmp_path)
+    for launch, rank in ((run_ranks, 0), (run_torchrun, 1)):
+        result = launch(2, script, rank, cwd=tmp_path)
         assert result.returncode != 0
         assert result.stderr.count("one_rank_fails.py: error: this rank alone failed") == 1
         assert "cli.py" not in result.stderr

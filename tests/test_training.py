@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from conftest import spawn
 from models import EqM
 from precision import Precision, resolve_precision
 from runtime import distributed
@@ -176,7 +176,7 @@ def shard_step(rank: int, folder: Path, ranks: int) -> None:
 
 
 def test_two_ranks_take_the_same_step_with_the_mean_of_their_gradients(tmp_path):
-    mp.spawn(shard_step, args=(tmp_path, 2), nprocs=2)
+    spawn(shard_step, (tmp_path, 2), 2, tmp_path)
     for rank in (0, 1):
         shard_step(rank, tmp_path, 1)
     both = [torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1)]
