@@ -1,4 +1,4 @@
-"""What is traced of samples on their way: the energy that their field climbs down."""
+"""What is traced of samples on their way: the energy that their field climbs down, and its plots."""
 
 import argparse
 
@@ -12,6 +12,7 @@ from sampling.fields import conditioned_field
 from sampling.plan import Plan
 from sampling.sampler import composition_of, measure_of, sample_batch
 from sampling.starts import Starts
+from sampling.traces import trace_plots
 
 SECONDS = 0.12
 LABELS = Plan([0, 1, 2], [], Starts(0, (3, 4, 8, 8)))
@@ -65,3 +66,11 @@ def test_the_traced_energy_falls_on_the_way(kind):
 
     sample_batch(args, network, conditioned, LABELS, range(3), LABELS.starts(range(3)), range(6), watch)
     assert all((after < before).all() for before, after in zip(energies, energies[1:], strict=False))
+
+
+def test_each_quantity_is_plotted_by_step_with_a_line_for_each_sample():
+    norm, energy = trace_plots({1: [[3.0, -4.0], [1.0, -5.0]], 0: [[2.0, -1.0]]})
+    assert norm.series == {"sample 0": [(1, 2.0)], "sample 1": [(1, 3.0), (2, 1.0)]}
+    assert energy.series == {"sample 0": [(1, -1.0)], "sample 1": [(1, -4.0), (2, -5.0)]}
+    assert (norm.y_label, norm.log_y) == ("norm", True)
+    assert (energy.y_label, energy.log_y) == ("energy", False)
