@@ -188,6 +188,31 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+def test_a_process_that_was_killed_and_is_restarted_goes_on_in_its_launchers_folder(shapes, tmp_path, monkeypatch):
+    """Without torchrun, which takes half a minute to restart its processes."""
+    other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
+    (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
+    command = [*TRAIN, "--data-path", shapes, "--log-every", 1, "--max-steps", 20]
+    run = tmp_path / "results" / "008-EqM-Ti-4-Linear-velocity-None"
+    with start_script(*command, cwd=tmp_path) as process:
+        end = time.monotonic() + 60
+        while len(checkpoints(run)) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = run_script(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    monkeypatch.undo()
+    (tmp_path / "straight").mkdir()
+    assert run_script(*command, cwd=tmp_path / "straight").returncode == 0
+    assert_ends_as(run, tmp_path / "straight" / "results" / NAME, 20)
+    assert sorted(path.name[:3] for path in (tmp_path / "results").iterdir()) == ["007", "008"]
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(shapes, tmp_path):
     other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
     (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
