@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ import torch
 from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, run_script
 from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
-from runs.resume import find_start, newest_good
+from runs.resume import Asked, find_start, newest_good
 from runs.signals import ONE_REQUEST_S
 from runtime.draws import seed_draws
 from runtime.errors import UserError
@@ -318,9 +317,7 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
     assert lock(run)
     monkeypatch.setattr("runs.resume.LOCK_PATIENCE_S", 0)
     with pytest.raises(UserError, match="another process trains in"):
-        find_start(
-            Namespace(resume=True, results_dir=tmp_path / "results", model="EqM-Ti/4", path_type="Linear", ckpt=None)
-        )
+        find_start(Asked(tmp_path / "results", resume=True, checkpoint=None, given={"model": "EqM-Ti/4"}))
 
 
 def test_resume_and_ckpt_together_are_refused(shapes, checkpoint, tmp_path):
@@ -444,7 +441,7 @@ def test_batches_with_bad_numbers_are_as_if_they_were_never_seen(precision, bad)
                 continue
             seed_draws(state.generator, 0, i)
             train_step(state, RECIPE, x * bad if is_bad else x, y, seconds)
-            state.step += 1
+            state.advance(4)
             if i % 10 == 9 or i % 10 == 5:
                 # A scale that 20 halvings would bring to the floor is set again.
                 state.read_counts()
@@ -465,7 +462,7 @@ def test_bad_steps_in_a_row_end_a_run_and_single_ones_do_not():
         for i in range(in_a_row + 1):
             seed_draws(state.generator, 0, i)
             train_step(state, RECIPE, x * (float("nan") if i else 1), torch.arange(4), torch.full((4,), 0.1))
-            state.step += 1
+            state.advance(4)
         state.read_counts()
         if in_a_row == 2:
             state.check_gradients(3, lambda: "ADVICE")

@@ -1,7 +1,5 @@
 """What is traced of samples on their way: the energy that their field climbs down, and its plots."""
 
-import argparse
-
 import pytest
 import torch
 
