@@ -134,7 +134,9 @@ def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shape
     assert f"finished: results/{NAME} is at step {stopped_at + 2}" in finished.stdout
 
 
-@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
+)
 def test_a_signal_while_the_network_is_compiled_ends_a_run_at_once_and_resume_begins_it(shapes, tmp_path, launcher):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--max-steps", 2]
     process = start_python(*command, "--compile", cwd=tmp_path, launcher=launcher)
@@ -167,7 +169,9 @@ def test_a_second_signal_ends_a_run_at_once(shapes, tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("everyone", [False, True], ids=["torchrun alone", "every process"])
+@pytest.mark.parametrize(
+    "everyone", [pytest.param(False, marks=pytest.mark.slow), True], ids=["torchrun alone", "every process"]
+)
 def test_torchrun_that_is_asked_to_stop_saves_first(shapes, tmp_path, everyone):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1]
     process = start_python(*command, cwd=tmp_path, launcher=TORCHRUN)
