@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
+from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
 from data.form import Form
 from data.packs.pack import is_pack, open_pack
 from data.packs.plan import finish, make_plan, missing_shards
@@ -72,7 +72,7 @@ def test_a_pack_does_not_depend_on_the_number_of_workers(shapes, tmp_path, num_w
 
 def test_the_ranks_share_the_shards(shapes, tmp_path):
     options = (*OPTIONS, "--num-workers", 1)
-    result = run_torchrun(2, "prepare.py", shapes, tmp_path / "a", *options, cwd=tmp_path)
+    result = run_ranks(2, "prepare.py", shapes, tmp_path / "a", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "packed 16 clips" in result.stdout
     assert "8/8" in result.stderr  # rank 0's share

@@ -61,6 +61,10 @@ class TrainingBatches:
             x = self.source.to_input(batch, self.generator, self.seed, drawn_before, self.rank)
             yield x, batch["label"], batch["seconds_per_frame"]
 
+    def epoch(self, samples: int) -> int:
+        """The epoch of the data after so many samples."""
+        return samples // len(self.source.found)
+
     def log_unreadable(self) -> int:
         """Logs files that could not be read since the last call; returns the count so far. Every rank must call it.
 

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from runtime import cli
+from runtime.errors import UserError
 from sampling.descent import MU, STEPS, STEPSIZE
 
 SAMPLERS = ("gd", "ngd", "euler")
@@ -63,6 +64,12 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="channels that guidance changes; 3: the first three, as for the published scores",
     )
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """Raises UserError if a flag has no meaning for the sampler."""
+    if args.sampler == "euler" and args.adaptive:
+        raise UserError("--adaptive stops gradient descent, and --sampler euler takes its steps over time: drop one")
 
 
 def method_of(args: argparse.Namespace) -> Method:
