@@ -323,21 +323,27 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
     return torch.stack([loss, grad_norm])
 
 
-def training_step(
-    state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`train_step` as a function of x, y and seconds_per_frame, for batches of one size on each rank.
+@dataclass(frozen=True)
+class SeededStep:
+    """A step as a function of x, y and seconds_per_frame, with random numbers of its own.
 
-    Its random numbers follow from (seed, samples drawn before, rank) alone: a resumed run repeats them.
+    They follow from (seed, samples drawn before, rank) alone, so that a resumed run repeats them.
     """
+
+    launch: Callable[[Tensor, Tensor, Tensor], Tensor]
+    state: TrainingState
+    seed: int
+
+    def __call__(self, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
+        seed_draws(self.state.generator, self.seed, self.state.samples, distributed.rank())
+        return self.launch(x, y, seconds_per_frame)
+
+
+def training_step(state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool) -> SeededStep:
+    """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`."""
     step = partial(train_step, state, recipe)
     if fast:
         compile_network(state.working, recipe.micro_batch or batch, training=True)
         if state.device.type == "cuda":
             step = Graphed(step, state.generator, state.drop_half_step, together=True)
-
-    def seeded(x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
-        seed_draws(state.generator, seed, state.samples, distributed.rank())
-        return step(x, y, seconds_per_frame)
-
-    return seeded
+    return SeededStep(step, state, seed)

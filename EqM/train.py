@@ -242,6 +242,7 @@ def settled_args(
     if settled.ebm != "none" and settled.grad_checkpoint:
         raise UserError(f"--grad-checkpoint does not work with --ebm {settled.ebm}: use --micro-batch-size for memory")
     check_pack(settled, pack)
+    objective_of(settled)
     return settled
 
 

@@ -149,5 +149,5 @@ def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 
 def item_frames(pack: Pack, index: int, flip: bool = False) -> np.ndarray:
     """All frames of an item, as training gathers them: (T, H, W, 3) uint8, or (T, 2, C, h, w) float16."""
     length = int(pack.lengths[index])
-    samples = PackedSamples(pack, length, 1, flip=False, seed=0)
+    samples = PackedSamples(pack, Form(pack.settings.video, pack.settings.image_size, clip_len=length), seed=0)
     return samples.gather(np.array([index]), np.arange(length)[None], np.array([flip]))[0]

@@ -1,6 +1,7 @@
 """Plots show their series as asked, and commands that draw them say at once where matplotlib is missing."""
 
 import errno
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image, ImageColor
 
-from conftest import ROOT, run_command, run_script
+from conftest import ROOT, run_command
 from drawing.plots import COLOURS, LONGEST_NAME, Histogram, Lines, figure_of, write_plots
+from runtime import cli
 
 
 def drawn_lines(figure: Figure, plot: int = 0) -> dict[str, list[tuple[float, float]]]:
@@ -165,33 +167,29 @@ def test_a_picture_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def without_matplotlib(tmp_path, monkeypatch) -> None:
-    """Scripts that the test runs cannot import matplotlib."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "matplotlib.py").write_text("raise ImportError")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
-
-
-@pytest.mark.usefixtures("without_matplotlib")
 @pytest.mark.parametrize(
     ("command", "what"),
     [
-        (["plot.py", "nowhere"], "a plot"),
-        (["score.py", "--ckpt", "nowhere.pt", "a", "b"], "comparing two paths"),
-        (["sample_gd.py", "--ckpt", "nowhere.pt", "--trace"], "--trace"),
-        (["study.py", "adaptive", "data"], "a study"),
+        (["plot", "nowhere"], "a plot"),
+        (["score", "--ckpt", "nowhere.pt", "a", "b"], "comparing two paths"),
+        (["sample_gd", "--ckpt", "nowhere.pt", "--trace"], "--trace"),
+        (["study", "adaptive", "data"], "a study"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_command_that_draws_says_first_that_matplotlib_is_missing(tmp_path, command, what):
+def test_a_command_that_draws_says_first_that_matplotlib_is_missing(tmp_path, monkeypatch, capsys, command, what):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "train").mkdir(parents=True)
-    before = sorted(tmp_path.rglob("*"))
-    run = run_script(*command, cwd=tmp_path)
-    assert run.returncode == 1
-    said = f"{command[0]}: error: {what} needs matplotlib: pip install -r requirements-plot.txt"
-    assert (run.stdout, run.stderr.splitlines()) == ("", [said])
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".pyc" and path not in before] == []
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
+    name, *arguments = command
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.run(importlib.import_module(name).main, "")
+    assert end.value.code == 1
+    said = f"{name}.py: error: {what} needs matplotlib: pip install -r requirements-plot.txt\n"
+    assert capsys.readouterr() == ("", said)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "train"]
 
 
 def test_no_command_imports_matplotlib_before_it_draws(tmp_path):

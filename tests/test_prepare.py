@@ -225,7 +225,7 @@ def test_a_source_behind_symbolic_links_gives_the_same_pack(shapes, tmp_path, mo
     pack, straight = make_pack(source, tmp_path / "pack"), make_pack(shapes, tmp_path / "straight")
     assert contents(tmp_path / "pack") == contents(tmp_path / "straight")
     assert pack.paths == [str(path.relative_to(shapes)) for path in sorted(shapes.glob("*/*.avi"))]
-    for ours, theirs in zip(pack.found().items, straight.found().items, strict=True):
+    for ours, theirs in zip(pack.found(), straight.found(), strict=True):
         assert Path(ours.path).samefile(theirs.path)
 
 
@@ -237,7 +237,7 @@ def test_a_table_that_names_the_folder_itself_works_behind_a_symbolic_link(tmp_p
     (tmp_path / "link").symlink_to(clips)
     pack = make_pack(tmp_path / "link", tmp_path / "pack")
     assert pack.paths == names
-    assert all(Path(item.path).is_file() for item in pack.found().items)
+    assert all(Path(item.path).is_file() for item in pack.found())
 
 
 def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(shapes, tmp_path):

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ import torch
 from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, run_script
 from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
-from runs.resume import find_start, newest_good
+from runs.resume import Asked, find_start, newest_good
 from runs.signals import ONE_REQUEST_S
 from runtime.draws import seed_draws
 from runtime.errors import UserError
@@ -135,7 +134,9 @@ def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shape
     assert f"finished: results/{NAME} is at step {stopped_at + 2}" in finished.stdout
 
 
-@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
+)
 def test_a_signal_while_the_network_is_compiled_ends_a_run_at_once_and_resume_begins_it(shapes, tmp_path, launcher):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--max-steps", 2]
     process = start_python(*command, "--compile", cwd=tmp_path, launcher=launcher)
@@ -168,7 +169,9 @@ def test_a_second_signal_ends_a_run_at_once(shapes, tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("everyone", [False, True], ids=["torchrun alone", "every process"])
+@pytest.mark.parametrize(
+    "everyone", [pytest.param(False, marks=pytest.mark.slow), True], ids=["torchrun alone", "every process"]
+)
 def test_torchrun_that_is_asked_to_stop_saves_first(shapes, tmp_path, everyone):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1]
     process = start_python(*command, cwd=tmp_path, launcher=TORCHRUN)
@@ -188,6 +191,31 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+def test_a_process_that_was_killed_and_is_restarted_goes_on_in_its_launchers_folder(shapes, tmp_path, monkeypatch):
+    """Without torchrun, which takes half a minute to restart its processes."""
+    other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
+    (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
+    command = [*TRAIN, "--data-path", shapes, "--log-every", 1, "--max-steps", 20]
+    run = tmp_path / "results" / "008-EqM-Ti-4-Linear-velocity-None"
+    with start_script(*command, cwd=tmp_path) as process:
+        end = time.monotonic() + 60
+        while len(checkpoints(run)) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = run_script(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    monkeypatch.undo()
+    (tmp_path / "straight").mkdir()
+    assert run_script(*command, cwd=tmp_path / "straight").returncode == 0
+    assert_ends_as(run, tmp_path / "straight" / "results" / NAME, 20)
+    assert sorted(path.name[:3] for path in (tmp_path / "results").iterdir()) == ["007", "008"]
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(shapes, tmp_path):
     other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
     (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
@@ -293,9 +321,7 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
     assert lock(run)
     monkeypatch.setattr("runs.resume.LOCK_PATIENCE_S", 0)
     with pytest.raises(UserError, match="another process trains in"):
-        find_start(
-            Namespace(resume=True, results_dir=tmp_path / "results", model="EqM-Ti/4", path_type="Linear", ckpt=None)
-        )
+        find_start(Asked(tmp_path / "results", resume=True, checkpoint=None, given={"model": "EqM-Ti/4"}))
 
 
 def test_resume_and_ckpt_together_are_refused(shapes, checkpoint, tmp_path):
@@ -419,7 +445,7 @@ def test_batches_with_bad_numbers_are_as_if_they_were_never_seen(precision, bad)
                 continue
             seed_draws(state.generator, 0, i)
             train_step(state, RECIPE, x * bad if is_bad else x, y, seconds)
-            state.step += 1
+            state.advance(4)
             if i % 10 == 9 or i % 10 == 5:
                 # A scale that 20 halvings would bring to the floor is set again.
                 state.read_counts()
@@ -440,7 +466,7 @@ def test_bad_steps_in_a_row_end_a_run_and_single_ones_do_not():
         for i in range(in_a_row + 1):
             seed_draws(state.generator, 0, i)
             train_step(state, RECIPE, x * (float("nan") if i else 1), torch.arange(4), torch.full((4,), 0.1))
-            state.step += 1
+            state.advance(4)
         state.read_counts()
         if in_a_row == 2:
             state.check_gradients(3, lambda: "ADVICE")

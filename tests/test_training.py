@@ -32,7 +32,7 @@ def one_step(state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0) ->
     x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     seed_draws(state.generator, 0, samples, 0)
     loss, grad_norm = train_step(state, recipe, x, torch.arange(8) % 4, torch.full((8,), 0.1)).tolist()
-    state.step += 1
+    state.advance(8)
     return state.read_counts() == 0, loss, grad_norm
 
 

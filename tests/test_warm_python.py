@@ -23,6 +23,7 @@ SCRIPTS = {
     "where it is": "import os, sys; print(os.getcwd(), sys.path[0], sys.stdin.read(), sys.stdout.isatty())",
     "main": "import __main__; print(__main__.__file__, __name__, __main__.x if (x := 5) else 0)",
     "a neighbour": "import neighbour; print(neighbour.__name__)",
+    "a package": "import sys, package; print(package.__file__, sys.path[:2])",
     "threads and functions of the end": (
         "import atexit, threading, time; atexit.register(print, 'third')\n"
         "threading.Thread(target=lambda: (time.sleep(0.2), print('second'))).start()\n"
@@ -43,14 +44,16 @@ SCRIPTS = {
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    (tmp_path / "neighbour.py").touch()
+    (tmp_path / "packages").mkdir()
+    for path in ("neighbour.py", "packages/package.py"):
+        (tmp_path / path).touch()
     return tmp_path / "script.py"
 
 
 @pytest.mark.parametrize("source", SCRIPTS.values(), ids=SCRIPTS.keys())
 def test_a_warm_process_does_what_python_does(script, tmp_path, source):
     script.write_text(source)
-    environment = environment_of() | {"RANK": "3"}
+    environment = environment_of() | {"RANK": "3", "PYTHONPATH": str(tmp_path / "packages")}
     ours = WARM.run(script, "a", "b c", cwd=tmp_path, environment=environment, timeout_s=60)
     right = subprocess.run(
         [sys.executable, script, "a", "b c"],
@@ -102,7 +105,7 @@ def test_what_runs_too_long_is_ended(script, tmp_path):
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists()
 
 
-@pytest.mark.parametrize("changed", [{"CXX": "another"}, {"PYTHONPATH": "x"}, {"OMP_NUM_THREADS": "2"}])
+@pytest.mark.parametrize("changed", [{"CXX": "another"}, {"TORCH_LOGS": "recompiles"}, {"OMP_NUM_THREADS": "2"}])
 def test_an_environment_that_imports_may_read_needs_a_python_of_its_own(changed):
     assert WARM.fits(environment_of())
     assert WARM.fits(environment_of() | {"RANK": "0", "MASTER_PORT": "1"})

@@ -39,7 +39,8 @@ class Request:
         os.chdir(self.cwd)
         os.environ.clear()
         os.environ.update(self.environment)
-        sys.argv, sys.path[0] = self.command, str(Path(self.command[0]).parent)
+        own_packages = [folder for folder in self.environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        sys.argv, sys.path[:1] = self.command, [str(Path(self.command[0]).parent), *own_packages]
         random.seed()
         sys.modules["numpy"].random.seed()
         sys.modules["torch"].default_generator.seed()
