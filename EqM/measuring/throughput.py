@@ -1,4 +1,4 @@
-"""How fast networks train and sample in each precision, and how large a batch fits, for the benchmark."""
+"""How fast networks train and sample in each precision, and how large a batch fits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from measuring.workloads import Sampling, Training, Work, seconds_a_call, start_
 from precision import Precision, agree_on_precision
 from runtime.errors import is_out_of_memory
 
-PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the bf16 matrix product whose speed is called the ceiling
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square bf16 matrices whose product is the ceiling of speed
 COLUMNS = ("work", "batch", "precision", "mode", "ms a step", "samples/s", "tokens/s", "GB", "TFLOP/s", "of product")
 
 
@@ -98,7 +98,7 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
 
 
 def largest_batch(work: Work, precision: str, device: torch.device) -> int:
-    """The largest batch that fits, to a sixteenth, or 0: memory grows linearly, so that two sizes foretell it."""
+    """The largest batch that fits, to a sixteenth, or 0. Memory grows linearly, so two sizes predict it."""
     small, double = (fits(replace(work, batch=size), precision, device) for size in (work.batch, 2 * work.batch))
     batch = 2 * work.batch
     if small and double:
@@ -110,7 +110,7 @@ def largest_batch(work: Work, precision: str, device: torch.device) -> int:
 
 
 def ratios(rows: list[Row]) -> list[tuple[str, str]]:
-    """What the rows of one work say of one another."""
+    """Labels and ratios, one for each pair of rows of the same work that was measured."""
     found = {(row.precision, row.mode): row for row in rows}
     pairs = [
         ("speed, bf16 over fp32 IEEE", ("bf16", "fast"), ("fp32 IEEE", "fast"), "ms"),
