@@ -9,34 +9,34 @@ from pathlib import Path
 
 import numpy as np
 
+from data.found import Found
 from data.packs.pack import is_pack, open_pack
-from data.scan import Found, scan
+from data.scan import scan
 from runtime import cli
 
 
 def summary(found: Found, video: bool) -> Iterator[str]:
-    """Lines that tell a person what was found."""
-    per_class = Counter(item.label for item in found.items)
+    """Lines that tell a person what there is."""
     kind = "clips" if video else "images"
-    yield f"{found.root}: {len(found.items)} {kind} of {len(found.classes)} classes"
-    for label, name in enumerate(found.classes):
-        yield f"  {name}: {per_class[label]}"
-    if video and found.items:
-        rates = Counter(round(item.video.frames_per_second, 2) for item in found.items)
+    yield f"{found.root}: {len(found)} {kind} of {len(found.classes)} classes"
+    for name, count in zip(found.classes, found.count_by_class(), strict=True):
+        yield f"  {name}: {count}"
+    if video and len(found):
+        rates = Counter(found.videos.rates.round(2).tolist())
         yield "frames a second: " + ", ".join(f"{rate:g} ({n} clips)" for rate, n in sorted(rates.items()))
-        lengths = [len(item.video.times) for item in found.items]
-        shortest, longest = min(lengths), max(lengths)
-        yield f"frames a clip: {shortest} to {longest}, median {np.median(lengths):g}"
+        lengths = found.videos.lengths
+        yield f"frames a clip: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}"
     yield f"unreadable files: {len(found.unreadable)}"
     for path, reason in found.unreadable:
         yield f"  {path}: {reason}"
 
 
 def main() -> None:
-    parser = cli.ArgumentParser("Prints what training would find in a folder.")
+    parser = cli.ArgumentParser("Prints what training would find in a folder or a pack.")
     parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
     parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
     args = parser.parse_args()
+
     if is_pack(args.path):
         pack = open_pack(args.path)
         print(pack.describe())

@@ -1,8 +1,8 @@
-"""The fast way to run a network: its blocks compiled, and whole calls replayed as CUDA graphs.
+"""Compiled networks, CUDA graphs, and every call into a private part of torch.
 
-A small network's step on a GPU is spent launching kernels. Compilation makes them fewer, and a
-graph launches all of them at once. What cannot be compiled or captured runs eagerly instead, on
-every rank, with one warning that says why. Nothing here changes what is computed.
+A small network's step on a GPU is spent launching kernels. Compilation makes fewer kernels, and a CUDA graph launches
+all of them at once. A network that cannot be compiled or recorded runs eagerly, on every rank, and one warning says
+why. Nothing here changes what is computed.
 """
 
 import argparse
@@ -13,76 +13,70 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch._functorch.config as functorch_config
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models import EqM
 from runtime import distributed
 from runtime.errors import is_out_of_memory
 from runtime.logs import log
 
-# Of what a block would keep for going backward: below 1, GELU and LayerNorms are computed again, which
-# takes 6 of 17 activations' memory away for 2% of the time.
+# The share of a block's activations that it keeps for the backward pass. Below 1 the compiler computes GELU and
+# LayerNorm again: that frees 6 of 17 activations for 2% of the time.
 MEMORY_BUDGET = 0.8
-# Calls before a capture: kernels are compiled and chosen, and lasting tensors allocated.
+# Calls before a recording: they choose kernels, and allocate tensors that stay.
 WARMUP_CALLS = 3
-# DistributedDataParallel rebuilds its buckets and times itself in its first ten.
+# DistributedDataParallel rebuilds its buckets and times itself in its first ten calls.
 WARMUP_CALLS_DISTRIBUTED = 11
 
 
 def add_compile_arg(parser: argparse._ActionsContainer) -> None:
     """Adds --compile and --no-compile."""
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compiled network and CUDA graphs; default on a GPU"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the network, and replay CUDA graphs; default: on a GPU",
     )
 
 
-def is_fast(args: argparse.Namespace, device: torch.device) -> bool:
-    """What --compile says; by default only on a GPU: on a CPU a minute's wait gains 1.1 to 1.3 times the speed."""
-    return device.type == "cuda" if args.compile is None else args.compile
+def fast_of(args: argparse.Namespace, device_type: str) -> bool:
+    """What --compile says. The default on a CPU is no: a minute's wait gains 1.1 to 1.3 times the speed."""
+    return device_type == "cuda" if args.compile is None else args.compile
 
 
 def replayed(function: Callable[..., Tensor], fast: bool, device: torch.device) -> Callable[..., Tensor]:
-    """The function, as `Graphed` where it is to be fast on a GPU."""
+    """The function, as `Graphed` if it is to be fast on a GPU."""
     return Graphed(function) if fast and device.type == "cuda" else function
 
 
 def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1) -> None:
-    """Compiles the network's repeated parts, in place, for batches of one size; of an explicit energy all of it.
+    """Compiles a network in place, for batches of one size. If that fails it runs eagerly, and a warning says why.
 
-    One block stands for all, so that the wait does not grow with depth. It is tried at once:
-    forward and, for training, backward.
+    The repeated block is compiled once for all blocks, so that the wait does not grow with depth. A network with an
+    explicit energy is compiled as a whole. The compiled parts are tried at once: forward and, for training, backward.
     """
     energy = network.energy != "none"
     log.info("compiling the network: the first step waits for this, %s", "some minutes" if energy else "up to a minute")
     start = time.perf_counter()
-    functorch_config.activation_memory_budget = 1 if energy else MEMORY_BUDGET
+    forget_failures(memory_budget=1 if energy else MEMORY_BUDGET)
     trial = partial(try_out_energy, seconds_per_frame=seconds_per_frame) if energy else try_out
-    # What an earlier network left behind would hide that this one cannot be compiled.
-    torch._dynamo.config.suppress_errors = False
-    torch.compiler.set_stance("default")
     if attempt(partial(trial, network, batch, training), "running eagerly: the network cannot be compiled", training):
         log.info("compiled in %.0f s", time.perf_counter() - start)
-        torch._dynamo.config.suppress_errors = True  # what must be compiled again for other inputs may run eagerly
+        warn_of_later_failures(network)
     else:
         torch.compiler.set_stance("force_eager")
-    # The compiler leaves hundreds of thousands of objects behind. To look through them for garbage takes Python a third
-    # of a second now and then, for which a small network's GPU would wait: from now on it spares them.
-    gc.unfreeze()  # of an earlier network
-    gc.collect()
-    gc.freeze()
 
 
 def try_out(network: EqM, batch: int, training: bool) -> None:
-    """Has the parts compiled at their first call, and calls one of each kind, on zeros; leaves no gradients."""
+    """Compiles the parts, and calls one of each kind on zeros. Leaves no gradients."""
     for part in (*network.blocks, network.final_layer):
-        part.compile(dynamic=False)
+        part.compile(dynamic=False, fullgraph=True)
     weight = network.final_layer.linear.weight
     width = weight.shape[1]
     with torch.set_grad_enabled(training):
         tokens = weight.new_zeros(batch, network.num_tokens, width, requires_grad=training)  # (N, L, D)
         for part, parts in ((network.blocks[0], 6), (network.final_layer, 2)):
-            modulation = weight.new_zeros(batch, parts * width, requires_grad=training)
+            modulation = weight.new_zeros(batch, parts * width, requires_grad=training)  # (N, parts·D)
             out = part(tokens, modulation)
             if training:
                 used = [tokens, modulation, *(w for name, w in part.named_parameters() if "adaLN" not in name)]
@@ -90,17 +84,16 @@ def try_out(network: EqM, batch: int, training: bool) -> None:
 
 
 def try_out_energy(network: EqM, batch: int, training: bool, seconds_per_frame: float) -> None:
-    """Has the gradient of the energy compiled at its first call, as one function, and calls it; leaves no gradients.
+    """Compiles the gradient of the energy as one function, and calls it. Leaves no gradients.
 
-    A block compiled alone has a first derivative and no second: only within one function does the
+    A block that is compiled alone has a first derivative and no second one. Only within one function does the
     compiler see both.
     """
-    # It would cut the function between the gradient and what it is the gradient of.
-    torch._dynamo.config.optimize_ddp = False
+    keep_energy_whole_under_ddp()
     network.field_and_tokens = torch.compile(network.field_and_tokens, fullgraph=True, dynamic=False)
     device = network.pos_embed.device
     x, gamma = torch.zeros(batch, *network.input_shape, device=device), torch.zeros(batch, device=device)
-    # Of the kinds that training and sampling give, since another kind would be compiled again.
+    # The same kinds of arguments as in training and sampling: others would be compiled again.
     seconds = torch.full_like(gamma, seconds_per_frame) if training else seconds_per_frame
     with torch.set_grad_enabled(training):
         blocks, final = network.modulations(gamma, torch.zeros_like(gamma, dtype=torch.long))
@@ -111,13 +104,13 @@ def try_out_energy(network: EqM, batch: int, training: bool, seconds_per_frame: 
 
 
 def attempt(function: Callable[[], None], consequence: str, together: bool) -> bool:
-    """Calls the function, and returns whether it worked: if not, warns of the consequence and says why.
+    """Calls the function, and returns whether it worked. If not, warns of the consequence and says why.
 
     Args:
         together: all ranks call this, and it works on none if it fails on one.
 
     Raises:
-        Exception: memory ran out, which eager execution would not mend.
+        Exception: memory ran out. Eager execution does not mend that.
     """
     problem = ""
     try:
@@ -125,25 +118,29 @@ def attempt(function: Callable[[], None], consequence: str, together: bool) -> b
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        problem = reason(error)
     problems = [problem for problem in (distributed.gather(problem) if together else [problem]) if problem]
     if problems:
         log.warning("%s: %s", consequence, problems[0])
     return not problems
 
 
-class Graphed:
-    """A function of tensors on the GPU, recorded as CUDA graphs, one for each set of shapes, and replayed.
+def reason(error: Exception) -> str:
+    """The first line of an error, after its type."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
-    The first calls run as they are, the next one is recorded. The function must not wait for the
-    device, and must keep on the device whatever changes from call to call. What it returns is
-    overwritten by the next call.
+
+class Graphed:
+    """A function of tensors on the GPU, recorded as CUDA graphs and replayed: one graph for each set of shapes.
+
+    The first calls run as they are, and the next one is recorded. The function must not wait for the device. It must
+    keep on the device whatever changes from call to call. The next call overwrites what it returns.
 
     Args:
         function: from tensors to a tensor.
-        generator: where the function's random numbers come from, if it draws any.
-        clean_up: called where recording broke off within the function.
-        together: all ranks make the same calls, and replay either on all or on none.
+        generator: the function draws its random numbers from it, if it draws any.
+        clean_up: is called if a recording breaks off within the function.
+        together: all ranks make the same calls. Either all of them replay, or none.
     """
 
     def __init__(
@@ -189,10 +186,118 @@ class Graphed:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 output = self.function(*own_inputs)
         except Exception:
-            # A generator whose capture broke off would wait for its end for ever.
             for generator, state in zip(generators, states, strict=True):
-                generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
-                generator.set_state(state)
+                free_from_capture(generator, state)
             self.clean_up()
             raise
         self.recordings[shapes] = graph, own_inputs, output
+
+
+def freeze_garbage_collector() -> None:
+    """Has Python's garbage collector spare all objects that there are now.
+
+    The compiler leaves hundreds of thousands of objects behind. To look through them takes a third of a second now
+    and then, and a small network's GPU waits meanwhile. A command calls this once its network is compiled.
+    """
+    gc.unfreeze()  # the objects of an earlier network
+    gc.collect()
+    gc.freeze()
+
+
+# Private parts of torch. Each stands behind a function here, and tests/test_private_torch.py has a test for each.
+
+
+def forget_failures(memory_budget: float) -> None:
+    """Makes the next compilation start afresh: an earlier failure would hide that this network cannot be compiled.
+
+    Sets also how much of a block is kept for the backward pass. Noticed by
+    test_a_smaller_memory_budget_keeps_fewer_activations.
+    """
+    import torch._functorch.config as functorch_config
+
+    functorch_config.activation_memory_budget = memory_budget
+    torch.compiler.set_stance("default")
+
+
+def keep_energy_whole_under_ddp() -> None:
+    """Keeps dynamo from cutting a function between the gradient of an energy and the energy.
+
+    Noticed by test_dynamo_has_the_setting_that_cuts_graphs_under_ddp.
+    """
+    torch._dynamo.config.optimize_ddp = False
+
+
+def warn_of_later_failures(network: EqM) -> None:
+    """Has a part that must be compiled again later, and cannot be, run eagerly with a warning.
+
+    Noticed by test_a_compilation_that_fails_later_is_said.
+    """
+    for part in (*network.blocks, network.final_layer):
+        if part._compiled_call_impl:
+            part._compiled_call_impl = eager_with_a_warning(part._compiled_call_impl, part._call_impl)
+
+
+def eager_with_a_warning(compiled: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The compiled function; once it cannot be compiled for some inputs, the eager one, and a warning says why."""
+    failed = False
+
+    def call(*inputs: Tensor) -> Tensor:
+        nonlocal failed
+        if failed:
+            return eager(*inputs)
+        try:
+            return compiled(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            failed = True
+            log.warning("a part of the network runs eagerly: it cannot be compiled again: %s", reason(error))
+            return eager(*inputs)
+
+    return call
+
+
+def forget_compiled() -> None:
+    """Frees what was compiled, so that another network starts afresh. Noticed by test_compiled_code_is_forgotten."""
+    gc.unfreeze()
+    gc.collect()
+    torch._dynamo.reset()
+
+
+def free_from_capture(generator: torch.Generator, state: Tensor) -> None:
+    """Frees a generator whose capture broke off, and sets its state: it would wait for the capture's end for ever.
+
+    Noticed by test_a_generator_is_free_again_after_a_capture_that_broke_off, on a GPU.
+    """
+    generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())
+    generator.set_state(state)
+
+
+def skip_update_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Has the fused optimizer's next step change nothing if `bad`, a bool, is true; the host does not wait to know.
+
+    A gradient scaler that is enabled sets this itself. Noticed by test_the_fused_optimizer_skips_a_bad_update.
+    """
+    optimizer.found_inf = bad.float()
+
+
+def forget_half_step(scaler: torch.amp.GradScaler) -> None:
+    """Has a scaler forget that it began a step. Noticed by test_a_scaler_forgets_a_step_that_broke_off."""
+    if scaler.is_enabled():
+        scaler._per_optimizer_states.clear()
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies many tensors, converting their types, in one kernel. Noticed by test_many_tensors_are_copied_at_once."""
+    torch._foreach_copy_(targets, sources)
+
+
+def data_parallel(network: nn.Module) -> nn.Module:
+    """The network itself in one process, else one that averages gradients over the ranks.
+
+    It never times itself, since a CUDA graph cannot be recorded then. Noticed by
+    test_a_parallel_network_does_not_time_itself.
+    """
+    if not distributed.is_group():
+        return network
+    parallel = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return parallel

@@ -1,47 +1,47 @@
-"""The Equilibrium Matching transformer, for images and video, and its registry of sizes.
+"""The Equilibrium Matching transformer for images and video, its sizes, settings and weights.
 
-A DiT with adaLN-Zero conditioning (Peebles & Xie 2023, arXiv 2212.09748), as used by
-Equilibrium Matching (Wang & Du 2025, arXiv 2510.02300). An image is a video of one frame:
-both take the same path through the network. Image networks keep the state-dict keys of the
-published checkpoints.
+The network is a DiT with adaLN-Zero conditioning (Peebles & Xie 2023, arXiv 2212.09748), as Equilibrium Matching uses
+it (Wang & Du 2025, arXiv 2510.02300). An image is a video of one frame: both take the same path. Image networks keep
+the state-dict keys of the published checkpoints. A network computes in the type of its weights.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import Attention, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from energy import ENERGIES, energy, energy_gradient
+from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, sincos_positions
 from runtime.errors import UserError
 
-# Shortest and longest period of the sinusoids that encode a token's time, in seconds: from
-# under the step of common frame rates with a frame interval to longer than any clip.
+# Shortest and longest period, in seconds, of the sinusoids that encode a token's time. The shortest is below the step
+# of common frame rates with a frame interval. The longest is above the length of any clip.
 TIME_PERIODS_S = (0.1, 100.0)
 
 
 class EqM(nn.Module):
-    """The field f(x) of Equilibrium Matching, pointing from noise to data.
+    """The field f(x) of Equilibrium Matching. It points from noise to data.
 
     Args:
         input_size: height and width of a square image, or (T, H, W) of a clip.
         patch_size: height and width of a patch.
         in_channels: channels of x.
-        hidden_size, depth, num_heads, mlp_ratio: width D, blocks, heads, MLP width over D.
+        hidden_size, depth, num_heads, mlp_ratio: width D, number of blocks, heads, width of the MLP over D.
         num_classes: classes without the null class, which has the index `num_classes`.
         temporal_patch: frames in a patch (video only).
-        uncond: the network does not see γ; the timestep embedder is fed zeros.
-        energy: of energy.ENERGIES: the field is the gradient of this energy of the output; none: the output itself.
+        uncond: the network does not see γ; the timestep embedder gets zeros.
+        energy: one of energy.ENERGIES. The field is the gradient of this energy; with "none" it is the output itself.
 
     Attributes:
-        grad_checkpoint: blocks keep their input alone and compute the rest again when going backward.
+        grad_checkpoint: if True, a block keeps only its input, and the backward pass computes the rest again.
 
     Raises:
-        ValueError: the patches do not divide the input, or the heads the width; an unknown energy.
+        ValueError: patches do not divide the input, heads do not divide the width, or the energy is unknown.
     """
 
     def __init__(
@@ -69,10 +69,9 @@ class EqM(nn.Module):
         self.out_channels = in_channels if self.is_video else 2 * in_channels
         self.patch = (temporal_patch, patch_size)
         self.grid = (frames // temporal_patch, height // patch_size, width // patch_size)
-
         self.grad_checkpoint = False
 
-        # The frames of a patch are folded into its channels: a 2-D embedding serves both ranks.
+        # The frames of a patch are folded into its channels, so that one 2-D embedding serves images and clips.
         self.x_embedder = PatchEmbedder(temporal_patch * in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -85,18 +84,18 @@ class EqM(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """One sample's shape, (C, H, W) or (C, T, H, W)."""
+        """The shape of one sample, (C, H, W) or (C, T, H, W)."""
         (frames, rows, columns), (pt, p) = self.grid, self.patch
         picture = (rows * p, columns * p)
         return (self.in_channels, frames * pt, *picture) if self.is_video else (self.in_channels, *picture)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that one sample is cut into."""
+        """The number of tokens of one sample."""
         return math.prod(self.grid)
 
     def initialize_weights(self) -> None:
-        """Xavier for linear layers and patches, 0.02 normal for embeddings, zeros for adaLN and output."""
+        """Xavier for linear layers and patches, normal with 0.02 for embeddings, zeros for adaLN and the output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -110,14 +109,14 @@ class EqM(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         if self.energy == "l2":
-            # From f = 0 the gradient of ‖f‖², and of the loss in every weight, would be 0 for ever.
+            # From f = 0 the gradient of ‖f‖² is 0 for ever, and so is the gradient of the loss in every weight.
             nn.init.normal_(self.final_layer.linear.weight, std=0.02)
 
     def train(self, mode: bool = True) -> "EqM":
-        """As of every module; training differentiates an energy's gradient, and fused attention has no second one."""
+        """Also chooses the attention: training an energy takes second derivatives, which fused attention lacks."""
         if self.energy != "none":
             for block in self.blocks:
-                block.attn.fused_attn = not mode
+                block.attn.fused = not mode
         return super().train(mode)
 
     def forward(
@@ -127,22 +126,21 @@ class EqM(nn.Module):
 
         Args:
             x: (N, C, H, W), or (N, C, T, H, W) for a video network.
-            t: (N,) γ; not looked at by an `uncond` network.
-            y: (N,) class labels; `num_classes` is the null class.
-            seconds_per_frame: seconds between the frames of a clip, (N,) or one for all;
-                images have no use for it.
-            with_tokens: also give the last block's tokens.
+            t: γ, (N,). An `uncond` network does not look at it.
+            y: class labels, (N,). `num_classes` is the null class.
+            seconds_per_frame: seconds from one frame of a clip to the next, (N,) or one number. Images ignore it.
+            with_tokens: also return the tokens of the last block.
 
         Returns:
-            The field, in x's shape, and the tokens, (N, T'h'w', D), if they are asked for.
+            The field, in the shape of x. With `with_tokens`, also the tokens (N, T'h'w', D).
         """
         field, tokens = self.field_and_tokens(x, *self.modulations(t, y), seconds_per_frame)
         return (field, tokens) if with_tokens else field
 
     def modulations(self, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the condition does to each block, (N, 6D), and to the last layer, (N, 2D).
+        """What γ (N,) and labels (N,) do to each block, (N, 6D), and to the last layer, (N, 2D).
 
-        While γ is not looked at, it stays the same from one step of sampling to the next.
+        An `uncond` network's modulations stay the same from one sampling step to the next.
         """
         if self.uncond:
             t = torch.zeros_like(t)
@@ -152,13 +150,13 @@ class EqM(nn.Module):
     def field(
         self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float = 0.1
     ) -> Tensor:
-        """The field at x under the modulations of the blocks and of the last layer."""
+        """The field at x under given modulations of the blocks and of the last layer, in the shape of x."""
         return self.field_and_tokens(x, blocks, final, seconds_per_frame)[0]
 
     def field_and_tokens(
         self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """The field at x, and the last block's tokens (N, T'h'w', D)."""
+        """The field at x, in its shape, and the tokens of the last block, (N, T'h'w', D)."""
         if self.energy == "none":
             return self.output(x, blocks, final, seconds_per_frame)
         output = partial(self.output, blocks=blocks, final=final, seconds_per_frame=seconds_per_frame)
@@ -167,24 +165,24 @@ class EqM(nn.Module):
     def output(
         self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """What the network puts out, in x's shape, and the last block's tokens (N, T'h'w', D)."""
+        """The output of the network, in the shape of x, and the tokens of the last block, (N, T'h'w', D)."""
         tokens = self.embed(x)  # (N, T'h'w', D)
         if self.is_video:
-            # A number is written by the device itself: a copy from the host cannot be captured in a CUDA graph.
+            # The device writes the number itself: a CUDA graph cannot record a copy from the host.
             given = isinstance(seconds_per_frame, Tensor)
             seconds = seconds_per_frame if given else torch.full((), seconds_per_frame, device=x.device)
             times = self.time_positions(seconds.expand(len(x)))  # (N, T', D)
             tokens = tokens + times.repeat_interleave(self.pos_embed.shape[1], dim=1).to(tokens.dtype)
         for block, modulation in zip(self.blocks, blocks, strict=True):
             if self.grad_checkpoint:
-                # Nothing random happens in a block, and a CUDA graph cannot read the generator's state.
+                # A block draws no random numbers, and a CUDA graph cannot read the state of the generator.
                 tokens = checkpoint(block, tokens, modulation, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, modulation)  # (N, T'h'w', D)
         return self.unpatchify(self.final_layer(tokens, final)).view(x.shape), tokens
 
     def embed(self, x: Tensor) -> Tensor:
-        """Cuts x into patches and adds their places in the picture: → (N, T'h'w', D)."""
+        """Cuts x into patches, embeds them, and adds their places in the picture: → (N, T'h'w', D)."""
         (frames, rows, columns), (pt, p) = self.grid, self.patch
         x = x.view(-1, self.in_channels, frames, pt, rows, p, columns, p)
         patches = x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4).flatten(2, 3)  # (N, T', h'w', ptCpp)
@@ -202,7 +200,7 @@ class EqM(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (N, T', D)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """(N, T'h'w', pt·p·p·C_out) → (N, C, T, H, W); channels after the first C are dropped."""
+        """(N, T'h'w', pt·p·p·C_out) → (N, C, T, H, W). Channels after the first C are dropped."""
         (frames, rows, columns), (pt, p) = self.grid, self.patch
         x = patches.view(-1, frames, rows, columns, pt, p, p, self.out_channels)
         x = x[..., : self.in_channels].permute(0, 7, 1, 4, 2, 5, 3, 6)  # (N, C, T', pt, h', p, w', p)
@@ -212,7 +210,7 @@ class EqM(nn.Module):
 def check_sizes(
     input_size: tuple[int, int, int], temporal_patch: int, patch_size: int, hidden_size: int, num_heads: int
 ) -> None:
-    """Raises ValueError, naming both numbers, where one does not divide the other."""
+    """Raises ValueError if a size does not divide another; the text names both numbers."""
     frames, height, width = input_size
     if height % patch_size or width % patch_size:
         raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
@@ -220,21 +218,6 @@ def check_sizes(
         raise ValueError(f"clip length {frames} is not a multiple of the temporal patch {temporal_patch}")
     if hidden_size % num_heads or hidden_size % 4:
         raise ValueError(f"width {hidden_size} is not a multiple of 4 and of its {num_heads} heads")
-
-
-def sincos_positions(hidden_size: int, rows: int, columns: int) -> Tensor:
-    """Fixed positions on a grid, row by row: (rows·columns, D).
-
-    The first half of D encodes the column, the second the row; each half is sines, then cosines.
-    """
-    frequencies = 10_000 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-
-    def encode(places: Tensor) -> Tensor:
-        angles = places.double()[:, None] * frequencies  # (places, D/4)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (places, D/2)
-
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
 
 
 EqM_sizes = {
@@ -251,37 +234,55 @@ EqM_models = {
 }
 
 
-def build_network(settings: dict) -> EqM:
-    """A network from the settings that a checkpoint keeps: `model`, a name in EqM_models, and EqM's arguments.
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The settings that a network is built from, as checkpoints keep them: `model` names the size, EqM has the rest.
 
-    Raises:
-        ValueError: as EqM.
+    A default is what a checkpoint without this key means. It must never change.
     """
-    return EqM_models[settings["model"]](**{key: settings[key] for key in settings.keys() - {"model"}})
 
+    model: str
+    input_size: int | tuple[int, int, int]
+    in_channels: int
+    num_classes: int
+    temporal_patch: int = 1
+    uncond: bool = True
+    energy: str = "none"
 
-@torch.no_grad()
-def sample_energy(network: "EqM", x: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1) -> Tensor:
-    """The energy −E of samples over their number of elements, low at the data, in float32: (N,).
+    @property
+    def is_video(self) -> bool:
+        return not isinstance(self.input_size, int)
 
-    Args:
-        network: one with an explicit energy.
-        x: (N, C, H, W) or (N, C, T, H, W), float32.
-        y: (N,) class labels; `num_classes` is the null class.
-        seconds_per_frame: (N,) or one for all; images have no use for it.
+    @property
+    def frames(self) -> int:
+        """Frames of a clip; 1 for images."""
+        return self.input_size[0] if self.is_video else 1
 
-    Raises:
-        ValueError: the network has none.
-    """
-    if network.energy == "none":
-        raise ValueError("the network has no explicit energy")
-    blocks, final = network.modulations(torch.zeros(len(x), device=x.device), y)
-    f, _ = network.output(x, blocks, final, seconds_per_frame)
-    return -energy(network.energy, x, f) / x[0].numel()
+    @property
+    def side(self) -> int:
+        """Height and width of the input, in pixels or latents."""
+        return self.input_size[-1] if self.is_video else self.input_size
+
+    def build(self) -> EqM:
+        """The network, with new weights.
+
+        Raises:
+            UserError: sizes do not divide.
+        """
+        settings = asdict(self)
+        try:
+            return EqM_models[settings.pop("model")](**settings)
+        except ValueError as error:
+            raise UserError(f"{self.model}: {error}") from None
+
+    def check(self) -> None:
+        """Raises UserError if sizes do not divide, without taking memory for a network."""
+        with torch.device("meta"):
+            self.build()
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict strictly.
+    """Loads a state dict, which came from `source`. All names and shapes must agree.
 
     Raises:
         UserError: names or shapes differ; the text gives the first difference.
@@ -295,96 +296,21 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | P
     network.load_state_dict(weights)
 
 
-EPSILON = 1e-6  # of LayerNorm
+@torch.no_grad()
+def sample_energy(network: EqM, x: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1) -> Tensor:
+    """The energy −E of samples, divided by their number of elements, in float32: (N,). It is low at the data.
 
+    Args:
+        network: one with an explicit energy.
+        x: (N, C, H, W) or (N, C, T, H, W), float32.
+        y: class labels, (N,). `num_classes` is the null class.
+        seconds_per_frame: (N,) or one number. Images ignore it.
 
-class TimestepEmbedder(nn.Module):
-    """Embeds γ in [0, 1]: (N,) → (N, D), through 256 sinusoids, cosines first."""
-
-    def __init__(self, hidden_size: int, num_sinusoids: int = 256, max_period: float = 10_000):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_sinusoids, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.num_sinusoids, self.max_period = num_sinusoids, max_period
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = self.num_sinusoids // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)  # (N, 128)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))  # (N, D)
-
-
-class LabelEmbedder(nn.Module):
-    """Embeds class labels: (N,) → (N, D). Label `num_classes` is the null class."""
-
-    def __init__(self, num_classes: int, hidden_size: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)  # (N, D)
-
-
-class PatchEmbedder(nn.Module):
-    """Embeds patches: (N, L, C·p·p) → (N, L, D)."""
-
-    def __init__(self, channels: int, patch_size: int, hidden_size: int):
-        super().__init__()
-        # A convolution in name and shape, for the published keys; as a product it is faster, and in fp32 exact.
-        self.proj = nn.Conv2d(channels, hidden_size, patch_size, patch_size)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return nn.functional.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis, without weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return nn.functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
-        # Compiled, these two passes take half the time of the one that the compiler makes of layer_norm.
-        centred = x.float() - x.float().mean(-1, keepdim=True)
-        return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
-
-
-class GELU(nn.Module):
-    """GELU in its tanh approximation (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return nn.functional.gelu(x, approximate="tanh")
-        # (1 + tanh(u)) / 2 = sigmoid(2u), which compiles to fewer instructions.
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-
-
-class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated (adaLN-Zero)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
-        super().__init__()
-        self.norm1 = LayerNorm()
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
-        self.norm2 = LayerNorm()
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELU)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Tokens (N, L, D), with the modulation (N, 6D) that `adaLN_modulation` makes of the condition."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)  # (N, L, D)
-        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)  # (N, L, D)
-
-
-class FinalLayer(nn.Module):
-    """Turns tokens into patches: (N, L, D) → (N, L, patch numbers)."""
-
-    def __init__(self, hidden_size: int, patch_numbers: int):
-        super().__init__()
-        self.norm_final = LayerNorm()
-        self.linear = nn.Linear(hidden_size, patch_numbers)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift, scale = modulation[:, None].chunk(2, dim=-1)  # (N, 1, D)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+    Raises:
+        ValueError: the network has no explicit energy.
+    """
+    if network.energy == "none":
+        raise ValueError("the network has no explicit energy")
+    blocks, final = network.modulations(torch.zeros(len(x), device=x.device), y)
+    f, _ = network.output(x, blocks, final, seconds_per_frame)
+    return -energy(network.energy, x, f) / x[0].numel()

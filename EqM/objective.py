@@ -30,6 +30,8 @@ VP_LEAST_TIME = 2.0**-24
 class Objective:
     """The path from noise to data, the magnitude c(γ) of the field along it, and the dispersive term.
 
+    A default is what a checkpoint without this key means. It must never change.
+
     Attributes:
         path: of PATHS: how x_γ = α·x + σ·ε goes from noise to data.
         schedule, a, b, scale: of SCHEDULES: c(γ) = λ·h(γ), with λ = `scale`; h is for
@@ -141,20 +143,27 @@ def drop_labels(y: Tensor, uniform: Tensor, null_class: int) -> Tensor:
 
 
 def add_objective_args(parser: argparse.ArgumentParser) -> None:
-    """Adds what is learnt: the path, c(γ), the dispersive term, an explicit energy, sight of γ."""
-    default, between = Objective(), cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
+    """Adds the flags of the objective: path, c(γ), dispersive term, explicit energy, sight of γ."""
+    between = cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
     group = parser.add_argument_group("objective")
-    group.add_argument("--path-type", choices=PATHS, default=default.path, help="from noise to data")
-    group.add_argument("--c-schedule", choices=SCHEDULES, default=default.schedule, help="c(γ), the field's magnitude")
-    group.add_argument("--c-a", type=between, default=default.a, help="γ from which c falls; truncated, piecewise")
-    group.add_argument("--c-b", type=cli.positive_float, help="c/λ at γ = 0; piecewise, which needs it")
-    group.add_argument("--c-lambda", type=cli.positive_float, default=default.scale, help="factor of c")
-    group.add_argument("--disp", action="store_true", help="also drive apart the last tokens of a rank's (micro-)batch")
-    group.add_argument("--ebm", choices=ENERGIES, default="none", help="the field is the gradient of this energy")
-    group.add_argument(
+    cli.add_kept(group, "--path-type", "Linear", choices=PATHS, help="from noise to data")
+    cli.add_kept(group, "--c-schedule", "truncated", choices=SCHEDULES, help="c(γ), the field's magnitude")
+    cli.add_kept(group, "--c-a", 0.8, type=between, help="c falls from this γ on (truncated, piecewise)")
+    cli.add_kept(group, "--c-b", type=cli.positive_float, help="c/λ at γ = 0 (piecewise, which needs it)")
+    cli.add_kept(group, "--c-lambda", 4.0, type=cli.positive_float, help="λ, the factor of c")
+    cli.add_kept(
+        group,
+        "--disp",
+        False,
+        action="store_true",
+        help="also drive apart the last block's tokens of the samples of a rank's (micro-)batch",
+    )
+    cli.add_kept(group, "--ebm", "none", choices=ENERGIES, help="the field is the gradient of this energy")
+    cli.add_kept(
+        group,
         "--uncond",
+        True,
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="the network does not see γ; one that does cannot be sampled by gradient descent",
     )
 
@@ -168,6 +177,6 @@ def objective_of(args: argparse.Namespace) -> Objective:
     if (args.c_schedule == "piecewise") != (args.c_b is not None):
         asks = "wants --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
         raise UserError(f"--c-schedule {args.c_schedule} {asks}")
-    b = Objective.b if args.c_b is None else args.c_b
+    b = 1.0 if args.c_b is None else args.c_b
     dispersion = DISPERSION_WEIGHT if args.disp else 0.0
     return Objective(args.path_type, args.c_schedule, args.c_a, b, args.c_lambda, dispersion)

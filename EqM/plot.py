@@ -1,4 +1,4 @@
-"""Draws runs' loss, gradient norm, throughput and gradient scale by step into one picture.
+"""Draws the loss, gradient norm, throughput and gradient scale of runs, by step, into one picture.
 
 python EqM/plot.py results/000-EqM-S-4-Linear-velocity-None results/001-EqM-S-4-Linear-velocity-None
 """
@@ -10,21 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from drawing.pictures import write_png
-from drawing.plots import COLOURS, Axis, Points, panels, plot
+from drawing.plots import COLOURS, Lines, Points, check_plots, write_plots
 from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError
 from runtime.logs import log, start_log
 
-# What metrics.jsonl calls it, what a panel is called, whether it is smoothed, whether its axis begins at 0.
+# The name in metrics.jsonl, the title, whether it is smoothed, whether its axis starts at 0.
 PANELS = (
     ("loss", "loss", True, False),
     ("grad_norm", "gradient norm", True, False),
     ("samples_per_second", "samples/s", False, True),
     ("scaler_scale", "scale of the gradient scaler (1: none)", False, False),
 )
-MARGIN = 0.04  # of an axis, beyond the lowest and the highest value
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,18 +42,19 @@ def parse_args() -> argparse.Namespace:
     if len(args.runs) > len(COLOURS):
         raise UserError(f"{len(args.runs)} runs are more than the {len(COLOURS)} colours: draw fewer at once")
     if args.output.suffix.lower() != ".png":
-        raise UserError(f"--output {args.output} is no .png file")
+        raise UserError(f"--output {args.output} is not a .png file")
+    check_plots("a plot")
     return args
 
 
 def short_names(runs: list[Path]) -> list[str]:
-    """The folders' names, or where two are alike their whole paths."""
+    """The names of the folders. If two are the same, the whole paths."""
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def smoothed(values: list[float], count: int) -> list[float]:
-    """The mean of each value and those before it, `count` at most; values that are not finite do not count."""
+    """The mean of each value and of those before it, at most `count` in all. Values that are not finite are skipped."""
     means = []
     for end in range(1, len(values) + 1):
         window = np.array(values[max(end - count, 0) : end])
@@ -64,24 +63,24 @@ def smoothed(values: list[float], count: int) -> list[float]:
     return means
 
 
-def draw(runs: Mapping[str, list[dict]], smooth: int) -> np.ndarray:
-    """A panel for each quantity, and in it a line for each run's rows of metrics, by name: (H, W, 3) uint8."""
+def panels(runs: Mapping[str, list[dict[str, float]]], smooth: int) -> list[Lines]:
+    """One plot for each quantity, with one line for each run.
 
-    def series(quantity: str, count: int) -> dict[str, Points]:
-        steps = {name: [row["step"] for row in rows] for name, rows in runs.items()}
-        values = {name: smoothed([row[quantity] for row in rows], count) for name, rows in runs.items()}
-        points = {name: zip(steps[name], values[name], strict=True) for name in runs}
-        return {name: [point for point in each if math.isfinite(point[1])] for name, each in points.items()}
-
-    pictures, last = [], max(row["step"] for rows in runs.values() for row in rows)
+    Args:
+        runs: the lines of metrics of each run, by name.
+        smooth: loss and gradient norm are means over so many lines.
+    """
+    plots = []
     for quantity, title, is_smoothed, from_zero in PANELS:
-        lines = series(quantity, smooth if is_smoothed else 1)
-        values = [y for points in lines.values() for _, y in points]
+        series: dict[str, Points] = {}
+        for name, rows in runs.items():
+            values = smoothed([row[quantity] for row in rows], smooth if is_smoothed else 1)
+            series[name] = list(zip([row["step"] for row in rows], values, strict=True))
+        finite = [y for points in series.values() for _, y in points if math.isfinite(y)]
         # A loss with the dispersive term may fall below 0.
-        log_y = not from_zero and min(values, default=1.0) > 0
-        axis = Axis.around(values + [0.0] * from_zero, log_y).wider(0 if from_zero else MARGIN, MARGIN)
-        pictures.append(plot(lines, Axis.around([0.0, last]), axis, "step", title, named=False))
-    return panels(pictures, list(runs))
+        log_y = not from_zero and min(finite, default=1.0) > 0
+        plots.append(Lines(series, "step", title, log_y, from_zero))
+    return plots
 
 
 def main() -> None:
@@ -92,7 +91,7 @@ def main() -> None:
         for name, run in zip(short_names(args.runs), args.runs, strict=True)
     }
     try:
-        write_png(args.output, draw(runs, args.smooth))
+        write_plots(args.output, panels(runs, args.smooth), columns=2)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from None
     log.info("%s", args.output)

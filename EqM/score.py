@@ -1,17 +1,18 @@
-"""Scores clips or images by a network's field and energy at them: of what is like the training data, both are low.
+"""Scores clips or images by the field and the energy of a network at them. Both are low for what is like its data.
 
     python EqM/score.py --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0100000.pt videos other-videos
 
-Of each clip the first window counts. The field vanishes at the data (Wang & Du 2025, arXiv 2510.02300):
+Only the first window of each clip counts. The field vanishes at the data (Wang & Du 2025, arXiv 2510.02300):
 
     norm    root mean square of f(x) over the elements of x
-    energy  −E(x) over the number of elements: of a network that was trained to have an energy, its own; of
-            another −⟨x, f(x)⟩, the `dot` energy of the same paper, read off its field
+    energy  −E(x) over the number of elements. A network that was trained with an energy has its own. For others it
+            is −⟨x, f(x)⟩, the `dot` energy of the same paper, read off the field.
 """
 
 import argparse
 import csv
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,65 +20,66 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import first_windows
 from data.contents import Content, open_path
 from data.latents import VAE, encode
 from data.scan import unreadable_errors
-from drawing.pictures import write_png
-from drawing.plots import histogram_plot
-from energy import energy_of_field
+from drawing.plots import Histogram, check_plots, write_plots
 from models import EqM, sample_energy
 from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
-from runs.load_network import add_known_args, class_names, open_network
+from runs.load_network import add_checkpoint_args, checkpoint_request_of, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.errors import UserError
 from runtime.files import check_writable
 from runtime.logs import log, start_log
-from sampling.descent import value_norms
+from sampling.descent import norm_and_energy
 from sampling.plan import class_index
 
 SCORES = ("norm", "energy")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.ArgumentParser("Scores clips or images; of two paths it says how well the scores tell them apart.")
+    parser = cli.ArgumentParser("Scores clips or images, and says how well the scores tell two paths apart.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one or two folders of files, or packs")
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint that EqM/train.py wrote")
     parser.add_argument(
-        "--output", type=Path, default=Path("scores.csv"), help="the table; of two paths, a plot beside"
+        "--output", type=Path, default=Path("scores.csv"), help="the table; with two paths, a plot lies beside it"
     )
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--class", dest="label", metavar="CLASS", help="that files are scored under; default none")
+    group.add_argument(
+        "--class", dest="label", metavar="CLASS", help="score all files under this class; default: no class"
+    )
     group.add_argument("--labels", action="store_true", help="score each file under the class of its class folder")
-    parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="over all ranks")
+    parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="files at once, on all ranks")
     add_precision_args(parser)
-    parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default the training's")
-    add_known_args(parser)
+    add_checkpoint_args(parser)
     args = parser.parse_args()
     if len(args.paths) > 2 or len({path.resolve() for path in args.paths}) < len(args.paths):
         raise UserError("give one PATH, or two different ones to tell apart")
+    if len(args.paths) == 2:
+        check_plots("comparing two paths")
     return args
 
 
-def norm_and_energy(network: EqM, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
-    """Both scores (N, 2), float32, of inputs x (N, C, …) under labels y (N,); seconds_per_frame (N,)."""
-    # γ = 1 at the data; most networks do not look at it.
+def scores_at(network: EqM, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
+    """Norm and energy (N, 2), float32, at inputs x (N, C, …) under labels y (N,); seconds_per_frame is (N,)."""
+
+    def energy(y: Tensor, x: Tensor) -> Tensor:
+        return sample_energy(network, x, y, seconds_per_frame)
+
+    # γ is 1 at the data. Most networks do not see it.
     field = network(x, torch.ones_like(seconds_per_frame), y, seconds_per_frame)  # (N, C, …)
-    has_energy = network.energy != "none"
-    energy = sample_energy(network, x, y, seconds_per_frame) if has_energy else energy_of_field(x, field)  # (N,)
-    return torch.stack([value_norms(field), energy], dim=1)
+    return norm_and_energy(None if network.energy == "none" else energy)(y, x, field)
 
 
 @torch.no_grad()
 def score(
     content: Content, labels: list[int], network: EqM, vae: VAE | None, batch: int, name: str
 ) -> tuple[dict[int, list[float]], list[tuple[str, str]]]:
-    """This rank's scores (norm, energy) by place, and the files that cannot be read, with the reason.
+    """The scores (norm, energy) of this rank's files by place, and the files that cannot be read, with the reason.
 
     Args:
         labels: one for each file.
-        batch: files at once, over all ranks.
+        batch: files at once, on all ranks.
         name: of the content, for the progress bar.
 
     Raises:
@@ -104,7 +106,7 @@ def score(
                 x = encode(x, vae) if x.dtype == torch.uint8 else x.float() * vae.space.scale  # (N, C, …)
                 seconds = torch.tensor([seconds for _, seconds in read_ones.values()], device=device)  # (N,)
                 y = torch.tensor([labels[i] for i in read_ones], device=device)  # (N,)
-                rows |= dict(zip(read_ones, norm_and_energy(network, x, y, seconds).tolist(), strict=True))
+                rows |= dict(zip(read_ones, scores_at(network, x, y, seconds).tolist(), strict=True))
             bar.update(len(places))
     bad = next((i for i, row in rows.items() if not np.isfinite(row).all()), None)
     if bad is not None:
@@ -112,15 +114,35 @@ def score(
     return rows, unreadable
 
 
-def choose_labels(args: argparse.Namespace, content: Content, names: list[str]) -> list[int]:
-    """The class that each file is scored under; the null class, `len(names)`, is the default.
+def score_path(
+    path: Path, content: Content, labels: list[int], network: EqM, vae: VAE | None, batch: int
+) -> dict[str, list[float]]:
+    """The scores (norm, energy) of the files of all ranks, by name. Logs their means, and what cannot be read.
+
+    Every rank must call this.
 
     Raises:
-        UserError: a class that the checkpoint does not know.
+        UserError: no file can be read, or a score is not finite.
     """
-    if not args.labels:
-        label = len(names) if args.label is None else class_index(args.label, names)
-        return [label] * len(content.names)
+    parts = distributed.gather(score(content, labels, network, vae, batch, path.name))
+    rows = {i: row for part, _ in parts for i, row in part.items()}
+    unreadable = [problem for _, problems in parts for problem in problems]
+    if unreadable:
+        log.warning("%d files in %s cannot be read, as %s: %s", len(unreadable), path, *unreadable[0])
+    if not rows:
+        raise UserError(f"no readable file in {path}: {unreadable[0][0]}: {unreadable[0][1]}")
+    scores = {content.names[i]: rows[i] for i in sorted(rows)}
+    means = np.mean(list(scores.values()), axis=0)
+    log.info("%s: %d files, mean norm %.4g, mean energy %.4g", path, len(rows), *means)
+    return scores
+
+
+def own_labels(content: Content, names: list[str]) -> list[int]:
+    """The label of each file, from the name of its class folder.
+
+    Raises:
+        UserError: the checkpoint does not know a folder's name.
+    """
     unknown = [i for i, name in enumerate(content.classes) if name not in names]
     if unknown:
         raise UserError(
@@ -130,18 +152,18 @@ def choose_labels(args: argparse.Namespace, content: Content, names: list[str]) 
 
 
 def auroc(first: np.ndarray, second: np.ndarray) -> float:
-    """How often a value of the second (M,) is above one of the first (N,), ties counted half.
+    """How often a value of the second (M,) is above a value of the first (N,). A tie counts half.
 
-    This is the area under the ROC curve: Mann & Whitney's U (1947), from ranks, over N·M.
+    This is the area under the ROC curve: U of Mann & Whitney (1947), computed from ranks, over N·M.
     """
     _, place, counts = np.unique(np.concatenate([first, second]), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # (N + M,), the mean one of equal values
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # (N + M,); equal values share their mean rank
     u = ranks[len(first) :].sum() - len(second) * (len(second) + 1) / 2
     return float(u / (len(first) * len(second)))
 
 
 def write_scores(path: Path, scores: dict[Path, dict[str, list[float]]]) -> None:
-    """Writes a line for each file: the PATH given, the file below it, and its scores."""
+    """Writes a line for each file: the PATH that was given, the file below it, and its scores."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "file", *SCORES])
@@ -150,7 +172,12 @@ def write_scores(path: Path, scores: dict[Path, dict[str, list[float]]]) -> None
 
 
 def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
-    """Prints how well each score tells two paths apart, and draws both scores' histograms."""
+    """Logs how well each score tells two paths apart, and draws a histogram of each score.
+
+    Args:
+        scores: norm and energy of each file, by path and name of the file.
+        picture: the PNG file to write.
+    """
     (first, a), (second, b) = ((path, np.array(list(rows.values()))) for path, rows in scores.items())  # (N, 2)
     log.info("AUROC: how often a file of %s (%d) has a higher score than one of %s (%d)", second, len(b), first, len(a))
     short = [path.resolve().name for path in scores]
@@ -160,43 +187,50 @@ def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
         area = auroc(a[:, i], b[:, i])
         log.info("AUROC of the %s: %.4f", name, area)
         series = {names[0]: a[:, i].tolist(), names[1]: b[:, i].tolist()}
-        plots.append(histogram_plot(series, f"{name} (AUROC {area:.3f})"))
-    write_png(picture, np.concatenate(plots))
+        plots.append(Histogram(series, f"{name} (AUROC {area:.3f})"))
+    write_plots(picture, plots)
     log.info("histograms: %s", picture)
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError where the table, or the plot beside it, could not be written."""
+    """Raises UserError if the table, or the plot beside it, could not be written."""
     if path.suffix == ".png" or path.is_dir():
         raise UserError(f"--output {path} names the table: give a file that ends in .csv")
     check_writable("--output", path)
 
 
 def main() -> None:
+    # Flags
     args = parse_args()
+
+    # Process
     device = distributed.start()
     start_log()
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
-    network, config, vae = open_network(args, device, precision)
-    names, windows = class_names(config), first_windows(config)
-    video, space = network.is_video, config.get("vae")
-    contents = {path: open_path(path, windows, video, space, "the checkpoint") for path in args.paths}
-    labels = {path: choose_labels(args, content, names) for path, content in contents.items()}
-    distributed.on_main(lambda: check_output(args.output))
+
+    # Network
+    network, config, vae = open_network(checkpoint_request_of(args), device, precision)
+    names = config.class_names
+
+    # Files and the class that each is scored under
+    contents = {path: open_path(path, config.form, config.space, "the checkpoint") for path in args.paths}
+    label = len(names) if args.label is None else class_index(args.label, names)
+    labels = {
+        path: own_labels(content, names) if args.labels else [label] * len(content.names)
+        for path, content in contents.items()
+    }
+
+    # Output
+    distributed.on_main(partial(check_output, args.output))
     log_precision(precision)
 
-    scores = {}
-    for path, content in contents.items():
-        parts = distributed.gather(score(content, labels[path], network, vae, args.global_batch_size, path.name))
-        rows = {i: row for part, _ in parts for i, row in part.items()}
-        unreadable = [problem for _, problems in parts for problem in problems]
-        if unreadable:
-            log.warning("%d files in %s cannot be read, as %s: %s", len(unreadable), path, *unreadable[0])
-        if not rows:
-            raise UserError(f"no readable file in {path}: {unreadable[0][0]}: {unreadable[0][1]}")
-        scores[path] = {content.names[i]: rows[i] for i in sorted(rows)}
-        means = np.mean(list(scores[path].values()), axis=0)
-        log.info("%s: %d files, mean norm %.4g, mean energy %.4g", path, len(rows), *means)
+    # Score
+    scores = {
+        path: score_path(path, content, labels[path], network, vae, args.global_batch_size)
+        for path, content in contents.items()
+    }
+
+    # Report
     if distributed.is_main():
         write_scores(args.output, scores)
         log.info("scores: %s", args.output)

@@ -1,11 +1,11 @@
-"""One training step, and all that it changes: weights, their average, optimizer, scaler, counters.
+"""One training step, and the state that it changes: weights, their average, optimizer, scaler, counters.
 
-What the step does to all weights at once it does to one flat tensor, in one kernel: the
-optimizer's update, the average, the working copy in the training precision. The step reads
-nothing back from the device, so the host never waits for it, and a GPU can replay it as one
-CUDA graph.
+All weights lie in one flat tensor, so that the optimizer's update, the average and the working copy in the training
+precision take one kernel each. The step reads nothing back from the device. So the host never waits for it, and a GPU
+can replay it as one CUDA graph.
 """
 
+import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,27 +15,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compiled import Graphed, compile_network
+from compiled import Graphed, compile_network, copy_all, data_parallel, forget_half_step, skip_update_if
 from models import load_weights
 from objective import Objective, drop_labels
 from precision import Precision
-from runtime import distributed
+from runtime import cli, distributed
+from runtime.draws import seed_draws
 from runtime.errors import UserError
 
-# Elements to which each weight's place in a flat tensor is rounded up: 128 bytes in 16 bits,
-# so that matrix products find every weight aligned.
+# Each weight begins at a multiple of so many elements of the flat tensor. That is 128 bytes in 16 bits, so that matrix
+# products find every weight aligned.
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of a training step."""
+    """The numbers of a training step.
+
+    Attributes:
+        lr: AdamW's learning rate after the warm-up.
+        warmup_steps: updates of linear warm-up.
+        grad_clip: largest gradient norm; 0 clips nothing.
+        ema_decay: of the averaged weights, after its own warm-up.
+        micro_batch: samples of one forward and backward pass; None: the rank's whole batch.
+    """
 
     lr: float
     warmup_steps: int
-    grad_clip: float  # largest gradient norm; 0 clips nothing
+    grad_clip: float
     ema_decay: float
-    micro_batch: int | None = None  # samples of one forward and backward; None: the rank's whole batch
+    micro_batch: int | None = None
     objective: Objective = Objective()
 
     def lr_at(self, step: Tensor) -> Tensor:
@@ -43,21 +52,41 @@ class Recipe:
         return self.lr * ((step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
 
     def ema_decay_at(self, step: Tensor) -> Tensor:
-        """Warmed up, so that a short run's average does not hold its initial weights."""
+        """The decay at update `step`. It warms up, so that a short run's average does not hold its initial weights."""
         return ((1 + step) / (10 + step)).clamp(max=self.ema_decay)
+
+
+def add_recipe_args(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of a Recipe."""
+    cli.add_kept(
+        group,
+        "--micro-batch-size",
+        type=cli.positive_int,
+        help="samples of a rank at a time; their gradients add up; default all",
+    )
+    cli.add_kept(group, "--lr", 1e-4, type=cli.positive_float, help="AdamW's learning rate")
+    cli.add_kept(group, "--warmup-steps", 0, type=cli.non_negative_int, help="steps of linear warm-up")
+    cli.add_kept(group, "--grad-clip", 0.0, type=cli.non_negative_float, help="largest gradient norm; 0: no limit")
+    cli.add_kept(group, "--ema-decay", 0.9999, type=cli.fraction, help="of the averaged weights")
+
+
+def recipe_of(args: argparse.Namespace, objective: Objective) -> Recipe:
+    """The recipe that the flags ask for."""
+    return Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
 
 
 class TrainingState:
     """Everything that a step changes and a checkpoint keeps.
 
     Attributes:
-        network: float32 weights, the masters.
-        working: what computes: the network itself, or its copy in the training precision.
+        network: the float32 weights.
+        working: the network that computes: `network` itself, or its copy in the training precision.
         ema: the network with averaged weights.
-        step: updates of the weights. Between calls of `read_counts` it counts batches instead:
-            only the device knows which updates were skipped, because gradients were not finite.
-        skipped: batches whose update was skipped.
-        samples: samples drawn by all ranks.
+        launched: batches that the host has launched since the start of the first run.
+        step: updates of the weights, as `read_counts` found them. Only the device knows which updates it skipped,
+            because gradients were not finite.
+        skipped: batches whose update was skipped, as `read_counts` found them.
+        samples: samples that all ranks have drawn.
     """
 
     def __init__(self, network: nn.Module, precision: Precision, device: torch.device):
@@ -68,21 +97,21 @@ class TrainingState:
         self.ema.requires_grad_(False)
         self.weights = nn.Parameter(flatten(trained(self.network)))  # (P,)
         self.working_weights = self.weights if self.working is network else flatten(trained(self.working))  # (P,)
-        self.parallel = distributed.data_parallel(self.working)
+        self.parallel = data_parallel(self.working)
         self.lr = torch.zeros((), device=device)
         capturable = device.type == "cuda"
         self.optimizer = torch.optim.AdamW([self.weights], self.lr, weight_decay=0, fused=True, capturable=capturable)
         self.scaler = precision.grad_scaler(device.type)
         self.generator = torch.Generator(device)
         self.precision, self.device = precision, device
-        self.step = self.skipped = self.samples = 0
+        self.launched = self.step = self.skipped = self.samples = 0
         self.updates = torch.zeros((), device=device, dtype=torch.int64)
         self.sums = torch.zeros(3, device=device)  # losses, gradient norms, updates since `take_means`
         self.largest_norm = torch.zeros((), device=device)  # since then
         self.bad_steps = torch.zeros(2, device=device)  # skipped in a row: now, and at most
 
     def state_dict(self) -> dict:
-        """The parts of a checkpoint that a step changes: the tensors themselves, which the next step changes."""
+        """The parts of a checkpoint that a step changes. The next step changes these same tensors."""
         return {
             "model": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -99,7 +128,7 @@ class TrainingState:
         """Takes back what `state_dict` gave.
 
         Raises:
-            UserError: the weights or the optimizer's state, which came from `source`, are another network's.
+            UserError: the weights or the optimizer's state belong to another network; they came from `source`.
         """
         load_weights(self.network, saved["model"], source)
         load_weights(self.ema, saved["ema"], source)
@@ -107,10 +136,11 @@ class TrainingState:
             if getattr(saved["opt"].get(name), "shape", None) != self.weights.shape:
                 raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
         self.optimizer.state[self.weights] = {name: value.to(self.device) for name, value in saved["opt"].items()}
-        # A scaler that was not on saved nothing, and one that is on refuses nothing.
+        # A disabled scaler saved nothing, and an enabled one refuses an empty state.
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.skipped, self.samples = saved["step"], saved["skipped"], saved["samples"]
+        self.launched = self.step + self.skipped
         self.updates.fill_(self.step)
         self.sums.copy_(saved["since_log"]["sums"])
         self.largest_norm.copy_(saved["since_log"]["largest_norm"])
@@ -123,11 +153,11 @@ class TrainingState:
             self.working_weights.copy_(self.weights)
 
     def take_gradients(self) -> Tensor:
-        """The working copy's gradients, in float32 and in one tensor, (P,); it keeps none."""
+        """The gradients of the working copy, moved into one float32 tensor, (P,)."""
         weights = trained(self.working)
         flat = torch.empty_like(self.weights)
         gradients, gaps = pieces(flat, weights)
-        torch._foreach_copy_(gradients, [weight.grad for weight in weights])
+        copy_all(gradients, [weight.grad for weight in weights])
         for gap in gaps:
             gap.zero_()
         self.working.zero_grad(set_to_none=True)
@@ -135,7 +165,7 @@ class TrainingState:
 
     @torch.no_grad()
     def finish_update(self, decay: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
-        """Follows the optimizer: the average, the working copy and the counters, unless it skipped."""
+        """Updates the average, the working copy and the counters, unless the optimizer skipped."""
         updated = grad_norm.isfinite()
         self.ema_weights.lerp_(self.weights, (1 - decay) * updated)
         self.refresh_working_copy()
@@ -145,15 +175,29 @@ class TrainingState:
         self.bad_steps.copy_(torch.stack([in_a_row, self.bad_steps[1].maximum(in_a_row)]))
         self.updates += updated
 
+    def advance(self, batch: int) -> None:
+        """Counts a launched batch of so many samples over all ranks."""
+        self.launched += 1
+        self.samples += batch
+
+    @property
+    def expected_step(self) -> int:
+        """The step, if no update was skipped since the last `read_counts`."""
+        return self.launched - self.skipped
+
     def read_counts(self) -> int:
-        """Waits for the device, makes `step` the number of updates, and returns how many were skipped since last."""
-        skipped = self.step - int(self.updates)
-        self.step -= skipped
+        """Waits for the device, and returns how many updates were skipped since the last call."""
+        self.step = int(self.updates)
+        skipped = self.launched - self.step - self.skipped
         self.skipped += skipped
         return skipped
 
+    def has_unreported_steps(self) -> bool:
+        """True if there were updates since the last `take_means`. Waits for the device."""
+        return bool(self.sums[2] > 0)
+
     def take_means(self) -> Tensor:
-        """This rank's mean loss and gradient norm over the updates since the last call, and its largest norm, (3,)."""
+        """This rank's mean loss, mean gradient norm and largest gradient norm since the last call, (3,)."""
         means = torch.cat([self.sums[:2] / self.sums[2], self.largest_norm[None]])
         self.sums.zero_()
         self.largest_norm.zero_()
@@ -163,14 +207,13 @@ class TrainingState:
         """Forgets a step that broke off: its gradients, and that the scaler has begun it."""
         self.working.zero_grad(set_to_none=True)
         self.weights.grad = None
-        if self.scaler.is_enabled():
-            self.scaler._per_optimizer_states.clear()
+        forget_half_step(self.scaler)
 
     def check_gradients(self, max_bad_steps: int, advice: Callable[[], str]) -> None:
-        """Raises UserError, with advice, where gradients stay such that the run cannot recover.
+        """Raises UserError, with advice, if the run cannot recover from its gradients.
 
-        That is in fp16 a scale that the scaler has halved to below 1, else `max_bad_steps` in a row
-        whose gradients were not finite.
+        In fp16 the scaler has halved its scale to below 1. In other precisions gradients were not finite in
+        `max_bad_steps` steps in a row.
         """
         in_a_row = int(self.bad_steps[1])
         if self.scaler.is_enabled():
@@ -186,7 +229,7 @@ class TrainingState:
             )
 
     def check_finite(self, advice: Callable[[], str]) -> None:
-        """Raises UserError, with advice, where weights are not finite: such a state is not worth a checkpoint."""
+        """Raises UserError, with advice, if weights are not finite: no checkpoint should hold them."""
         if not (self.weights.isfinite().all() and self.ema_weights.isfinite().all()):
             raise UserError(
                 f"weights are not finite at step {self.step} in {self.precision.name}, and were not saved; {advice()}:"
@@ -208,7 +251,7 @@ def pieces(flat: Tensor, weights: list[nn.Parameter]) -> tuple[list[Tensor], lis
 
 @torch.no_grad()
 def flatten(weights: list[nn.Parameter]) -> Tensor:
-    """Moves weights into one flat tensor, (P,), of which they become views."""
+    """Moves weights into one flat tensor, (P,). They become views of it."""
     flat = weights[0].new_zeros(sum(weight.numel() + -weight.numel() % ALIGNMENT for weight in weights))
     for weight, view in zip(weights, pieces(flat, weights)[0], strict=True):
         weight.data = view.copy_(weight)
@@ -243,10 +286,10 @@ def network_loss(
 
 
 def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
-    """One forward, backward and update; reads the same in every precision, and never waits for the device.
+    """One forward pass, backward pass and update. It never waits for the device.
 
-    Where gradients are not finite, the update is skipped: weights, EMA and the count of updates
-    stay as they were. A loss that is not finite makes such gradients.
+    If gradients are not finite, the update is skipped: weights, their average and the count of updates stay as they
+    were. A loss that is not finite makes such gradients.
 
     Args:
         x: data in [−1, 1], (N, C, H, W) or (N, C, T, H, W).
@@ -254,7 +297,7 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
         seconds_per_frame: (N,).
 
     Returns:
-        This rank's loss and the gradients' norm before clipping, (2,).
+        This rank's loss, and the norm of the gradients before clipping, (2,).
     """
     noise, gamma, label_uniform = draw_random_numbers(x, state.generator)
     y = drop_labels(y, label_uniform, state.network.num_classes)  # (N,)
@@ -272,8 +315,7 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
     if recipe.grad_clip:
         nn.utils.clip_grads_with_norm_([state.weights], recipe.grad_clip, grad_norm)
     state.lr.copy_(recipe.lr_at(state.updates))
-    # The fused optimizer skips where this is not 0; a scaler that is enabled sets it for itself.
-    state.optimizer.found_inf = (~grad_norm.isfinite()).float()
+    skip_update_if(~grad_norm.isfinite(), state.optimizer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.weights.grad = None
@@ -281,10 +323,27 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
     return torch.stack([loss, grad_norm])
 
 
-def training_step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) -> Callable[..., Tensor]:
-    """`train_step` as a function of x, y and seconds_per_frame, for batches of one size."""
+@dataclass(frozen=True)
+class SeededStep:
+    """A step as a function of x, y and seconds_per_frame, with random numbers of its own.
+
+    They follow from (seed, samples drawn before, rank) alone, so that a resumed run repeats them.
+    """
+
+    launch: Callable[[Tensor, Tensor, Tensor], Tensor]
+    state: TrainingState
+    seed: int
+
+    def __call__(self, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
+        seed_draws(self.state.generator, self.seed, self.state.samples, distributed.rank())
+        return self.launch(x, y, seconds_per_frame)
+
+
+def training_step(state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool) -> SeededStep:
+    """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`."""
     step = partial(train_step, state, recipe)
     if fast:
         compile_network(state.working, recipe.micro_batch or batch, training=True)
-    on_gpu = state.device.type == "cuda"
-    return Graphed(step, state.generator, state.drop_half_step, together=True) if fast and on_gpu else step
+        if state.device.type == "cuda":
+            step = Graphed(step, state.generator, state.drop_half_step, together=True)
+    return SeededStep(step, state, seed)

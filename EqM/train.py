@@ -7,115 +7,107 @@
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from compiled import add_compile_arg, is_fast
-from data.batches import DeviceLoader, EpochStream, UnreadableLog, make_loader
-from data.scan import Found
-from data.source import Source, check_classes, open_source
-from models import EqM_models, build_network
+from compiled import add_compile_arg, fast_of, freeze_garbage_collector
+from data.batches import TrainingBatches
+from data.form import Form
+from data.latents import LatentSpace
+from data.packs.pack import Pack
+from data.source import Source, check_classes, check_pack, find_pack, form_of, open_source, open_space
+from models import EqM_models, NetworkSettings
 from objective import add_objective_args, objective_of
-from precision import add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_precision
+from precision import (
+    Precision,
+    add_precision_args,
+    agree_on_precision,
+    log_precision,
+    make_deterministic,
+    requested_precision,
+)
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
-from runs.config import check_resumable, make_config, network_settings
+from runs.config import Config, check_resumable, config_of
 from runs.folder import write_config
+from runs.options import RunOptions, add_run_args, run_options_of
 from runs.record import Metrics
-from runs.resume import Start, find_start, is_finished, launcher, log_changes, new_folder
+from runs.resume import add_start_args, asked_of, find_start, is_finished, launcher, log_changes, new_folder
 from runs.signals import EXIT_STATUS, StopSignals
-from runs.trackers import add_tracker_args, check_trackers, start_trackers
+from runs.trackers import add_tracker_args, start_trackers, trackers_of
 from runtime import cli, distributed
-from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
-from sampling.previews import Previews, add_preview_args
-from step import Recipe, TrainingState, training_step
+from sampling.previews import Previews, add_preview_args, preview_method_of
+from step import TrainingState, add_recipe_args, recipe_of, training_step
 
 DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
-DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}
 DEFAULT_EPOCHS, NO_EPOCH_LIMIT = 80, 10**9
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> tuple[argparse.Namespace, dict]:
+    """The flags as they were given, and what a new run takes for those that checkpoints keep."""
     parser = cli.ArgumentParser("Trains an Equilibrium Matching model on images or videos.")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-path", type=Path, required=True, help="class folders, or videos with a CSV")
-    data.add_argument("--video", action="store_true", help="train on clips of videos, not on images")
-    data.add_argument("--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
-    data.add_argument("--vae", metavar="NAME", help="none (pixels), ema, mse, or a folder: train on its latents")
-    data.add_argument("--clip-len", type=cli.side, default=16, help="frames of a clip")
-    data.add_argument("--frame-interval", type=cli.positive_int, default=3, help="video frames from one to the next")
-    data.add_argument(
-        "--no-flip", action="store_true", help="no mirrored samples: for classes that tell left from right"
-    )
-    data.add_argument(
-        "--num-workers", type=cli.non_negative_int, help="processes a rank; default 4, on a CPU and for a pack 0"
-    )
+    add_data_args(parser)
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        choices=EqM_models,
-        default="EqM-XL/2",
-        metavar="NAME",
-        help="EqM-{Ti,S,B,L,XL}/{2,4,8}: size and patch",
-    )
-    model.add_argument("--num-classes", type=cli.positive_int, help="at least the data's count, the default")
-    model.add_argument(
-        "--temporal-patch", type=cli.positive_int, help="frames a token; default 2 where it divides the clip, else 1"
-    )
+    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8}: size and patch"
+    cli.add_kept(model, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
+    cli.add_kept(model, "--num-classes", type=cli.positive_int, help="at least the data's count, which is the default")
+    frames = "frames of a token; default 2 if that divides the clip, else 1"
+    cli.add_kept(model, "--temporal-patch", type=cli.positive_int, help=frames)
     add_objective_args(parser)
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=cli.positive_int, help="default 80; no limit where --max-steps is given")
-    training.add_argument(
-        "--max-steps", type=cli.positive_int, help="stop at this step, counted from the first run's start"
-    )
+    add_recipe_args(training)
+    batch = f"over all ranks; default {DEFAULT_BATCH['cuda']}, on a CPU {DEFAULT_BATCH['cpu']}"
+    cli.add_kept(training, "--global-batch-size", type=cli.positive_int, help=batch)
+    cli.add_kept(training, "--global-seed", 0, type=cli.non_negative_int, help="of all random choices")
+    epochs = f"default {DEFAULT_EPOCHS}; with --max-steps no limit"
+    training.add_argument("--epochs", type=cli.positive_int, help=epochs)
+    steps = "stop at this step, counted from the start of the first run"
+    training.add_argument("--max-steps", type=cli.positive_int, help=steps)
     training.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
-    training.add_argument("--global-batch-size", type=cli.positive_int, help="over all ranks; default 256, on a CPU 8")
-    training.add_argument(
-        "--micro-batch-size", type=cli.positive_int, help="samples at a time a rank; gradients add up; default all"
-    )
-    training.add_argument("--lr", type=cli.positive_float, default=1e-4, help="AdamW's learning rate")
-    training.add_argument("--warmup-steps", type=cli.non_negative_int, default=0, help="steps of linear warm-up")
-    training.add_argument(
-        "--grad-clip", type=cli.non_negative_float, default=0.0, help="largest gradient norm; 0: none"
-    )
-    training.add_argument("--ema-decay", type=cli.fraction, default=0.9999, help="of the averaged weights")
-    training.add_argument(
-        "--max-bad-steps", type=cli.positive_int, default=20, help="in fp32 and bf16: stop after so many not finite"
-    )
-    training.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="of all random choices")
+    bad = "stop if gradients are not finite in so many steps in a row (fp32, bf16)"
+    training.add_argument("--max-bad-steps", type=cli.positive_int, default=20, help=bad)
     add_precision_args(parser)
     speed = parser.add_argument_group("speed and memory")
     add_compile_arg(speed)
     speed.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too")
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
-    add_run_args(parser)
-    args = parser.parse_args()
-    if args.ebm != "none" and args.grad_checkpoint:
-        raise UserError(f"--grad-checkpoint does not work with --ebm {args.ebm}: use --micro-batch-size for memory")
-    return args
-
-
-def add_run_args(parser: argparse.ArgumentParser) -> None:
-    """Adds where a run leaves what it makes, how often, and from where it goes on."""
     run = parser.add_argument_group("run")
-    run.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
-    run.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
-    run.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
-    run.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
+    add_run_args(run)
     add_preview_args(run)
     add_tracker_args(run)
-    start = run.add_mutually_exclusive_group()
-    start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
-    start.add_argument("--resume", action="store_true", help="go on with the newest run of this model, if there is one")
+    add_start_args(run)
+    return parser.parse_args(), parser.new_run_defaults()
 
 
-def global_batch(args: argparse.Namespace, device_type: str) -> int:
-    """Samples a step over all ranks, which it must divide into."""
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Adds what a run trains on, and in what form."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-path", type=Path, required=True, help="class folders, videos with a CSV, or a pack")
+    cli.add_kept(data, "--video", False, action="store_true", help="train on clips of videos, not on images")
+    cli.add_kept(data, "--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
+    vae = "none (pixels), ema, mse, or a folder: train on its latents; default none, or what a pack holds"
+    cli.add_kept(data, "--vae", metavar="NAME", help=vae)
+    cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")
+    cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="frames of the video from one to the next")
+    flip = "no mirrored samples: for classes that tell left from right"
+    cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
+    workers = "loading processes of a rank; default 4, on a CPU and for a pack 0"
+    data.add_argument("--num-workers", type=cli.non_negative_int, help=workers)
+
+
+def batch_of(args: argparse.Namespace, device_type: str) -> int:
+    """Samples of a step over all ranks.
+
+    Raises:
+        UserError: the ranks, or the micro-batches of a rank, do not divide it.
+    """
     size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
     if size % ranks:
         raise UserError(f"--global-batch-size {size} is not a multiple of the {ranks} processes")
@@ -124,173 +116,233 @@ def global_batch(args: argparse.Namespace, device_type: str) -> int:
     return size
 
 
-def sample_limit(args: argparse.Namespace, found: Found) -> int:
-    """How many samples to draw at most, from the start of the first run."""
-    epochs = args.epochs or (NO_EPOCH_LIMIT if args.max_steps else DEFAULT_EPOCHS)
-    return epochs * len(found.items)
+def sample_limit(epochs: int | None, max_steps: int | None, items: int) -> int:
+    """The number of samples to draw at most, from the start of the first run."""
+    return (epochs or (NO_EPOCH_LIMIT if max_steps else DEFAULT_EPOCHS)) * items
 
 
-def announce(args: argparse.Namespace, state: TrainingState, source: Source, batch: int) -> None:
-    """The log's first lines."""
+def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, num_classes: int) -> NetworkSettings:
+    """The settings of the network that the flags ask for.
+
+    Raises:
+        UserError: sizes do not divide.
+    """
+    side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
+    size = (form.clip_len, side, side) if form.video else side
+    temporal_patch = (args.temporal_patch or (1 if form.clip_len % 2 else 2)) if form.video else 1
+    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm)
+    settings.check()
+    return settings
+
+
+def announce(config: Config, state: TrainingState, source: Source, batch: int, by_default: bool) -> None:
+    """Writes the log's first lines."""
     where = device_name(state.device)
     log.info("device: %s, %d process(es), torch %s", where, distributed.world_size(), torch.__version__)
     log_precision(state.precision)
     parameters = sum(p.numel() for p in state.network.parameters())
-    log.info("model: %s, %s parameters", args.model, f"{parameters:,}")
-    source.announce(args)
+    log.info("model: %s, %s parameters", config.network.model, f"{parameters:,}")
+    source.announce()
     log.info("tokens per sample: %d", state.network.num_tokens)
-    note = "" if args.global_batch_size or state.device.type == "cuda" else " (the default on a CPU; on a GPU 256)"
+    note = " (the default on a CPU; on a GPU 256)" if by_default and state.device.type == "cpu" else ""
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
 
-def open_data(args: argparse.Namespace, state: TrainingState, source: Source, batch: int) -> DeviceLoader:
-    """This rank's batches, from where the state has come to, up to the limit of epochs."""
-    num_batches = -(-(sample_limit(args, source.found) - state.samples) // batch)
-    rank, ranks, items = distributed.rank(), distributed.world_size(), len(source.found.items)
-    stream = EpochStream(items, batch, num_batches, args.global_seed, state.samples, rank, ranks)
-    # On a CPU, loading processes would take cores from the step, whose threads wait for one another. What a
-    # pack gives takes longer to hand from a process to another than to gather.
-    default = 0 if source.pack else DEFAULT_WORKERS[state.device.type]
-    workers = args.num_workers if args.num_workers is not None else default
-    loader = make_loader(source.dataset(args), stream, workers, pin_memory=state.device.type == "cuda")
-    return DeviceLoader(loader, state.device)
-
-
-def report(
-    state: TrainingState, found: Found, loader: DeviceLoader, unreadable: UnreadableLog, metrics: Metrics
-) -> float:
-    """Writes a line of metrics, and returns the minutes since the start; every rank must call it."""
-    for path in unreadable.share():
-        log.warning("skipped unreadable %s", path)
+def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics) -> float:
+    """Writes a line of metrics, and returns the minutes since the start. Every rank must call it."""
     return metrics.write(
         state.take_means(),
         state.samples,
-        loader.take_idle_seconds(),
+        batches.take_idle_seconds(),
         step=state.step,
-        epoch=state.samples // len(found.items),
+        epoch=batches.epoch(state.samples),
         lr=state.lr.item(),
         scaler_scale=state.scaler.get_scale(),
         skipped=state.skipped,
-        unreadable=len(unreadable.known),
+        unreadable=batches.log_unreadable(),
     )
 
 
+def save(state: TrainingState, batches: TrainingBatches, config: Config, writer: CheckpointWriter) -> None:
+    """Has a checkpoint written. Every rank must call it.
+
+    Raises:
+        UserError: weights are not finite.
+    """
+    state.check_finite(writer.advice)
+    if distributed.is_main():
+        writer.save(state.state_dict() | {"epoch": batches.epoch(state.samples), "config": config.as_dict()})
+
+
 def train(
-    args: argparse.Namespace,
-    recipe: Recipe,
+    options: RunOptions,
+    config: Config,
     state: TrainingState,
-    source: Source,
-    batch: int,
-    config: dict,
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    batches: TrainingBatches,
+    metrics: Metrics,
+    previews: Previews,
     writer: CheckpointWriter,
+    signals: StopSignals,
 ) -> bool:
-    """The loop: data, step, log, save. Returns False where a signal ended it early."""
-    signals, loader, found = StopSignals(), open_data(args, state, source, batch), source.found
-    last_step, max_minutes = min(args.max_steps or math.inf, state.step + len(loader)), args.max_minutes or math.inf
-    state.working.grad_checkpoint = args.grad_checkpoint
-    trackers = start_trackers(args, writer.folder, state.step, config)
-    previews = Previews(args, state, source, batch, config, writer.folder, trackers)
-    step = training_step(state, recipe, batch // distributed.world_size(), is_fast(args, state.device))
-    unreadable = UnreadableLog(found)
-    metrics = Metrics(writer.folder, state.device, state.samples, state.step, trackers.log)
+    """The training loop. Returns False if a signal ended it early."""
+    bar = tqdm(total=options.last_step, initial=state.step, unit="step", disable=not distributed.is_main())
+    stopped = False
+    iterator = iter(batches)  # it is kept until the end, since loading processes take seconds to end
 
-    def save() -> None:
-        state.check_finite(writer.advice)
-        if distributed.is_main():
-            writer.save(state.state_dict() | {"epoch": state.samples // len(found.items), "config": config})
+    for x, y, seconds_per_frame in iterator:
+        step(x, y, seconds_per_frame)
+        state.advance(config.global_batch_size)
+        bar.update(state.expected_step - bar.n)
+        due = options.due_at(state.expected_step, signals.asked())
+        if not due:
+            continue  # the host never waits for the GPU here
 
-    generator, rank = torch.Generator(state.device), distributed.rank()
-    bar = tqdm(total=last_step, initial=state.step, unit="step", disable=not distributed.is_main())
-    batches = iter(loader)  # kept until the end, since loading processes take seconds to end
-    for inputs in batches:
-        unreadable.add(inputs["unreadable"])
-        x = source.to_input(inputs, generator, args.global_seed, state.samples, rank)
-        seed_draws(state.generator, args.global_seed, state.samples, rank)
-        step(x, inputs["label"], inputs["seconds_per_frame"])
-        state.samples += batch
-        state.step += 1
-        bar.update(state.step - bar.n)
-
-        log_due = state.step == 1 or state.step % args.log_every == 0
-        save_due, show_due = state.step % args.ckpt_every == 0, previews.due(state.step)
-        is_last, stopping = state.step == last_step, signals.asked()
-        skipped = state.read_counts() if log_due or save_due or show_due or is_last or stopping else 0
+        # Milestone: wait for the GPU, take skipped updates back
+        skipped, stopped = state.read_counts(), due.stop
         if skipped:
-            state.check_gradients(args.max_bad_steps, writer.advice)
-        if skipped and not stopping:
-            continue  # the step in question is still to come
-        minutes = report(state, found, loader, unreadable, metrics) if log_due and not skipped else 0
-        if stopping or is_last or minutes >= max_minutes:
+            state.check_gradients(options.max_bad_steps, writer.advice)
+            if not stopped:
+                continue  # the step in question is still to come
+
+        # Log, save, show
+        minutes = report(state, batches, metrics) if due.log and not skipped else 0
+        if stopped or due.end or minutes >= options.max_minutes:
             break
-        if save_due:
-            save()
-        if show_due:
+        if due.save:
+            save(state, batches, config, writer)
+        if due.show:
             metrics.leave_out(previews.show(signals))
     bar.close()
+
+    # End: the last line, the last checkpoint, the last preview
     if state.read_counts():
-        state.check_gradients(args.max_bad_steps, writer.advice)
-    if state.sums[2] > 0 and not stopping:
-        report(state, found, loader, unreadable, metrics)
-    save()
-    if not stopping:
+        state.check_gradients(options.max_bad_steps, writer.advice)
+    if state.has_unreported_steps() and not stopped:
+        report(state, batches, metrics)
+    save(state, batches, config, writer)
+    if not stopped:
         previews.show(signals)
     distributed.on_main(writer.finish)
-    trackers.close()
-    signals.close()
-    return not stopping
+    return not stopped
 
 
-def report_finished(start: Start, step: int) -> None:
+def settled_args(
+    args: argparse.Namespace, defaults: dict, before: Config | None, pack: Pack | None
+) -> argparse.Namespace:
+    """The flags, with those that nobody gave taken from the run that goes on, or for a new run from the defaults.
+
+    Raises:
+        UserError: flags contradict one another, or the pack.
+    """
+    kept = before.kept_flags() if before else {}
+    if pack:
+        kept.pop("vae", None)  # a pack has its own
+    settled = argparse.Namespace(**cli.settled(vars(args), kept, defaults))
+    if settled.ebm != "none" and settled.grad_checkpoint:
+        raise UserError(f"--grad-checkpoint does not work with --ebm {settled.ebm}: use --micro-batch-size for memory")
+    check_pack(settled, pack)
+    objective_of(settled)
+    return settled
+
+
+def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device, precision: Precision) -> Source:
+    """What --data-path names, in the form that the flags ask for. Every rank must call it.
+
+    Raises:
+        UserError: there is nothing in this form, or no network fits it.
+    """
+    form = form_of(args, pack)
+    space, vae = open_space(pack, args.vae, device, precision)
+    network_of(args, form, space, num_classes=1)  # a wrong size ends the run before a long scan
+    return open_source(args.data_path, form, pack, space, vae)
+
+
+def config_of_run(args: argparse.Namespace, source: Source, precision: Precision, batch: int) -> Config:
+    """What the run's checkpoints say of it."""
+    form, found = source.form, source.found
+    network = network_of(args, form, source.space, check_classes(found, args.num_classes))
+    rate = found.mean_frame_rate() / form.frame_interval if form.video else None
+    objective, ranks = objective_of(args), distributed.world_size()
+    return Config(network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))
+
+
+def report_finished(folder: Path | None, step: int) -> None:
     """Says that there is nothing left to do.
 
     Raises:
         UserError: --ckpt asked to train on.
     """
-    if not start.folder:
+    if not folder:
         raise UserError(f"--ckpt is at step {step}, the end of --max-steps or --epochs: raise them to train on")
     start_log()
-    log.info("finished: %s is at step %d, the end of --max-steps or --epochs", start.folder, step)
+    log.info("finished: %s is at step %d, the end of --max-steps or --epochs", folder, step)
     distributed.stop()
 
 
 def main() -> None:
-    args = parse_args()
-    objective = objective_of(args)
-    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
-    check_trackers(args)
+    args, defaults = parse_args()
+    tracker_names = trackers_of(args)
+
+    # Process: ranks, device, precision
     device = distributed.start()
     if args.deterministic:
         make_deterministic()
     precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
-    batch = global_batch(args, device.type)
-    start = distributed.on_main(lambda: find_start(args))
+
+    # Start: a new run, or one that goes on with its own settings
+    pack = find_pack(args.data_path)
+    start = distributed.on_main(lambda: find_start(asked_of(args)))
     saved = load_checkpoint(start.checkpoint) if start.checkpoint else None
+    before = config_of(saved["config"], start.checkpoint) if saved else start.config
+    by_default = args.global_batch_size is None and not before
+    args = settled_args(args, defaults, before, pack)
 
-    source = open_source(args, device, precision)
-    found = source.found
-    settings = network_settings(args, source.image_size, check_classes(found, args.num_classes), source.space)
-    config = make_config(args, settings, objective, found, precision, batch, source.space)
+    # Data, and the network for them
+    batch = batch_of(args, device.type)
+    source = open_data(args, pack, device, precision)
+    config = config_of_run(args, source, precision, batch)
+    last_sample = sample_limit(args.epochs, args.max_steps, len(source.found))
     if saved:
-        check_resumable(saved, config, start.checkpoint)
-        if is_finished(saved, sample_limit(args, found), args.max_steps or math.inf):
-            return report_finished(start, saved["step"])
+        check_resumable(before, config, start.checkpoint)
+        if is_finished(saved["step"], saved["samples"], last_sample, args.max_steps or math.inf):
+            return report_finished(start.folder, saved["step"])
 
+    # State: weights, optimizer, counters
     torch.manual_seed(args.global_seed)
-    state = TrainingState(build_network(settings), precision, device)
+    state = TrainingState(config.network.build(), precision, device)
+    state.working.grad_checkpoint = args.grad_checkpoint
     if saved:
         state.load_state_dict(saved, start.checkpoint)
+        saved = None  # it is as large as the state itself
 
-    folder = start.folder or distributed.on_main(lambda: new_folder(args))
+    # Folder and log
+    folder = start.folder or distributed.on_main(lambda: new_folder(args.results_dir, args.model, args.path_type))
     start_log(folder / "log.txt")
     start.log()
-    announce(args, state, source, batch)
-    if saved:
-        log_changes(saved, config)
-        del saved  # as large as the state itself
-    distributed.on_main(lambda: write_config(folder, config | {"launcher": launcher()}))
+    announce(config, state, source, batch, by_default)
+    if start.checkpoint:
+        log_changes(before, config)
+    distributed.on_main(lambda: write_config(folder, config.as_dict() | {"launcher": launcher()}))
+
+    # Training
     with logging_redirect_tqdm([log]):
+        signals = StopSignals()
+        batches = TrainingBatches(source, args.global_seed, state.samples, last_sample, batch, args.num_workers, device)
+        options = run_options_of(args, min(args.max_steps or math.inf, state.step + len(batches)))
+        trackers = start_trackers(tracker_names, folder, state.step, config.as_dict())
+        vae = source.decoder(device, precision) if args.sample_every else None
+        at_once = args.micro_batch_size or batch // distributed.world_size()
+        previews = Previews(preview_method_of(args), at_once, state, config, vae, folder, trackers)
+        fast = fast_of(args, device.type)
+        step = training_step(state, recipe_of(args, config.objective), at_once, args.global_seed, fast)
+        if fast:
+            freeze_garbage_collector()
+        metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
         writer = CheckpointWriter(folder, args.keep, start.checkpoint)
-        finished = train(args, recipe, state, source, batch, config, writer)
+        finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
+        trackers.close()
+        signals.close()
     log.info("done: %s" if finished else "stopped: %s; --resume (in place of --ckpt) goes on", folder)
     distributed.stop()
     sys.exit(0 if finished else EXIT_STATUS)

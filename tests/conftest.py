@@ -1,50 +1,96 @@
 """Fixtures: a small set of moving shapes, a trained checkpoint, and the scripts as people run them."""
 
 import os
+import pickle
 import subprocess
 import sys
-from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from data.form import Form
 from data.latents import LatentSpace
 from data.packs.pack import Pack, open_pack
+from data.packs.plan import finish, make_plan, missing_shards
 from data.packs.samples import PackedSamples
 from data.packs.writer import pack_shard
-from prepare import finish, make_plan, missing_shards
+from warm_python import WarmPython
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
+WARM = WarmPython()
+
+# In this process and in those that it starts: threads that share the work of small networks wait for one another, and
+# on a machine that others use as well they wait ten times as long as they work.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
+    """This process's, without the launcher's variables of an outer run, for a CPU unless a GPU is named."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return environment | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
 
 
 def run_command(
     *arguments: object, cwd: Path, threads: int = 1, timeout_s: float = 120, gpu: str = ""
 ) -> subprocess.CompletedProcess:
     """Runs a command to its end, without the launcher's variables of an outer run, on a CPU unless a GPU is named."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment["CUDA_VISIBLE_DEVICES"] = gpu
-    environment["OMP_NUM_THREADS"] = str(threads)
     return subprocess.run(
         [str(argument) for argument in arguments],
         cwd=cwd,
-        env=environment,
+        env=environment_of(threads, gpu),
         capture_output=True,
         text=True,
         timeout=timeout_s,
     )
 
 
-def run_script(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> with plain python."""
+def run_python(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script> with plain python, from its start."""
     return run_command(sys.executable, ROOT / "EqM" / script, *arguments, cwd=cwd)
 
 
-def run_torchrun(processes: int, script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> under torchrun, on a port of its own."""
+def run_script(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script> in a process that has imported torch already; see warm_python.py for what that cannot show."""
+    environment = environment_of()
+    if not WARM.fits(environment):
+        return run_python(script, *arguments, cwd=cwd)
+    return WARM.run(ROOT / "EqM" / script, *arguments, cwd=cwd, environment=environment, timeout_s=120)
+
+
+def run_torchrun(processes: int, script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script>, or one of a whole path, under torchrun, on a port of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return run_command(*launcher, ROOT / "EqM" / script, *arguments, cwd=cwd)
+
+
+def run_ranks(processes: int, script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """As `run_torchrun`, but for the launcher: in processes that have imported torch already."""
+    environment = environment_of()
+    if not WARM.fits(environment):
+        return run_torchrun(processes, script, *arguments, cwd=cwd)
+    path = ROOT / "EqM" / script
+    return WARM.run_ranks(processes, path, *arguments, cwd=cwd, environment=environment, timeout_s=120)
+
+
+def spawn(function: Callable[..., object], arguments: tuple, processes: int, folder: Path) -> None:
+    """As torch.multiprocessing.spawn: calls a function of a test's module with a rank first, in several processes."""
+    with (folder / "call.pickle").open("wb") as file:
+        pickle.dump(sys.path, file)
+        pickle.dump((function, arguments), file)
+    run = run_ranks(processes, ROOT / "tests" / "rank_call.py", folder / "call.pickle", cwd=folder)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture(scope="session", autouse=True)
+def end_of_warm_python() -> Iterator[None]:
+    """Ends the server of warm processes."""
+    yield
+    WARM.close()
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +108,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four steps on the shapes."""
     folder = tmp_path_factory.mktemp("run")
-    result = run_script("train.py", "--data-path", shapes, *SMALL, "--max-steps", 4, "--num-workers", 0, cwd=folder)
+    result = run_python("train.py", "--data-path", shapes, *SMALL, "--max-steps", 4, "--num-workers", 0, cwd=folder)
     assert result.returncode == 0, result.stderr
     (path,) = folder.glob("results/000-EqM-Ti-4-Linear-velocity-None/checkpoints/0000004.pt")
     return path
@@ -93,8 +139,7 @@ class BlockMeans:
 
 def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 16, vae: object = None) -> Pack:
     """Packs in this process, and opens the pack."""
-    args = Namespace(source=source, pack=folder, video=video, image_size=image_size, vae="mean" if vae else "none")
-    plan = make_plan(args, vae)
+    plan = make_plan(source, folder, Form(video, image_size), vae and vae.space)
     for number in missing_shards(plan):
         pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
     finish(plan)
@@ -104,5 +149,5 @@ def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 
 def item_frames(pack: Pack, index: int, flip: bool = False) -> np.ndarray:
     """All frames of an item, as training gathers them: (T, H, W, 3) uint8, or (T, 2, C, h, w) float16."""
     length = int(pack.lengths[index])
-    samples = PackedSamples(pack, length, 1, flip=False, seed=0)
+    samples = PackedSamples(pack, Form(pack.settings.video, pack.settings.image_size, clip_len=length), seed=0)
     return samples.gather(np.array([index]), np.arange(length)[None], np.array([flip]))[0]

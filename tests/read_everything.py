@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from data.batches import EpochStream, UnreadableLog, make_loader
-from data.clips import Samples
+from data.clips import Samples, read_sample
+from data.form import Form
 from data.scan import scan_for_training
 from data.video import UnreadableVideo
 from runs.record import process_memory_gb
@@ -24,7 +25,7 @@ BATCH = 50
 
 def does_not_read(samples: Samples, key: tuple[int, int]) -> bool:
     try:
-        samples.read(samples.items[key[1]], keyed_uniforms(0, [key])[0][0])
+        read_sample(samples.found[key[1]], samples.form, keyed_uniforms(0, [key])[0][0])
     except UnreadableVideo:
         return True
     return False
@@ -32,8 +33,8 @@ def does_not_read(samples: Samples, key: tuple[int, int]) -> bool:
 
 def main() -> None:
     found = scan_for_training(Path(sys.argv[1]), video=True, show_progress=False)
-    samples = Samples(found, image_size=16, clip_len=4, frame_interval=2, flip=False, seed=0)
-    stream = EpochStream(len(found.items), BATCH, -(-len(found.items) // BATCH), seed=0, first=0, rank=0, ranks=1)
+    samples = Samples(found, Form(True, image_size=16, clip_len=4, frame_interval=2), seed=0)
+    stream = EpochStream(len(found), BATCH, -(-len(found) // BATCH), seed=0, first=0, rank=0, ranks=1)
     keys = [key for batch in stream for key in batch]
     log, met, reports = UnreadableLog(found), {}, []
     for batch in make_loader(samples, stream, num_workers=2, pin_memory=False):
@@ -42,12 +43,12 @@ def main() -> None:
         reports += batch["unreadable"]
     for (epoch, index), report in zip(keys, reports, strict=True):
         if report and not epoch:
-            met[found.items[index].path] = report.split("\n")
+            met[found[index].path] = report.split("\n")
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    suspects = [(0, i) for i, item in enumerate(found.items) if found.classes[item.label] == sys.argv[2]]
-    alone = [found.items[key[1]].path for key in suspects if does_not_read(samples, key)]
+    suspects = [(0, i) for i, item in enumerate(found) if found.classes[item.label] == sys.argv[2]]
+    alone = [found[key[1]].path for key in suspects if does_not_read(samples, key)]
     scanned = [path for path, _ in found.unreadable]
-    result = {"files": len(found.items) + len(scanned), "scanned": scanned, "met": met, "counted": len(log.known)}
+    result = {"files": len(found) + len(scanned), "scanned": scanned, "met": met, "counted": len(log.known)}
     print(json.dumps(result | {"alone": alone, "memory_gb": max(process_memory_gb(), workers)}))
 
 

@@ -9,8 +9,15 @@ import torch
 
 from runtime.draws import sample_noise
 from sampling.adaptive import Descent, Slots, summary
-from sampling.descent import Finished, Watch, fixed_descents, gradient_descent, norm_alone, value_norms
-from sampling.traces import norm_and_energy
+from sampling.descent import (
+    Finished,
+    Watch,
+    fixed_descents,
+    gradient_descent,
+    norm_alone,
+    norm_and_energy,
+    value_norms,
+)
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3)

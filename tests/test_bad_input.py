@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, SMALL, make_pack, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, make_pack, run_command, run_python, run_ranks, run_torchrun
 from runs.checkpoint import save_checkpoint
 
 Run = Callable[..., subprocess.CompletedProcess]
@@ -524,7 +524,7 @@ def test_the_scripts_say_one_line_in_a_process_of_their_own(tmp_path):
         ("check_data.py", ["gone", "--video"], "gone"),
     ]
     for script, arguments, word in cases:
-        assert_refused(run_script(script, *arguments, cwd=tmp_path), script, word, folder=tmp_path)
+        assert_refused(run_python(script, *arguments, cwd=tmp_path), script, word, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -535,7 +535,7 @@ def test_the_scripts_say_one_line_in_a_process_of_their_own(tmp_path):
     ],
 )
 def test_two_training_processes_say_it_once(shapes, tmp_path, flags, words):
-    result = run_torchrun(2, "train.py", "--data-path", shapes, *SMALL, *flags, cwd=tmp_path)
+    result = run_ranks(2, "train.py", "--data-path", shapes, *SMALL, *flags, cwd=tmp_path)
     assert_refused_once_by_ranks(result, "train.py", *words, folder=tmp_path)
 
 

@@ -6,15 +6,14 @@ import torch
 from PIL import Image
 
 from conftest import make_pack
-from data.clips import Samples
 from data.contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path, read_npz
-from data.scan import Found
+from data.form import Form
 from data.video import probe_video, read_frames, write_video
 from runtime.errors import UserError
 
 
-def windows(size: int, clip_len: int = 1, interval: int = 1) -> Samples:
-    return Samples(Found("", (), (), ()), size, clip_len, interval, flip=False, seed=0)
+def clips(size: int, clip_len: int = 1, interval: int = 1) -> Form:
+    return Form(True, size, clip_len, interval)
 
 
 def save(path, samples: np.ndarray):
@@ -42,7 +41,7 @@ def test_a_window_starts_where_it_is_asked_to_in_files_and_packs_alike(shapes, t
     clip = sorted(shapes.glob("*/*.avi"))[3]
     expected = read_frames(clip, probe_video(clip), [3, 6, 9, 12], 16)  # of 7 starts, at 0.5
     for path in (shapes, tmp_path / "pack"):
-        content = open_path(path, windows(16, 4, 3), True, None, "this", lambda place: 0.5 if place == 3 else 0.0)
+        content = open_path(path, clips(16, 4, 3), None, "this", lambda place: 0.5 if place == 3 else 0.0)
         x, seconds = content.read(3)
         np.testing.assert_array_equal(x.permute(1, 2, 3, 0), expected)
         assert seconds == pytest.approx(3 / 25)
@@ -52,7 +51,7 @@ def test_a_window_starts_where_it_is_asked_to_in_files_and_packs_alike(shapes, t
 def test_a_pack_of_another_size_is_refused_in_one_line(shapes, tmp_path):
     make_pack(shapes, tmp_path / "pack")
     with pytest.raises(UserError, match="--image-size 32 takes videos of 32×32 pixels"):
-        open_path(tmp_path / "pack", windows(32, 4, 3), True, None, "--image-size 32")
+        open_path(tmp_path / "pack", clips(32, 4, 3), None, "--image-size 32")
 
 
 def test_latents_are_refused_in_one_line(shapes, tmp_path):
@@ -65,15 +64,15 @@ def test_latents_are_refused_in_one_line(shapes, tmp_path):
 
 def test_an_npz_is_read_in_order_and_resized(tmp_path):
     images = some_pixels(4, 8, 8, 3)
-    content = npz_content(save(tmp_path / "images.npz", images), windows(8), False)
+    content = npz_content(save(tmp_path / "images.npz", images), Form(False, 8))
     np.testing.assert_array_equal(content.read(2)[0].permute(1, 2, 0), images[2])
-    assert npz_content(tmp_path / "images.npz", windows(4), False).read(0)[0].shape == (3, 4, 4)
-    clips = some_pixels(2, 6, 8, 10, 3)
-    content = npz_content(save(tmp_path / "clips.npz", clips), windows(8, 3, 2), True)
+    assert npz_content(tmp_path / "images.npz", Form(False, 4)).read(0)[0].shape == (3, 4, 4)
+    samples = some_pixels(2, 6, 8, 10, 3)
+    content = npz_content(save(tmp_path / "clips.npz", samples), clips(8, 3, 2))
     assert content.read(1)[0].shape == (3, 3, 8, 8)
-    np.testing.assert_array_equal(content.read(1)[0].permute(1, 2, 3, 0), clips[1, [0, 2, 4], :, 1:9])
+    np.testing.assert_array_equal(content.read(1)[0].permute(1, 2, 3, 0), samples[1, [0, 2, 4], :, 1:9])
     with pytest.raises(UserError, match="holds clips, and the other side images"):
-        npz_content(tmp_path / "clips.npz", windows(8), False)
+        npz_content(tmp_path / "clips.npz", Form(False, 8))
 
 
 def test_floats_from_0_to_1_become_pixels(tmp_path):
@@ -147,12 +146,12 @@ def test_the_sizes_of_a_folder_are_counted_without_what_cannot_be_read(tmp_path)
 
 
 def test_the_class_asked_for_is_the_tables_or_the_folders(shapes, tmp_path):
-    content = open_path(shapes, windows(16, 4, 3), True, None, "this")
+    content = open_path(shapes, clips(16, 4, 3), None, "this")
     assert classes_asked(shapes, content) == content.classes
     write_video(tmp_path / "000000.mp4", some_pixels(4, 16, 16, 3), 25)
     write_video(tmp_path / "000001.mp4", some_pixels(4, 16, 16, 3), 25)
     (tmp_path / "samples.csv").write_text("file,class_name\n000001.mp4,CircleUp\n")
-    content = open_path(tmp_path, windows(16, 4), True, None, "this")
+    content = open_path(tmp_path, clips(16, 4), None, "this")
     assert classes_asked(tmp_path, content) == ["", "CircleUp"]
     (tmp_path / "samples.csv").write_text("name\n000001.mp4\n")
     with pytest.raises(UserError, match="samples.csv has not the columns"):

@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from check_data import summary
-from conftest import run_script
+from conftest import run_python
 from data.batches import EpochStream, UnreadableLog, make_loader
-from data.clips import Samples, window_length
+from data.clips import Samples
+from data.form import Form
+from data.found import Found, Item
 from data.latents import to_pixels, to_unit_range
-from data.scan import Found, Item, find_files, scan, scan_for_training
+from data.scan import find_files, scan, scan_for_training
 from data.video import VideoInfo, write_video
 from make_moving_shapes import write_avi
 from runtime.errors import UserError
@@ -43,8 +46,9 @@ def make_set(folder: Path, frames: np.ndarray, count: int = 8) -> Found:
 
 
 def samples_of(found: Found, **changes: object) -> Samples:
-    settings = {"image_size": 16, "clip_len": 4, "frame_interval": 3, "flip": False, "seed": 0}
-    return Samples(found, **settings | changes)
+    seed = changes.pop("seed", 0)
+    form = replace(Form(found.videos is not None, image_size=16, clip_len=4, frame_interval=3), **changes)
+    return Samples(found, form, seed)
 
 
 def frame_indices(sample: dict) -> list[int]:
@@ -146,8 +150,8 @@ def test_a_scan_opens_every_file_and_names_the_unreadable(tmp_path):
     (tmp_path / "B" / "9.avi").touch()
     found = scan(tmp_path, video=True, show_progress=False)
     assert found.classes == ("A", "B")
-    assert [Path(item.path).name for item in found.items] == ["2.avi", "1.avi", "3.avi"]
-    assert [item.label for item in found.items] == [0, 1, 1]
+    assert [Path(item.path).name for item in found] == ["2.avi", "1.avi", "3.avi"]
+    assert [item.label for item in found] == [0, 1, 1]
     assert {Path(path).name for path, _ in found.unreadable} == {"0.avi", "9.avi"}
     assert all("Invalid data" in reason for _, reason in found.unreadable)
 
@@ -156,7 +160,7 @@ def test_up_to_a_tenth_of_unreadable_files_is_let_through(tmp_path):
     make_set(tmp_path, ramp(3), count=9)
     (tmp_path / "B" / "broken.avi").touch()
     found = scan_for_training(tmp_path, video=True, show_progress=False)
-    assert (len(found.items), len(found.unreadable)) == (9, 1)
+    assert (len(found), len(found.unreadable)) == (9, 1)
     (tmp_path / "B" / "broken-too.avi").touch()
     with pytest.raises(UserError, match="2 of 11"):
         scan_for_training(tmp_path, video=True, show_progress=False)
@@ -164,15 +168,15 @@ def test_up_to_a_tenth_of_unreadable_files_is_let_through(tmp_path):
 
 def test_clips_shorter_than_the_window_are_counted():
     items = [Item("", 0, VideoInfo(range(n), 25.0)) for n in (1, 9, 10, 11)]
-    found = Found("", ("A",), tuple(items), ())
-    assert window_length(clip_len=4, frame_interval=3) == 10
-    assert found.shorter_than(10) == 2
-    assert window_length(clip_len=1, frame_interval=3) == 1
+    form = Form(True, 16, clip_len=4, frame_interval=3)
+    assert form.window == 10
+    assert Found.of_items("", ("A",), items).shorter_than(form.window) == 2
+    assert Form(True, 16, clip_len=1, frame_interval=3).window == 1
 
 
 def test_the_mean_frame_rate_is_over_clips():
     items = [Item("", 0, VideoInfo(range(9), rate)) for rate in (25.0, 25.0, 30.0, 60.0)]
-    assert Found("", ("A",), tuple(items), ()).mean_frame_rate() == 35.0
+    assert Found.of_items("", ("A",), items).mean_frame_rate() == 35.0
 
 
 def test_the_listing_says_classes_rates_lengths_and_unreadable_files(tmp_path):
@@ -180,7 +184,7 @@ def test_the_listing_says_classes_rates_lengths_and_unreadable_files(tmp_path):
     make_set(root, ramp(10), count=3)
     write_video(root / "B" / "fast.mp4", ramp(6, 16), 30)
     (root / "A" / "broken.avi").write_text("no video")
-    result = run_script("check_data.py", root, "--video", cwd=tmp_path)
+    result = run_python("check_data.py", root, "--video", cwd=tmp_path)
     assert result.returncode == 0
     assert result.stdout.splitlines() == [
         f"{root}: 4 clips of 2 classes",
@@ -216,7 +220,7 @@ def test_the_same_key_is_the_same_sample_and_others_differ(shapes):
 )
 def test_batches_do_not_depend_on_the_number_of_workers(shapes, num_workers, context):
     samples = samples_of(scan(shapes, True, False), flip=True, frame_interval=2)
-    stream = EpochStream(len(samples.items), 4, 6, seed=0, first=0, rank=0, ranks=1)
+    stream = EpochStream(len(samples.found), 4, 6, seed=0, first=0, rank=0, ranks=1)
     alone = list(make_loader(samples, stream, 0, pin_memory=False))
     loader = DataLoader(samples, batch_sampler=stream, num_workers=num_workers, multiprocessing_context=context)
     for ours, theirs in zip(alone, loader, strict=True):
@@ -227,7 +231,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(shapes, num_workers, con
 
 def test_a_batch_has_the_shapes_and_types_that_training_takes(shapes):
     samples = samples_of(scan(shapes, True, False))
-    stream = EpochStream(len(samples.items), 4, 1, seed=0, first=0, rank=0, ranks=1)
+    stream = EpochStream(len(samples.found), 4, 1, seed=0, first=0, rank=0, ranks=1)
     (batch,) = make_loader(samples, stream, 0, pin_memory=False)
     assert (batch["x"].shape, batch["x"].dtype) == ((4, 3, 4, 16, 16), torch.uint8)
     assert (batch["label"].shape, batch["label"].dtype) == ((4,), torch.int64)
@@ -259,7 +263,7 @@ def test_frames_lie_an_interval_apart_from_a_place_that_varies_by_epoch(tmp_path
         indices = frame_indices(samples[epoch, 0])
         assert set(np.diff(indices)) == {frame_interval}
         starts.add(indices[0])
-    last_start = 30 - window_length(4, frame_interval)
+    last_start = 30 - samples.form.window
     assert len(starts) > 5
     assert min(starts) <= 3
     assert last_start - 3 <= max(starts) <= last_start
@@ -329,7 +333,7 @@ def test_a_stream_from_the_middle_is_the_rest_of_the_whole_one():
 
 def test_a_clip_that_becomes_unreadable_is_replaced_and_named(tmp_path):
     found = make_set(tmp_path, ramp(12), count=4)
-    broken = Path(found.items[0].path)
+    broken = Path(found[0].path)
     broken.write_text("gone bad")
     samples = samples_of(found)
     sample = samples[0, 0]
@@ -343,7 +347,7 @@ def test_a_clip_that_becomes_unreadable_is_replaced_and_named(tmp_path):
 
 def test_training_ends_when_no_clip_can_be_read_any_more(tmp_path):
     found = make_set(tmp_path, ramp(12), count=30)
-    for item in found.items:
+    for item in found:
         Path(item.path).unlink()
     sample = samples_of(found)[0, 0]
     with pytest.raises(UserError, match="cannot be read any more"):
@@ -351,7 +355,7 @@ def test_training_ends_when_no_clip_can_be_read_any_more(tmp_path):
 
 
 def test_unreadable_clips_are_named_once_and_end_training_above_a_tenth():
-    found = Found("", ("A",), tuple(Item(str(i), 0, None) for i in range(29)), (("scanned", "broken"),))
+    found = Found.of_items("", ("A",), [Item(str(i), 0, None) for i in range(29)], (("scanned", "broken"),))
     unreadable = UnreadableLog(found)
     unreadable.add(["", "7\n3", "3"])
     assert unreadable.share() == ["3", "7"]
@@ -409,9 +413,9 @@ def test_an_image_that_the_scan_cannot_tell_to_be_cut_is_replaced(tmp_path):
 def test_the_embedded_set_is_found_whole(shapes):
     found = scan_for_training(shapes, video=True, show_progress=False)
     assert found.classes == CLASSES
-    assert Counter(item.label for item in found.items) == dict.fromkeys(range(4), 4)
+    assert Counter(item.label for item in found) == dict.fromkeys(range(4), 4)
     assert found.mean_frame_rate() == pytest.approx(25)
-    assert all(len(item.video.times) == 16 for item in found.items)
+    assert all(len(item.video.times) == 16 for item in found)
 
 
 def test_real_clips_are_found_and_read(real_clips):
@@ -419,11 +423,11 @@ def test_real_clips_are_found_and_read(real_clips):
     assert not found.unreadable
     assert len(found.classes) >= 2
     samples = samples_of(found, image_size=64)
-    for index in range(0, len(found.items), 4):
+    for index in range(0, len(found), 4):
         sample = samples[0, index]
         assert sample["x"].shape == (3, 4, 64, 64)
         assert sample["x"].float().std() > 5
-        rate = found.items[index].video.frames_per_second
+        rate = found[index].video.frames_per_second
         assert float(sample["seconds_per_frame"]) == pytest.approx(3 / rate)
 
 

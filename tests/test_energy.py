@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import benchmark
 from compiled import compile_network
-from conftest import SMALL, make_pack, run_script
+from conftest import SMALL, make_pack, run_script, spawn
 from energy import energy
 from measuring import throughput
 from measuring.workloads import QUICK, QUICK_BY_NAME, Training
@@ -22,7 +21,7 @@ from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
 from runs.checkpoint import save_checkpoint
-from runs.config import check_resumable
+from runs.config import check_resumable, config_of
 from runtime.draws import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
@@ -166,13 +165,11 @@ class Trained:
     def __init__(self, network: EqM, precision: Precision, steps: int, **recipe: object):
         self.state = TrainingState(network, precision, CPU)
         recipe = Recipe(lr=3e-3, warmup_steps=0, grad_clip=1.0, ema_decay=0.999, **recipe)
-        step = training_step(self.state, recipe, 6, fast=False)
+        step = training_step(self.state, recipe, 6, seed=0, fast=False)
         x = torch.rand(6, *network.input_shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
         self.losses = []
         for _ in range(steps):
-            seed_draws(self.state.generator, 0)
             self.losses.append(step(x, torch.arange(6) % 4, torch.full((6,), 0.1))[0].item())
-            self.state.step += 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
@@ -239,7 +236,7 @@ def shard_step(rank: int, folder: Path, ranks: int, kind: str, fast: bool) -> No
     state = TrainingState(initialised(kind, 8, depth=1), PRECISIONS[0], CPU)
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(rank)) * 2 - 1
     recipe = Recipe(1e-3, 0, 0.0, 0.999, objective=Objective(dispersion=0.5))
-    step = training_step(state, recipe, 4, fast)
+    step = training_step(state, recipe, 4, 0, fast)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert (compiled == 1) == fast
     for number in range(2):  # a weight without a gradient would stop the second
@@ -257,7 +254,7 @@ def shard_step(rank: int, folder: Path, ranks: int, kind: str, fast: bool) -> No
 @pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_mean_of_their_gradients(tmp_path, kind, fast):
-    mp.spawn(shard_step, args=(tmp_path, 2, kind, fast), nprocs=2)
+    spawn(shard_step, (tmp_path, 2, kind, fast), 2, tmp_path)
     for rank in (0, 1):
         shard_step(rank, tmp_path, 1, kind, fast=False)
     first, second = (torch.load(tmp_path / f"1-{rank}.pt") for rank in (0, 1))
@@ -384,9 +381,9 @@ def test_a_meaningless_c_b_is_refused_before_the_data_are_looked_at(shapes, tmp_
 
 def test_a_checkpoint_from_before_these_flags_means_their_defaults(checkpoint, shapes, tmp_path):
     saved = torch.load(checkpoint, weights_only=True)
-    today = deepcopy(saved["config"])
+    today = config_of(saved["config"], checkpoint)
     del saved["config"]["objective"], saved["config"]["network"]["uncond"], saved["config"]["network"]["energy"]
-    check_resumable(saved, today, checkpoint)
+    check_resumable(config_of(saved["config"], "old.pt"), today, checkpoint)
     save_checkpoint(tmp_path / "old.pt", saved)
     run = run_script("sample_gd.py", "--ckpt", "old.pt", "--num-sampling-steps", 1, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -3,14 +3,16 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
-from conftest import ROOT, make_pack, run_command, run_script, run_torchrun
+from conftest import ROOT, make_pack, run_command, run_python, run_ranks, run_script
 from data.video import probe_video, read_frames, write_video
 from runtime.errors import UserError
 
@@ -47,8 +49,10 @@ def samples(many_shapes, tmp_path_factory) -> Path:
     return as_samples(many_shapes / "test", tmp_path_factory.mktemp("of") / "samples")
 
 
-def evaluated(folder: Path, *arguments: object) -> tuple[dict, str]:
-    result = run_script("evaluate.py", *arguments, cwd=folder)
+def evaluated(
+    folder: Path, *arguments: object, start: Callable[..., CompletedProcess] = run_script
+) -> tuple[dict, str]:
+    result = start("evaluate.py", *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
     return json.loads((folder / "evaluation.json").read_text()), result.stdout
 
@@ -68,7 +72,7 @@ def by_name(report: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def plain(many_shapes, samples, tmp_path_factory) -> tuple[dict, str]:
-    return evaluated(tmp_path_factory.mktemp("plain"), many_shapes / "train", samples)
+    return evaluated(tmp_path_factory.mktemp("plain"), many_shapes / "train", samples, start=run_python)
 
 
 def test_one_command_compares_samples_at_their_own_size_length_and_frame_rate(plain):
@@ -218,7 +222,7 @@ def test_what_cannot_be_compared_is_a_reason(many_shapes, samples, tmp_path, mon
 
 
 def test_several_processes_are_refused_in_one_line(many_shapes, samples, tmp_path):
-    result = run_torchrun(2, "evaluate.py", many_shapes / "train", samples, cwd=tmp_path)
+    result = run_ranks(2, "evaluate.py", many_shapes / "train", samples, cwd=tmp_path)
     assert result.returncode != 0
     assert result.stderr.count("evaluate.py: error: one process does all the work") == 1
 

@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import compare
 from compiled import Graphed
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from measuring.workloads import start_over
 from models import EqM
 from precision import Precision
-from runtime.draws import sample_noise, seed_draws
+from runtime.draws import sample_noise
 from sampling.adaptive import Descent, Slots
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
@@ -68,7 +67,7 @@ class Trained:
         x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
         y, seconds = torch.arange(8, device=device) % 4, torch.full((8,), 0.1, device=device)
 
-        self.step, self.inputs = training_step(self.state, recipe, 8, fast), (x, y, seconds)
+        self.step, self.inputs = training_step(self.state, recipe, 8, 0, fast), (x, y, seconds)
         losses = []
         for _ in range(20):
             losses.append(self.advance()[0].clone())
@@ -76,11 +75,9 @@ class Trained:
         self.skipped = self.state.read_counts()
 
     def advance(self) -> torch.Tensor:
-        state = self.state
-        seed_draws(state.generator, 0, state.samples, 0)
-        state.samples += 8
-        state.step += 1
-        return self.step(*self.inputs)
+        result = self.step(*self.inputs)
+        self.state.advance(8)
+        return result
 
 
 def assert_same(ours: Trained, reference: Trained, loss: float, weights: float) -> None:
@@ -207,7 +204,7 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_an_error(shapes, tmp_pa
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4, "grad_checkpoint": True}], ids=["plain", "all"])
 def test_captured_and_eager_steps_are_the_same_on_a_gpu(gpu_stream, precision, options):
     fast = Trained(True, precision, gpu_stream, **options)
-    assert len(fast.step.recordings) == 1
+    assert len(fast.step.launch.recordings) == 1
     assert_same(fast, Trained(False, precision, gpu_stream, **options), **TOLERANCES[precision])
     # The warm-up's last learning rate, which a frozen number would not have reached.
     assert fast.state.lr.item() == pytest.approx(1e-3)
@@ -266,7 +263,7 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
 
     monkeypatch.setattr(Recipe, "lr_at", waiting)
     ours = Trained(True, "fp16", gpu_stream)
-    assert not ours.step.recordings
+    assert not ours.step.launch.recordings
     assert len(caplog.records) == 1
     assert_same(ours, right, **TOLERANCES["fp16"])
     torch.randn(1, device=gpu_stream)
@@ -282,8 +279,7 @@ def test_a_step_that_broke_off_does_not_disturb_the_next(precision):
     ours.drop_half_step()
     recipe, x = Recipe(1e-3, 0, 0, 0.999), torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for state in (right, ours):
-        seed_draws(state.generator, 0)
-        training_step(state, recipe, 2, fast=False)(x, torch.arange(2), torch.full((2,), 0.1))
+        training_step(state, recipe, 2, seed=0, fast=False)(x, torch.arange(2), torch.full((2,), 0.1))
     assert torch.equal(ours.weights, right.weights)
 
 
@@ -291,22 +287,21 @@ def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'EqM')!r})\n"
-        "import torch, distributed, fast, runs\n"
+        "import torch, compiled\nfrom runtime import distributed, logs\n"
         "distributed.start()\n"
-        "runs.start_log()\n"
+        "logs.start_log()\n"
         "def record(self, shapes, inputs):\n"
         "    if distributed.rank() == 1:\n"
         "        raise RuntimeError('not here')\n"
         "    self.recordings[shapes] = None\n"
-        "fast.Graphed.record = record\n"
-        "step = fast.Graphed(lambda x: x + 1, together=True)\n"
-        "calls = [step(torch.zeros(2)).tolist() for _ in range(fast.WARMUP_CALLS_DISTRIBUTED + 3)]\n"
+        "compiled.Graphed.record = record\n"
+        "step = compiled.Graphed(lambda x: x + 1, together=True)\n"
+        "calls = [step(torch.zeros(2)).tolist() for _ in range(compiled.WARMUP_CALLS_DISTRIBUTED + 3)]\n"
         "assert calls == [[1, 1]] * len(calls), calls\n"
         "assert not step.recordings\n"
         "distributed.stop()\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = run_command(*launcher, script, cwd=tmp_path)
+    run = run_ranks(2, script, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("the step cannot be captured: RuntimeError: not here") == 1
 
@@ -403,7 +398,7 @@ def test_distributed_data_parallel_is_captured_with_its_exchange(gpu_stream, tmp
     try:
         ours = Trained(True, precision, gpu_stream, micro_batch=1)
         assert isinstance(ours.state.parallel, torch.nn.parallel.DistributedDataParallel)
-        assert len(ours.step.recordings) == 1
+        assert len(ours.step.launch.recordings) == 1
     finally:
         dist.destroy_process_group()
     assert_same(ours, alone, **TOLERANCES[precision])

@@ -1,9 +1,9 @@
 """Training and sampling in the latent space of a VAE: a small one, made at random and saved as diffusers does."""
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, run_command, run_script
+from data.form import Form
+from data.found import Found
 from data.latents import batch_moments, draw, load_vae
-from data.scan import Found
 from data.source import Source
 from drawing.pictures import read_png
 from models import EqM_models
@@ -232,7 +233,7 @@ def test_a_run_on_packed_latents_decodes_what_it_samples(vae_folder, shapes, tmp
 
 def test_another_vae_than_the_packs_decodes_nothing(vae_folder):
     space = replace(load_vae(str(vae_folder), CPU).space, fingerprint="another")
-    pack = argparse.Namespace(folder="pack")
-    source = Source(16, Found("", (), (), ()), pack, space, None)
+    pack = SimpleNamespace(folder="pack")
+    source = Source(Form(False, 16), Found.of_items("", (), []), pack, space, None)
     with pytest.raises(UserError, match="is another one than pack was made with"):
         source.decoder(CPU, Precision("fp32", "fp32", torch.float32))

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
 from data.batches import EpochStream, make_loader
 from data.clips import Samples
+from data.form import Form
 from data.packs.format import shard_path
 from data.packs.pack import is_pack, open_pack, read_pack
 from data.packs.samples import PackedSamples, unpack
@@ -24,6 +26,9 @@ from data.source import Source, packed_space
 from data.video import write_video
 from runtime.errors import UserError
 from runtime.files import file_checksum
+
+CLIPS = Form(video=True, image_size=16, clip_len=4, frame_interval=3, flip=True)
+IMAGES = Form(video=False, image_size=16, flip=True)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def batches(samples: Samples | PackedSamples, num_workers: int = 0, rank: int = 
     """Batches as the device sees them: those of a pack are unpacked."""
     is_packed = isinstance(samples, PackedSamples)
     stream = EpochStream(
-        len(samples) if is_packed else len(samples.items), 4, 12, seed=3, first=2, rank=rank, ranks=ranks
+        len(samples.pack) if is_packed else len(samples.found), 4, 12, seed=3, first=2, rank=rank, ranks=ranks
     )
     loaded = list(make_loader(samples, stream, num_workers, pin_memory=False))
     for batch in loaded if is_packed else []:
@@ -71,15 +76,16 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
 
 @pytest.mark.parametrize(("clip_len", "interval"), [(4, 1), (4, 3), (8, 3), (1, 1)])
 def test_a_pixel_pack_gives_the_batches_that_the_files_give(shapes, packed, clip_len, interval):
-    files = Samples(scan(shapes, True, False), 16, clip_len, interval, True, 0)
-    assert_same(batches(PackedSamples(open_pack(packed, False), clip_len, interval, True, 0)), batches(files))
+    form = replace(CLIPS, clip_len=clip_len, frame_interval=interval)
+    files = Samples(scan(shapes, True, False), form, 0)
+    assert_same(batches(PackedSamples(open_pack(packed, False), form, 0)), batches(files))
 
 
 def test_an_image_pack_gives_the_batches_that_the_files_give(tmp_path):
     source = make_images(tmp_path / "images")
-    files = Samples(scan(source, False, False), 16, 4, 3, True, 0)
+    files = Samples(scan(source, False, False), IMAGES, 0)
     pack = make_pack(source, tmp_path / "pack", video=False)
-    assert_same(batches(PackedSamples(pack, 4, 3, True, 0)), batches(files))
+    assert_same(batches(PackedSamples(pack, IMAGES, 0)), batches(files))
     assert batches(files)[0]["x"].shape == (4, 3, 16, 16)
 
 
@@ -89,32 +95,33 @@ def test_items_of_a_shard_follow_one_another_whatever_the_chunks(shapes, tmp_pat
     monkeypatch.setattr("data.packs.writer.CHUNK_FRAMES", chunk)
     pack = make_pack(shapes, tmp_path / "pack")
     assert pack.shards.tolist() == [0] * 6 + [1] * 6 + [2] * 4
-    files = Samples(scan(shapes, True, False), 16, 4, 3, True, 0)
-    assert_same(batches(PackedSamples(pack, 4, 3, True, 0)), batches(files))
+    files = Samples(scan(shapes, True, False), CLIPS, 0)
+    assert_same(batches(PackedSamples(pack, CLIPS, 0)), batches(files))
 
 
 def test_a_pack_of_real_clips_gives_the_batches_that_the_files_give(real_clips, tmp_path):
+    form = replace(CLIPS, image_size=64)
     pack = make_pack(real_clips, tmp_path / "pack", image_size=64)
-    files = Samples(scan(real_clips, True, False), 64, 4, 3, True, 0)
-    assert_same(batches(PackedSamples(pack, 4, 3, True, 0)), batches(files))
+    files = Samples(scan(real_clips, True, False), form, 0)
+    assert_same(batches(PackedSamples(pack, form, 0)), batches(files))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_batches_of_a_pack_do_not_depend_on_the_number_of_workers(packed, num_workers):
-    samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
+    samples = PackedSamples(open_pack(packed, False), CLIPS, 0)
     assert_same(batches(samples, num_workers), batches(samples))
 
 
 def test_the_ranks_share_the_batches_of_a_pack(packed):
-    samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
+    samples = PackedSamples(open_pack(packed, False), CLIPS, 0)
     parts = [batches(samples, rank=rank, ranks=2) for rank in range(2)]
     for whole, first, second in zip(batches(samples), *parts, strict=True):
         assert torch.equal(whole["x"], torch.cat([first["x"], second["x"]]))
 
 
 def test_a_sample_does_not_depend_on_the_others_of_its_batch(packed):
-    samples = PackedSamples(open_pack(packed, False), 4, 3, True, 0)
+    samples = PackedSamples(open_pack(packed, False), CLIPS, 0)
     keys = [(0, 3), (2, 1)]
     batch = samples.__getitems__(keys)
     assert all(torch.equal(samples.__getitems__([key])["x"][0], x) for key, x in zip(keys, batch["x"], strict=True))
@@ -154,8 +161,9 @@ def test_latents_are_of_the_frames_and_of_their_mirrored_copies(shapes, tmp_path
 
 
 def test_samples_of_latents_have_the_windows_and_flips_of_the_pixels(shapes, tmp_path):
-    pixels = PackedSamples(make_pack(shapes, tmp_path / "pixels", image_size=32), 4, 3, True, 0)
-    latents = PackedSamples(make_pack(shapes, tmp_path / "latents", image_size=32, vae=BlockMeans), 4, 3, True, 0)
+    form = replace(CLIPS, image_size=32)
+    pixels = PackedSamples(make_pack(shapes, tmp_path / "pixels", image_size=32), form, 0)
+    latents = PackedSamples(make_pack(shapes, tmp_path / "latents", image_size=32, vae=BlockMeans), form, 0)
     for ours, theirs in zip(batches(latents), batches(pixels), strict=True):
         assert (ours["x"].shape, ours["x"].dtype) == ((4, 2, 4, 4, 4, 4), torch.float16)
         for x, clip in zip(ours["x"], theirs["x"], strict=True):
@@ -166,8 +174,8 @@ def test_samples_of_latents_have_the_windows_and_flips_of_the_pixels(shapes, tmp
 @pytest.mark.parametrize("vae", [None, BlockMeans])
 def test_the_network_sees_a_pack_in_one_layout(shapes, tmp_path, vae):
     pack = make_pack(shapes, tmp_path / "pack", image_size=32, vae=vae)
-    source = Source(32, pack.found(), pack, packed_space(pack), None)
-    samples = PackedSamples(pack, 4, 3, True, 0)
+    source = Source(replace(CLIPS, image_size=32), pack.found(), pack, packed_space(pack), None)
+    samples = source.dataset(seed=0)
     stream = EpochStream(len(samples), 4, 12, seed=3, first=0, rank=0, ranks=1)
     batch = next(iter(make_loader(samples, stream, 0, pin_memory=False)))
     x = source.to_input(batch, torch.Generator(), 0, 0, 0)
@@ -178,7 +186,7 @@ def test_the_network_sees_a_pack_in_one_layout(shapes, tmp_path, vae):
 def test_samples_of_image_latents_have_no_time(tmp_path):
     source = make_images(tmp_path / "images")
     pack = make_pack(source, tmp_path / "pack", video=False, image_size=16, vae=BlockMeans)
-    batch = batches(PackedSamples(pack, 4, 3, True, 0))[0]
+    batch = batches(PackedSamples(pack, IMAGES, 0))[0]
     assert batch["x"].shape == (4, 2, 4, 2, 2)
     assert not batch["seconds_per_frame"].any()
 
@@ -190,8 +198,8 @@ def test_a_pack_has_what_the_scan_finds(tmp_path):
         write_video(source / name, np.zeros((count, 16, 16, 3), np.uint8), rate)
     ours, theirs = make_pack(source, tmp_path / "pack").found(), scan(source, True, False)
     assert (ours.classes, ours.unreadable) == (theirs.classes, theirs.unreadable)
-    assert [(item.path, item.label) for item in ours.items] == [(item.path, item.label) for item in theirs.items]
-    assert [len(item.video.times) for item in ours.items] == [12, 3, 7]
+    assert [(item.path, item.label) for item in ours] == [(item.path, item.label) for item in theirs]
+    assert [len(item.video.times) for item in ours] == [12, 3, 7]
     assert ours.mean_frame_rate() == theirs.mean_frame_rate()
     assert ours.shorter_than(10) == 2
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from conftest import spawn
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision, resolve_precision
 
 FP16 = Precision("fp16", "fp16", torch.float16)
@@ -138,7 +138,7 @@ def agree(rank: int, folder: Path, capabilities: list[tuple[int, int]]) -> None:
     ("capabilities", "name", "said"), [([(9, 0), (7, 0)], "fp32", "rank 1"), ([(9, 0), (8, 0)], "bf16", "")]
 )
 def test_one_rank_that_cannot_makes_all_fall_back(tmp_path, capabilities, name, said):
-    mp.spawn(agree, args=(tmp_path, capabilities), nprocs=2)
+    spawn(agree, (tmp_path, capabilities), 2, tmp_path)
     answers = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
     assert answers[0] == answers[1]
     assert answers[0].startswith(f"{name}: {said}")

@@ -1,5 +1,7 @@
 import fcntl
+import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -7,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +16,19 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script, run_torchrun
+from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
+from data.form import Form
 from data.packs.pack import is_pack, open_pack
-from data.packs.writer import pack_shard, pack_shards
+from data.packs.plan import finish, make_plan, missing_shards
+from data.packs.workers import pack_shards
 from data.scan import scan
 from data.video import probe_video, read_frames
 from make_moving_shapes import write_avi
-from prepare import finish, make_plan, missing_shards
 from runtime.errors import UserError
 
 PREPARE = ROOT / "EqM" / "prepare.py"
 OPTIONS = ("--video", "--image-size", 16)
+FORM = Form(video=True, image_size=16)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,7 +72,7 @@ def test_a_pack_does_not_depend_on_the_number_of_workers(shapes, tmp_path, num_w
 
 def test_the_ranks_share_the_shards(shapes, tmp_path):
     options = (*OPTIONS, "--num-workers", 1)
-    result = run_torchrun(2, "prepare.py", shapes, tmp_path / "a", *options, cwd=tmp_path)
+    result = run_ranks(2, "prepare.py", shapes, tmp_path / "a", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "packed 16 clips" in result.stdout
     assert "8/8" in result.stderr  # rank 0's share
@@ -78,14 +81,46 @@ def test_the_ranks_share_the_shards(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("encode_in_main", [False, True])
-def test_latents_are_encoded_in_the_workers_or_for_them(shapes, tmp_path, encode_in_main):
-    args = Namespace(source=shapes, pack=tmp_path / "a", video=True, image_size=16, vae="mean")
-    plan = make_plan(args, BlockMeans)
-    bar = tqdm(disable=True)
-    pack_shards(plan, missing_shards(plan), 2, BlockMeans.encode_moments, encode_in_main, bar)
+def test_latents_are_encoded_in_the_workers_or_in_the_main_process(shapes, tmp_path, encode_in_main):
+    processes = multiprocessing.SimpleQueue()
+
+    def encode(frames):
+        processes.put(os.getpid())
+        return BlockMeans.encode_moments(frames)
+
+    plan = make_plan(shapes, tmp_path / "a", FORM, BlockMeans.space)
+    with tqdm(total=16, file=io.StringIO()) as bar:
+        pack_shards(plan, missing_shards(plan), 2, encode, encode_in_main, bar)
+    assert bar.n == 16
     finish(plan)
+    calls = 2 * 16  # a chunk of frames for each shard, and their mirrored copies
+    assert ({processes.get() for _ in range(calls)} == {os.getpid()}) == encode_in_main
     make_pack(shapes, tmp_path / "b", vae=BlockMeans)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize("encode_in_main", [False, True])
+def test_ctrl_c_ends_packing_in_the_middle_of_a_shard(shapes, tmp_path, monkeypatch, encode_in_main):
+    monkeypatch.setattr("data.packs.format.MIN_SHARDS", 2)
+    monkeypatch.setattr("data.packs.writer.CHUNK_FRAMES", 1)
+    main, begun = os.getpid(), multiprocessing.Value("q")
+
+    def encode(frames):
+        with begun.get_lock():
+            begun.value += 1
+            if begun.value == 5:
+                os.kill(main, signal.SIGINT)
+        time.sleep(0.02)
+        return BlockMeans.encode_moments(frames)
+
+    plan = make_plan(shapes, tmp_path / "pack", FORM, BlockMeans.space)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
+    with pytest.raises(KeyboardInterrupt):
+        pack_shards(plan, [0, 1], 2, encode, encode_in_main, tqdm(disable=True))
+    signal.signal(signal.SIGINT, before)
+    assert begun.value < 100  # of 512
+    assert not multiprocessing.active_children()
+    assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
 
 
 def test_a_size_that_the_vae_cannot_halve_is_refused(shapes, tmp_path):
@@ -128,6 +163,7 @@ def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_pat
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives the run"
         time.sleep(0.02)
+    assert not list((tmp_path / "a").glob("*.tmp"))
     with pytest.raises(UserError, match="half-made"):
         is_pack(tmp_path / "a")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("shard-*.json")}
@@ -189,7 +225,7 @@ def test_a_source_behind_symbolic_links_gives_the_same_pack(shapes, tmp_path, mo
     pack, straight = make_pack(source, tmp_path / "pack"), make_pack(shapes, tmp_path / "straight")
     assert contents(tmp_path / "pack") == contents(tmp_path / "straight")
     assert pack.paths == [str(path.relative_to(shapes)) for path in sorted(shapes.glob("*/*.avi"))]
-    for ours, theirs in zip(pack.found().items, straight.found().items, strict=True):
+    for ours, theirs in zip(pack.found(), straight.found(), strict=True):
         assert Path(ours.path).samefile(theirs.path)
 
 
@@ -201,7 +237,7 @@ def test_a_table_that_names_the_folder_itself_works_behind_a_symbolic_link(tmp_p
     (tmp_path / "link").symlink_to(clips)
     pack = make_pack(tmp_path / "link", tmp_path / "pack")
     assert pack.paths == names
-    assert all(Path(item.path).is_file() for item in pack.found().items)
+    assert all(Path(item.path).is_file() for item in pack.found())
 
 
 def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(shapes, tmp_path):
@@ -220,15 +256,14 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(shapes, t
 
 def test_what_a_killed_run_left_is_not_taken_for_shards_and_is_removed(shapes, tmp_path):
     make_pack(shapes, tmp_path / "whole")
-    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
     (tmp_path / "pack").mkdir()
     names = ("settings.json", "shard-00000.bin", "shard-00001.json", "index.json")
     for name in names:
         shutil.copy(tmp_path / "whole" / name, tmp_path / "pack" / f"{name}.4711.tmp")
         if name == "settings.json":
-            assert missing_shards(make_plan(args, None)) == list(range(16))
+            assert missing_shards(make_plan(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
     (tmp_path / "pack" / "mine.tmp").write_text("notes")
-    assert missing_shards(make_plan(args, None)) == list(range(16))
+    assert missing_shards(make_plan(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
     with pytest.raises(UserError, match="half-made"):
         is_pack(tmp_path / "pack")
     make_pack(shapes, tmp_path / "pack")
@@ -315,36 +350,31 @@ def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path):
     assert "packed 1 clips" in result.stdout
 
 
-def test_a_disk_that_is_full_when_the_shard_is_flushed_leaves_no_shard(shapes, tmp_path, monkeypatch):
-    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
-    plan = make_plan(args, None)
+@pytest.mark.parametrize("encode_in_main", [False, True])
+def test_a_disk_that_is_full_when_the_shard_is_flushed_leaves_no_shard(shapes, tmp_path, monkeypatch, encode_in_main):
+    plan = make_plan(shapes, tmp_path / "pack", FORM, BlockMeans.space)
 
     def full(descriptor):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device: make room"):
-        pack_shards(plan, [0, 1], 1, None, False, tqdm(disable=True))
+        pack_shards(plan, [0, 1], 1, BlockMeans.encode_moments, encode_in_main, tqdm(disable=True))
     assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
 
 
-def test_a_main_process_that_has_gone_is_not_taken_for_a_full_disk(shapes, tmp_path):
-    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="mean")
-
-    def encode(frames):
-        raise BrokenPipeError
-
-    with pytest.raises(BrokenPipeError):
-        pack_shard(make_plan(args, BlockMeans), 0, encode, lambda: None)
-    assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
-
-
-def test_a_worker_that_is_killed_ends_the_run_in_one_line(shapes, tmp_path, monkeypatch):
-    args = Namespace(source=shapes, pack=tmp_path / "pack", video=True, image_size=16, vae="none")
-    plan = make_plan(args, None)
-    monkeypatch.setattr("data.packs.writer.pack_shard", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="ended with status -9: run the same command again"):
-        pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(long_clips, tmp_path):
+    arguments = [str(part) for part in (PREPARE, long_clips, tmp_path / "pack", *OPTIONS, "--num-workers", 2)]
+    with subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_shards(tmp_path / "pack", 1)
+        workers = children(process.pid)
+        os.kill(workers[0], signal.SIGKILL)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert "prepare.py: error: a packing process ended too early: run the same command again, with fewer" in errors
+    assert "Traceback" not in errors
+    assert len(workers) == 2
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 def test_damaged_copies_of_a_clip_are_packed_or_skipped(tmp_path, monkeypatch):
@@ -412,8 +442,7 @@ def test_two_workers_are_faster_than_one(tmp_path):
     source = noise_clips(tmp_path / "train", 64, frames=100, side=96)
     seconds = {1: 1e9, 2: 1e9}
     for workers in 4 * (1, 2):  # other work on the machine slows either down, so that the best times count
-        args = Namespace(source=source, pack=tmp_path / "pack", video=True, image_size=64, vae="none")
-        plan = make_plan(args, None)
+        plan = make_plan(source, tmp_path / "pack", Form(video=True, image_size=64), None)
         start = time.perf_counter()
         pack_shards(plan, missing_shards(plan), workers, None, False, tqdm(disable=True))
         seconds[workers] = min(seconds[workers], time.perf_counter() - start)

@@ -1,8 +1,9 @@
 """Samples of a run while it trains: what they show, and that the run is as it would be without."""
 
-import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,38 +12,47 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
-from data.scan import Found
-from data.source import Source
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script
 from drawing.pictures import contact_sheet, read_png
-from models import EqM_models
+from models import NetworkSettings
 from precision import Precision
 from runs import record
+from runs.config import Config
 from runs.record import Metrics
+from runs.signals import StopSignals
 from runs.trackers import Trackers
-from sampling.previews import SAMPLES, Previews
+from runtime import cli
+from runtime.draws import sample_noise
+from sampling.method import Method
+from sampling.previews import SAMPLES, Previews, add_preview_args, preview_method_of
+from sampling.starts import Starts
 from step import TrainingState
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
 
 CPU, FP32 = torch.device("cpu"), Precision("fp32", "fp32", torch.float32)
-NO_SIGNAL = argparse.Namespace(received="")
 QUICK = ["--sample-every", 2, "--sample-steps", 3]
 # Steps so long that samples show what network and class they are of, after a few steps of training.
 LONG_STEPS = ["--lr", 0.01, "--sample-steps", 4, "--sample-stepsize", 0.3]
 SAMPLER = ["--num-sampling-steps", 4, "--stepsize", 0.3, "--num-fid-samples", SAMPLES]
 
 
-def new_previews(folder: Path, trackers: Trackers | None = None, **flags: object) -> Previews:
+ONE_STEP = Method(stepsize=0.1, steps=1)
+
+
+@pytest.fixture
+def no_signal() -> Iterator[StopSignals]:
+    signals = StopSignals()
+    yield signals
+    signals.close()
+
+
+def new_previews(folder: Path, method: Method | None = ONE_STEP, at_once: int = 8) -> Previews:
     """Of a network that is not trained, of images in two classes, into a folder."""
     torch.manual_seed(0)
-    network = EqM_models["EqM-Ti/4"](input_size=8, in_channels=3, num_classes=2)
-    given = {"sample_every": 2, "sample_steps": 1, "sample_stepsize": 0.1, "sample_cfg_scale": 1.0}
-    args = argparse.Namespace(**given | {"micro_batch_size": None} | flags)
-    source = Source(8, Found("", ("a", "b"), (), ()), None, None, None)
-    return Previews(
-        args, TrainingState(network, FP32, CPU), source, 8, {"objective": {}}, folder, trackers or Trackers()
-    )
+    config = Config(NetworkSettings("EqM-Ti/4", 8, 3, 2), ("a", "b"), None, FP32.as_dict())
+    state = TrainingState(config.network.build(), FP32, CPU)
+    return Previews(method, at_once, state, config, None, folder, Trackers())
 
 
 @pytest.mark.parametrize("flags", [[], ["--ebm", "dot"]], ids=str)
@@ -100,7 +110,7 @@ def test_a_sheet_shows_what_the_sampler_makes_of_the_checkpoint_of_its_step(
     run = trained(tmp_path, shapes, *flags, processes=processes)
     checkpoint = run / "checkpoints" / "0000004.pt"
     arguments = ["sample_gd.py", "--ckpt", checkpoint, "--folder", "other", *SAMPLER, *sampler]
-    sampled = run_torchrun(processes, *arguments, cwd=tmp_path) if processes else run_script(*arguments, cwd=tmp_path)
+    sampled = run_ranks(processes, *arguments, cwd=tmp_path) if processes else run_script(*arguments, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
     earlier, sheet = (read_png(run / "samples" / f"000000{step}-sheet.png") for step in (2, 4))
     assert np.array_equal(sheet, read_png(tmp_path / "other-sheet.png"))
@@ -126,27 +136,27 @@ def test_sheets_of_images_have_no_videos(tmp_path):
     assert run.stdout.count("samples of step 2, in ") == 1
 
 
-def test_samples_start_from_the_same_noise_and_leave_the_global_generator_alone(tmp_path):
+def test_samples_start_from_the_same_noise_and_leave_the_global_generator_alone(tmp_path, no_signal):
     previews = new_previews(tmp_path)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = previews.sample(NO_SIGNAL)
+    first = previews.sample(no_signal)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    again = previews.sample(NO_SIGNAL)
+    again = previews.sample(no_signal)
     assert sorted(first) == list(range(SAMPLES))
     assert all(np.array_equal(first[i].frames, again[i].frames) for i in first)
     assert not np.array_equal(first[0].frames, first[2].frames)
 
 
-def test_samples_that_are_not_finite_are_grey_and_a_warning(tmp_path, caplog):
+def test_samples_that_are_not_finite_are_grey_and_a_warning(tmp_path, no_signal, caplog):
     previews = new_previews(tmp_path)
     torch.nn.init.constant_(previews.state.ema.y_embedder.embedding_table.weight.data[1], torch.nan)
     before = {name: weight.clone() for name, weight in previews.state.ema.state_dict().items()}
     previews.state.step = 2
-    previews.show(NO_SIGNAL)
+    previews.show(no_signal)
     assert "step 2: 8 of 16 samples are not finite, and are shown grey" in caplog.text
-    good = previews.sample(NO_SIGNAL)
+    good = previews.sample(no_signal)
     grey = np.full((1, 8, 8, 3), 128, np.uint8)
     right = contact_sheet([grey if i % 2 else good[i].frames for i in range(SAMPLES)], ["a", "b"] * 8)
     assert np.array_equal(read_png(tmp_path / "samples" / "0000002-sheet.png"), right)
@@ -162,7 +172,9 @@ def test_samples_that_are_not_finite_are_grey_and_a_warning(tmp_path, caplog):
     ],
     ids=["memory", "disk"],
 )
-def test_samples_that_cannot_be_had_are_an_error_in_the_log_and_no_end(tmp_path, monkeypatch, caplog, error, said):
+def test_samples_that_cannot_be_had_are_an_error_in_the_log_and_no_end(
+    tmp_path, no_signal, monkeypatch, caplog, error, said
+):
     previews = new_previews(tmp_path)
 
     def fail(*arguments: object) -> None:
@@ -170,19 +182,46 @@ def test_samples_that_cannot_be_had_are_an_error_in_the_log_and_no_end(tmp_path,
 
     monkeypatch.setattr(previews, "write" if isinstance(error, OSError) else "sample", fail)
     previews.state.step = 2
-    assert previews.show(NO_SIGNAL) > 0
+    assert previews.show(no_signal) > 0
     assert said in caplog.text
     monkeypatch.undo()
-    previews.show(NO_SIGNAL)
+    previews.show(no_signal)
     assert (tmp_path / "samples" / "0000002-sheet.png").exists()
 
 
-def test_without_sample_every_nothing_is_due_shown_or_written(tmp_path):
-    previews = new_previews(tmp_path, sample_every=None)
-    assert not any(map(previews.due, range(10)))
-    assert previews.show(NO_SIGNAL) == 0
+def test_without_a_method_nothing_is_sampled_or_written(tmp_path, no_signal):
+    assert new_previews(tmp_path, method=None).show(no_signal) == 0
     assert not list(tmp_path.iterdir())
-    assert [step for step in range(1, 10) if new_previews(tmp_path, sample_every=4).due(step)] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ("--sample-steps 3", None),
+        ("--sample-every 5", Method()),
+        (
+            "--sample-every 5 --sample-steps 3 --sample-stepsize 0.2 --sample-cfg-scale 4",
+            Method(stepsize=0.2, steps=3, cfg_scale=4.0),
+        ),
+        ("--sample-every 5 --no-uncond", Method("euler")),
+    ],
+)
+def test_the_flags_say_how_previews_are_sampled(flags, method):
+    parser = cli.ArgumentParser("")
+    parser.add_argument("--no-uncond", dest="uncond", action="store_false")
+    add_preview_args(parser)
+    assert preview_method_of(parser.parse_args(flags.split())) == method
+
+
+@pytest.mark.parametrize(("cfg_scale", "largest"), [(1.0, 5), (3.0, 2)])
+def test_the_network_sees_no_more_samples_at_once_than_it_may(tmp_path, no_signal, monkeypatch, cfg_scale, largest):
+    seen = []
+    monkeypatch.setattr(
+        Starts, "__call__", lambda self, indices: seen.append(indices) or sample_noise(0, indices, self.shape)
+    )
+    new_previews(tmp_path, replace(ONE_STEP, cfg_scale=cfg_scale), at_once=5).sample(no_signal)
+    assert max(map(len, seen)) <= largest
+    assert [index for indices in seen for index in indices] == list(range(SAMPLES))
 
 
 def test_a_network_that_sees_gamma_is_sampled_over_time_as_the_sampler_does(shapes, tmp_path):

@@ -1,9 +1,9 @@
 """EqM/sample_gd.py as people run it."""
 
-import argparse
 import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import av
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import run_script, run_torchrun
+from conftest import run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from models import EqM
 from objective import Objective
@@ -22,19 +22,26 @@ from runtime.draws import sample_noise
 from runtime.errors import UserError
 from sampling import outputs
 from sampling.descent import Finished
-from sampling.fields import conditioned_field
+from sampling.method import Method
 from sampling.outputs import Output, Writer
 from sampling.plan import Plan
-from sampling.sampler import adaptive_samples, composition_of, sample_batch
+from sampling.sampler import Sampler
 from sampling.starts import Starts
 
 STEPS = ["--num-sampling-steps", 3]
 CPU = torch.device("cpu")
 
 
-def sampled(checkpoint: Path, folder: Path, *flags: object, processes: int = 0) -> Path:
+def sampled(
+    checkpoint: Path,
+    folder: Path,
+    *flags: object,
+    processes: int = 0,
+    start: Callable[..., CompletedProcess] = run_script,
+    launch: Callable[..., CompletedProcess] = run_ranks,
+) -> Path:
     arguments = ["sample_gd.py", "--ckpt", checkpoint, "--folder", "out", *STEPS, *flags]
-    run = run_torchrun(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
+    run = launch(processes, *arguments, cwd=folder) if processes else start(*arguments, cwd=folder)
     assert run.returncode == 0, run.stderr
     return folder / "out"
 
@@ -89,7 +96,8 @@ def image_checkpoint(tmp_path_factory) -> Path:
 
 
 def test_videos_are_h264_files_of_the_trained_length_and_rate(checkpoint, tmp_path):
-    folder = sampled(checkpoint, tmp_path, "--num-fid-samples", 5, "--video", "--clip-len", 4, "--model", "EqM-Ti/4")
+    flags = ["--num-fid-samples", 5, "--video", "--clip-len", 4, "--model", "EqM-Ti/4"]
+    folder = sampled(checkpoint, tmp_path, *flags, start=run_python)
     assert sorted(path.name for path in folder.glob("*.mp4")) == [f"{i:06d}.mp4" for i in range(5)]
     frames, stream = read_video(folder / "000004.mp4")
     assert frames.shape == (4, 16, 16, 3)
@@ -128,10 +136,10 @@ def test_gifs_have_every_frame(checkpoint, tmp_path):
 def test_videos_do_not_depend_on_batch_size_or_number_of_processes(lively_checkpoint, tmp_path, flags, processes):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-    whole = sampled(lively_checkpoint, tmp_path / "one", "--num-fid-samples", 5, "--stepsize", 0.05)
-    parts = sampled(
-        lively_checkpoint, tmp_path / "other", "--num-fid-samples", 5, "--stepsize", 0.05, *flags, processes=processes
-    )
+    common = ["--num-fid-samples", 5, "--stepsize", 0.05]
+    whole = sampled(lively_checkpoint, tmp_path / "one", *common)
+    how = {"processes": processes, "launch": run_torchrun}
+    parts = sampled(lively_checkpoint, tmp_path / "other", *common, *flags, **how)
     assert_same_frames(parts, whole)
     assert_same_tables(rows(whole), rows(parts))
 
@@ -154,14 +162,13 @@ def random_network(kind: type[EqM], uncond: bool = True) -> EqM:
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
-    network = random_network(EqM)
-    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
+    network, method = random_network(EqM), Method(stepsize=0.01, cfg_scale=cfg_scale)
     plan = Plan([0, 1, 2], [], Starts(3, network.input_shape))
 
     @torch.no_grad()
     def sample(indices: list[int]) -> torch.Tensor:
-        conditioned = conditioned_field(network, len(indices), seconds_per_frame=0.12, fast=False)
-        return sample_batch(args, network, conditioned, plan, indices, plan.starts(indices), range(50))
+        sampler = Sampler(method, network, plan, seconds_per_frame=0.12, batch=len(indices))
+        return sampler.descend(indices, sampler.starts(indices), range(50))
 
     together = sample(range(64))
     for share in ([0], [3], [63], range(0, 64, 2), range(1, 64, 2)):  # the last two are those of two processes
@@ -169,26 +176,28 @@ def test_a_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
     assert (together[0] - together[3]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("cfg_scale", "cfg_channels"), [(1.0, "all"), (2.5, "all"), (2.5, "3")])
+@pytest.mark.parametrize(("cfg_scale", "guided"), [(1.0, None), (2.5, None), (2.5, 3)])
 @pytest.mark.parametrize("terms", [[], [(1.0, 0), (-0.5, 2)]])
-def test_the_field_is_that_of_the_flags_and_the_sum(cfg_scale, cfg_channels, terms):
+def test_the_field_is_that_of_the_method_and_the_sum(cfg_scale, guided, terms):
     torch.manual_seed(0)
     network = EqM((4, 8, 8), 4, 4, hidden_size=32, depth=1, num_heads=2, num_classes=3, temporal_patch=2)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels=cfg_channels)
     x, y = torch.randn(2, 4, 4, 8, 8), torch.tensor([1, 2])
 
     @torch.no_grad()
     def of_class(labels: torch.Tensor) -> torch.Tensor:
         conditional, unconditional = (network(x, torch.zeros(2), label, 0.12) for label in (labels, 0 * labels + 3))
         field = unconditional + cfg_scale * (conditional - unconditional)
-        return field if cfg_channels == "all" else torch.cat([field[:, :3], conditional[:, 3:]], dim=1)
+        return torch.cat([field[:, :3], conditional[:, 3:]], dim=1) if guided else field
 
     by_hand = sum(weight * of_class(0 * y + label) for weight, label in terms) if terms else of_class(y)
     with torch.no_grad():
-        plan, conditioned = Plan([0], terms, Starts(0, network.input_shape)), conditioned_field(network, 6, 0.12, False)
-        field = composition_of(args, network, plan).field(conditioned, plan.rows(y))
+        plan, method = (
+            Plan([0], terms, Starts(0, network.input_shape)),
+            Method(cfg_scale=cfg_scale, guided_channels=guided),
+        )
+        field = Sampler(method, network, plan, 0.12, batch=2).field(y)
         torch.testing.assert_close(field(x), by_hand, rtol=1e-4, atol=1e-4)
 
 
@@ -196,14 +205,12 @@ def test_the_field_is_that_of_the_flags_and_the_sum(cfg_scale, cfg_channels, ter
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_an_adaptive_sample_is_the_same_alone_and_in_a_batch_before_rounding(cfg_scale):
     network = random_network(FallingField)
-    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
-    args.num_sampling_steps, args.compile = 50, None
     plan = Plan([0, 1, 2, 0, 2], [], Starts(3, network.input_shape))
 
     def sample(threshold: float, *batches: range) -> dict[int, Finished]:
-        args.adaptive, seen = threshold, []
-        conditioned = conditioned_field(network, max(map(len, batches)), seconds_per_frame=0.12, fast=False)
-        groups = adaptive_samples(args, network, conditioned, plan, list(batches), seen.append)
+        method = Method(stepsize=0.01, steps=50, threshold=threshold, cfg_scale=cfg_scale)
+        sampler = Sampler(method, network, plan, seconds_per_frame=0.12, batch=max(map(len, batches)))
+        groups = sampler.samples(batches, trace=False, progress=lambda evaluations: None)
         return {finished.index: finished for group in groups for finished in group}
 
     norms = sorted(norm for finished in sample(1e-9, range(8)).values() for (norm,) in finished.measured)
@@ -226,10 +233,9 @@ def test_as_many_updates_are_made_as_asked_for():
             return torch.ones_like(x)
 
     network = ConstantField(8, 4, 3, hidden_size=32, depth=1, num_heads=2, num_classes=3)
-    args = argparse.Namespace(cfg_scale=1.0, cfg_channels="all", stepsize=0.01, mu=0.3, sampler="ngd")
-    conditioned = conditioned_field(network, 1, seconds_per_frame=0.1, fast=False)
     plan = Plan([0], [], Starts(3, (3, 8, 8)))
-    x = sample_batch(args, network, conditioned, plan, [5], plan.starts([5]), range(7))
+    sampler = Sampler(Method(stepsize=0.01), network, plan, seconds_per_frame=0.1, batch=1)
+    x = sampler.descend([5], sampler.starts([5]), range(7))
     torch.testing.assert_close(x, sample_noise(3, [5], (3, 8, 8)) + 7 * 0.01)
 
 
@@ -238,10 +244,10 @@ def test_as_many_updates_are_made_as_asked_for():
 @pytest.mark.parametrize("uncond", [False, True], ids=["sees γ", "does not"])
 def test_euler_takes_equal_steps_over_time_with_the_velocity_that_the_field_was_learnt_from(cfg_scale, uncond):
     network = random_network(EqM, uncond=uncond)
-    args = argparse.Namespace(cfg_scale=cfg_scale, cfg_channels="all", sampler="euler", num_sampling_steps=5)
     plan = Plan([0, 1, 2], [], Starts(3, network.input_shape, objective=Objective(a=0.3, scale=2.0)))
-    conditioned, counted = conditioned_field(network, 4, seconds_per_frame=0.12, fast=False), iter(range(9))
-    found = sample_batch(args, network, conditioned, plan, range(4), plan.starts(range(4)), counted)
+    sampler = Sampler(Method("euler", steps=5, cfg_scale=cfg_scale), network, plan, 0.12, batch=4)
+    counted = iter(range(9))
+    found = sampler.descend(range(4), sampler.starts(range(4)), counted)
     assert len(list(counted)) == 3, "five steps, and one look for another"
     x, y = plan.starts(range(4)), plan.labels(range(4))
     for gamma, c in ((0.0, 2.0), (0.2, 2.0), (0.4, 2 * 0.6 / 0.7), (0.6, 2 * 0.4 / 0.7), (0.8, 2 * 0.2 / 0.7)):
@@ -264,14 +270,14 @@ def test_samples_that_cannot_be_written_are_one_line(tmp_path, suffix):
     assert "\n" not in str(error.value)
 
 
-def test_samples_are_written_and_reported_whatever_the_number_of_groups(tmp_path):
+def test_samples_are_written_and_logged_whatever_the_number_of_groups(tmp_path):
     with Writer(Output(tmp_path, ".png", None)) as writer:
         for first in range(0, 14, 2):
             group = finished([first + 1, first])
             clips = torch.tensor([first + 1, first], dtype=torch.uint8)[:, None, None, None, None]  # (N, 1, 1, 1, 1)
             writer.take(group, torch.zeros(2, 3), clips.expand(2, 1, 16, 16, 3))
-        report = writer.finish()
-    assert sorted(report.descents) == list(range(14))
+        log = writer.finish()
+    assert sorted(log.descents) == list(range(14))
     for index in range(14):
         assert read_png(tmp_path / f"{index:06d}.png").max() == index
 
@@ -396,7 +402,7 @@ def test_the_trace_of_fixed_steps_has_the_first_samples_only(image_checkpoint, t
 
 def test_the_end_says_what_stopping_saved_when_some_ranks_have_no_sample(checkpoint, tmp_path):
     flags = ["--ckpt", checkpoint, "--num-fid-samples", 1, "--adaptive", 100, "--global-batch-size", 2]
-    run = run_torchrun(2, "sample_gd.py", *flags, "--num-sampling-steps", 4, cwd=tmp_path)
+    run = run_ranks(2, "sample_gd.py", *flags, "--num-sampling-steps", 4, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "evaluations a sample: mean 1, median 1, from 1 to 1; 0 of 1 came to the cap of 4; 75% fewer" in run.stdout
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import benchmark
-from conftest import run_script, run_torchrun
+from conftest import run_python, run_ranks, spawn
 from measuring import agreement as rank_losses
 from measuring import scaling_times
 from measuring.scaling_times import SCALED, SCALED_QUICK, ScalingRow
@@ -40,7 +39,7 @@ def spawned(rank: int, folder: Path, ranks: int, function: Callable[[], object])
 
 def on_ranks(folder: Path, ranks: int, function: Callable[[], object]) -> list:
     """What the function returns on each of so many real processes, in rank order."""
-    mp.spawn(spawned, args=(folder, ranks, function), nprocs=ranks)
+    spawn(spawned, (folder, ranks, function), ranks, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
@@ -186,7 +185,7 @@ def test_the_works_are_those_of_the_bars():
 
 
 def test_the_quick_table_of_two_processes_has_both_group_sizes(tmp_path):
-    run = run_torchrun(2, "benchmark.py", "--scaling", "--quick", cwd=tmp_path)
+    run = run_ranks(2, "benchmark.py", "--scaling", "--quick", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "results" / "benchmark.json").read_text())
     rows = [ScalingRow(**row) for row in report["scaling"]]
@@ -205,7 +204,7 @@ def test_the_quick_table_of_two_processes_has_both_group_sizes(tmp_path):
 
 
 def test_scaling_on_a_cpu_without_quick_is_refused_in_one_line(tmp_path):
-    run = run_script("benchmark.py", "--scaling", cwd=tmp_path)
+    run = run_python("benchmark.py", "--scaling", cwd=tmp_path)
     assert run.returncode == 1
     assert run.stderr == (
         "benchmark.py: error: --scaling takes GPUs; on a CPU add --quick, which measures a small network\n"

@@ -2,7 +2,9 @@
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -10,13 +12,13 @@ import torch
 from PIL import Image
 
 import score
-from conftest import make_pack, run_script, run_torchrun
+from conftest import make_pack, run_python, run_ranks, run_script
 from data.latents import to_unit_range
 from data.video import probe_video, read_frames, write_video
-from models import build_network
 from runs.checkpoint import save_checkpoint
+from runs.config import config_of
 from runtime import distributed
-from score import auroc, norm_and_energy
+from score import auroc, scores_at
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,15 @@ def numbers(path: Path) -> np.ndarray:
     return np.array([[float(row["norm"]), float(row["energy"])] for row in rows(path)])
 
 
-def scored(checkpoint: Path, folder: Path, *arguments: object, processes: int = 0) -> str:
+def scored(
+    checkpoint: Path,
+    folder: Path,
+    *arguments: object,
+    processes: int = 0,
+    start: Callable[..., CompletedProcess] = run_script,
+) -> str:
     command = ["score.py", "--ckpt", checkpoint, *arguments]
-    run = run_torchrun(processes, *command, cwd=folder) if processes else run_script(*command, cwd=folder)
+    run = run_ranks(processes, *command, cwd=folder) if processes else start(*command, cwd=folder)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -62,12 +70,13 @@ def scored(checkpoint: Path, folder: Path, *arguments: object, processes: int = 
 def both(lively_checkpoint, shapes, noise_folder, tmp_path_factory) -> tuple[Path, str]:
     """Where the shapes and the noise are scored, and what was printed."""
     folder = tmp_path_factory.mktemp("scored")
-    return folder, scored(lively_checkpoint, folder, shapes, noise_folder, "--global-batch-size", 5)
+    arguments = [shapes, noise_folder, "--global-batch-size", 5]
+    return folder, scored(lively_checkpoint, folder, *arguments, start=run_python)
 
 
 def by_hand(checkpoint: Path, clip: Path, label: int) -> list[float]:
     saved = torch.load(checkpoint, weights_only=True)
-    network = build_network(saved["config"]["network"])
+    network = config_of(saved["config"], checkpoint).network.build()
     network.load_state_dict(saved["ema"])
     frames = read_frames(clip, probe_video(clip), [0, 3, 6, 9], 16)
     x = to_unit_range(torch.from_numpy(frames).permute(3, 0, 1, 2))[None]
@@ -99,8 +108,7 @@ def test_two_paths_are_told_apart_by_the_area_under_their_curves_with_a_picture(
         assert f"AUROC of the {name}: {brute_force(found[:16, i], found[16:, i]):.4f}" in printed
     assert "(3) has a higher score than one of" in printed
     assert "(16)" in printed
-    picture = np.asarray(Image.open(folder / "scores.png"))
-    assert picture.shape[2] == 3
+    picture = np.asarray(Image.open(folder / "scores.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 4
 
 
@@ -125,7 +133,7 @@ def test_norm_and_energy_of_a_known_field():
 
     towards_two.energy = "none"
     x = torch.tensor([[2.0, 2.0], [1.0, 5.0]]).view(2, 2, 1, 1)
-    found = norm_and_energy(towards_two, x, torch.zeros(2).long(), torch.zeros(2))
+    found = scores_at(towards_two, x, torch.zeros(2).long(), torch.zeros(2))
     torch.testing.assert_close(found, torch.tensor([[0, 0], [5**0.5, -(1 * 1 - 5 * 3) / 2]]))
 
 

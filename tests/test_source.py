@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from conftest import run_script, run_torchrun
+from conftest import run_ranks, run_script
 from data.batches import DeviceLoader
 
 diffusers = pytest.importorskip("diffusers")
@@ -46,7 +46,7 @@ def test_files_and_a_pack_train_alike_with_any_number_of_workers_and_ranks(shape
         (tmp_path / name).mkdir()
         command = ["train.py", "--data-path", *data, *SMALL, *flags]
         cwd = tmp_path / name
-        run = run_torchrun(ranks, *command, cwd=cwd) if ranks else run_script(*command, cwd=cwd)
+        run = run_ranks(ranks, *command, cwd=cwd) if ranks else run_script(*command, cwd=cwd)
         assert run.returncode == 0, run.stderr
         assert ("a pack of pixels" in run.stdout) == (name == "pack")
     assert losses(tmp_path / "files") == losses(tmp_path / "pack")

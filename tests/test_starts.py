@@ -1,6 +1,5 @@
 """Samples that start from given clips or images."""
 
-import argparse
 import csv
 import shutil
 from functools import partial
@@ -16,22 +15,22 @@ from conftest import run_script
 from data.latents import encode, to_unit_range
 from data.video import iterate_frames, probe_video, read_frames, write_video
 from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
+from models import NetworkSettings
 from runs.checkpoint import save_checkpoint
+from runs.config import Config
 from runtime.draws import sample_noise
 from runtime.errors import UserError
 from sampling.descent import gradient_descent
-from sampling.starts import Starts, choose_starts
+from sampling.starts import INIT_NOISE, StartRequest, Starts, choose_starts
 
 SHAPE = (3, 4, 16, 16)
-CONFIG = {"network": {"input_size": (4, 16, 16)}, "vae": None, "args": {"frame_interval": 3}}
-NAMES = ["CircleRight", "CircleUp", "SquareRight"]  # SquareUp is not known
+NAMES = ("CircleRight", "CircleUp", "SquareRight")  # SquareUp is not known
+NETWORK = NetworkSettings("EqM-Ti/4", (4, 16, 16), 3, len(NAMES))
+CONFIG = Config(NETWORK, NAMES, 25 / 3, {"name": "fp32"}, flags={"frame_interval": 3})
 
 
-def starts_of(folder: Path, noise: float | None = None, samples: int = 40, seed: int = 5) -> tuple[Starts, list[int]]:
-    args = argparse.Namespace(
-        init=folder, init_noise=noise, folder=Path("out"), num_fid_samples=samples, global_seed=seed
-    )
-    return choose_starts(args, CONFIG, SHAPE, None, NAMES)
+def starts_of(folder: Path | None, noise: float = INIT_NOISE, samples: int = 40) -> tuple[Starts, list[int]]:
+    return choose_starts(StartRequest(5, samples, folder, noise), CONFIG, SHAPE, None)
 
 
 def test_only_noise_is_the_ordinary_start_to_the_bit(shapes):

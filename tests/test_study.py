@@ -4,11 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from conftest import run_script
+from conftest import run_python, run_script
 from measuring.study_tables import Cell, loss_curves, quality_by_evaluations, tables
+from measuring.trials import Setting, Study
+from runtime.errors import UserError
+from study import check_settings
 
 SMALL_STUDY = [
     *("--video", "--seeds", 1, "--samples", 6),
@@ -49,12 +51,52 @@ def test_other_variants_have_one_table_for_all(variants):
     assert table.splitlines()[3] == f"| {variants[1][0]} | {variants[1][1]} | 1.5 ± 0.71 |"
 
 
-def test_curves_are_pictures_of_every_variant():
-    metrics = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
-    assert loss_curves({"fp32": [metrics, metrics], "bf16": [metrics[:2]]}).dtype == np.uint8
-    found = {("A", "9 steps"): {"evaluations": Cell((9.0,)), "quality": Cell((2.0,))}}
-    found[("A", "G = 0.1")] = {"evaluations": Cell((5.0,)), "quality": Cell((3.0,))}
-    assert quality_by_evaluations(found, "quality").shape[2] == 3
+def test_a_loss_curve_is_the_mean_over_the_runs_of_a_variant():
+    short, long = (
+        [{"step": step, "loss": loss / step} for step in steps] for loss, steps in ((1, (1, 2)), (3, (1, 2, 3)))
+    )
+    curves = loss_curves({"fp32": [long, short], "bf16": [short]})
+    assert curves.series == {"fp32": [(1, 2.0), (2, 1.0), (3, 1.0)], "bf16": [(1, 1.0), (2, 0.5)]}
+    assert curves.log_y
+
+
+def test_qualities_are_drawn_by_evaluations_fixed_and_adaptive_apart():
+    found = {
+        ("A", sampling): {"evaluations": Cell(evaluations), "Fréchet distance": Cell((quality,))}
+        for sampling, evaluations, quality in (
+            ("9 steps", (9.0,), 2.0),
+            ("5 steps", (5.0,), 3.0),
+            ("G = 0.1", (4.0, 6.0), 2.5),
+        )
+    }
+    curves = quality_by_evaluations(found, "Fréchet distance")
+    assert curves.series == {"fixed steps": [(5, 3.0), (9, 2.0)], "adaptive": [(5, 2.5)]}
+    assert curves.y_label == "Fréchet distance"
+
+
+def small_study(output: Path, **changed: object) -> Study:
+    settings = {"name": "precision", "data": Path("data"), "video": True, "seeds": 2, "samples": 6}
+    flags = dict.fromkeys(("train_flags", "sample_flags", "evaluate_flags"), "")
+    return Study(**{"output": output, "setting": Setting("--lr 1", "--mu 0", 480)} | settings | flags | changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"samples": 7}, {"name": "objective"}, {"data": Path("other")}, {"video": False}, {"train_flags": "--lr 2"}],
+    ids=str,
+)
+def test_a_study_goes_on_with_more_seeds_but_with_nothing_else_changed(tmp_path, changed):
+    check_settings(small_study(tmp_path))
+    check_settings(small_study(tmp_path, seeds=3))
+    with pytest.raises(UserError, match="holds a study with other flags, data or device"):
+        check_settings(small_study(tmp_path, **changed))
+
+
+def test_every_variant_is_trained_with_one_seed_before_the_next(tmp_path):
+    trials = small_study(tmp_path).trials()
+    assert [(trial.training, trial.seed) for trial in trials] == [
+        (name, seed) for seed in (0, 1) for name in ("fp32", "bf16", "fp16")
+    ]
 
 
 @pytest.mark.slow
@@ -94,6 +136,6 @@ def test_a_study_goes_on_where_it_was_and_does_nothing_twice(shapes, tmp_path):
 
 
 def test_a_folder_without_training_data_is_named(tmp_path):
-    run = run_script("study.py", "adaptive", tmp_path, cwd=tmp_path)
+    run = run_python("study.py", "adaptive", tmp_path, cwd=tmp_path)
     assert run.returncode == 1
     assert f"study.py: error: {tmp_path} has no folder train" in run.stderr

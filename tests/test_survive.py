@@ -8,18 +8,18 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, run_script
 from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
-from runs.resume import find_start, newest_good
+from runs.resume import Asked, find_start, newest_good
 from runs.signals import ONE_REQUEST_S
 from runtime.draws import seed_draws
 from runtime.errors import UserError
@@ -27,6 +27,7 @@ from runtime.files import lock
 from step import train_step
 from test_train import assert_same, load, metrics
 from test_training import FP16, FP32, RECIPE, new_state, same, weights
+from warm_python import WarmProcess
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 TRAIN = ["train.py", *SMALL, "--num-workers", 0, "--log-every", 4, "--ckpt-every", 3]
@@ -70,14 +71,23 @@ def test_a_deterministic_run_on_a_gpu_ends_bitwise_the_same_after_a_stop(shapes,
         assert_same(ours[key], right[key])
 
 
-def start_script(*arguments: object, cwd: Path, launcher: tuple = ()) -> subprocess.Popen:
+def start_script(*arguments: object, cwd: Path) -> WarmProcess | subprocess.Popen:
+    """As `start_python`, in a process that has imported torch already."""
+    environment = environment_of()
+    if not WARM.fits(environment):
+        return start_python(*arguments, cwd=cwd)
+    script, *others = arguments
+    streams = [tempfile.TemporaryFile()]  # noqa: SIM115
+    return WARM.start(ROOT / "EqM" / script, *others, cwd=cwd, environment=environment, streams=streams)
+
+
+def start_python(*arguments: object, cwd: Path, launcher: tuple = ()) -> subprocess.Popen:
     """A script in a process group of its own, as a shell starts it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, ROOT / "EqM" / arguments[0], *arguments[1:]]
     return subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
-        env=environment,
+        env=environment_of(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -85,7 +95,7 @@ def start_script(*arguments: object, cwd: Path, launcher: tuple = ()) -> subproc
     )
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: WarmProcess | subprocess.Popen) -> None:
     path, end = folder / "results" / NAME / "metrics.jsonl", time.monotonic() + 60
     while not (path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines())):
         assert process.poll() is None, process.communicate()[0]
@@ -100,7 +110,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shapes, tmp_path, straight, number, workers):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--num-workers", workers]
-    process = start_script(*command, cwd=tmp_path)
+    start = start_python if (number, workers) == (signal.SIGTERM, 2) else start_script
+    process = start(*command, cwd=tmp_path)
     wait_for_step(tmp_path, 3, process)
     os.killpg(process.pid, number)  # a terminal signals the loading processes too
     said, _ = process.communicate(timeout=60)
@@ -123,10 +134,12 @@ def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shape
     assert f"finished: results/{NAME} is at step {stopped_at + 2}" in finished.stdout
 
 
-@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)], ids=["one process", "torchrun"]
+)
 def test_a_signal_while_the_network_is_compiled_ends_a_run_at_once_and_resume_begins_it(shapes, tmp_path, launcher):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--max-steps", 2]
-    process = start_script(*command, "--compile", cwd=tmp_path, launcher=launcher)
+    process = start_python(*command, "--compile", cwd=tmp_path, launcher=launcher)
     log, end = tmp_path / "results" / NAME / "log.txt", time.monotonic() + 60
     while not (log.exists() and "compiling the network" in log.read_text()):
         assert time.monotonic() < end
@@ -156,10 +169,12 @@ def test_a_second_signal_ends_a_run_at_once(shapes, tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("everyone", [False, True], ids=["torchrun alone", "every process"])
+@pytest.mark.parametrize(
+    "everyone", [pytest.param(False, marks=pytest.mark.slow), True], ids=["torchrun alone", "every process"]
+)
 def test_torchrun_that_is_asked_to_stop_saves_first(shapes, tmp_path, everyone):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1]
-    process = start_script(*command, cwd=tmp_path, launcher=TORCHRUN)
+    process = start_python(*command, cwd=tmp_path, launcher=TORCHRUN)
     wait_for_step(tmp_path, 3, process)
     for pid in [*(children(process.pid) if everyone else []), process.pid]:
         os.kill(pid, signal.SIGTERM)
@@ -176,11 +191,36 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+def test_a_process_that_was_killed_and_is_restarted_goes_on_in_its_launchers_folder(shapes, tmp_path, monkeypatch):
+    """Without torchrun, which takes half a minute to restart its processes."""
+    other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
+    (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
+    command = [*TRAIN, "--data-path", shapes, "--log-every", 1, "--max-steps", 20]
+    run = tmp_path / "results" / "008-EqM-Ti-4-Linear-velocity-None"
+    with start_script(*command, cwd=tmp_path) as process:
+        end = time.monotonic() + 60
+        while len(checkpoints(run)) < 2:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = run_script(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    monkeypatch.undo()
+    (tmp_path / "straight").mkdir()
+    assert run_script(*command, cwd=tmp_path / "straight").returncode == 0
+    assert_ends_as(run, tmp_path / "straight" / "results" / NAME, 20)
+    assert sorted(path.name[:3] for path in (tmp_path / "results").iterdir()) == ["007", "008"]
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(shapes, tmp_path):
     other = tmp_path / "results" / "007-EqM-Ti-4-Linear-velocity-None"
     (other / "checkpoints").mkdir(parents=True)  # another run, which a restart must leave alone
     command = [*TRAIN, "--data-path", shapes, "--log-every", 1, "--max-steps", 60]
-    process = start_script(*command, cwd=tmp_path, launcher=(*TORCHRUN, "--max-restarts=1"))
+    process = start_python(*command, cwd=tmp_path, launcher=(*TORCHRUN, "--max-restarts=1"))
     run = tmp_path / "results" / "008-EqM-Ti-4-Linear-velocity-None"
     end = time.monotonic() + 60
     while len(checkpoints(run)) < 2:
@@ -191,7 +231,7 @@ def test_torchrun_restarts_a_killed_worker_from_the_last_checkpoint(shapes, tmp_
     assert process.returncode == 0, said
     assert "going on from" in said
     (tmp_path / "straight").mkdir()
-    assert run_torchrun(2, *command, cwd=tmp_path / "straight").returncode == 0
+    assert run_ranks(2, *command, cwd=tmp_path / "straight").returncode == 0
     assert_ends_as(run, tmp_path / "straight" / "results" / NAME, 60)
     assert sorted(path.name[:3] for path in (tmp_path / "results").iterdir()) == ["007", "008"]
 
@@ -201,7 +241,7 @@ def test_a_run_resumed_by_another_number_of_ranks_sees_the_same_samples(shapes, 
     folder.mkdir()
     command = [*TRAIN, "--data-path", shapes, "--resume"]
     assert run_script(*command, "--max-steps", 6, cwd=folder).returncode == 0
-    run = run_torchrun(2, *command, "--max-steps", 10, cwd=folder)
+    run = run_ranks(2, *command, "--max-steps", 10, cwd=folder)
     assert run.returncode == 0, run.stderr
     assert "WARNING processes was 1 and is 2" in run.stdout
     ours, right = load(folder / "results" / NAME, 10), load(straight, 10)
@@ -281,9 +321,7 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
     assert lock(run)
     monkeypatch.setattr("runs.resume.LOCK_PATIENCE_S", 0)
     with pytest.raises(UserError, match="another process trains in"):
-        find_start(
-            Namespace(resume=True, results_dir=tmp_path / "results", model="EqM-Ti/4", path_type="Linear", ckpt=None)
-        )
+        find_start(Asked(tmp_path / "results", resume=True, checkpoint=None, given={"model": "EqM-Ti/4"}))
 
 
 def test_resume_and_ckpt_together_are_refused(shapes, checkpoint, tmp_path):
@@ -407,7 +445,7 @@ def test_batches_with_bad_numbers_are_as_if_they_were_never_seen(precision, bad)
                 continue
             seed_draws(state.generator, 0, i)
             train_step(state, RECIPE, x * bad if is_bad else x, y, seconds)
-            state.step += 1
+            state.advance(4)
             if i % 10 == 9 or i % 10 == 5:
                 # A scale that 20 halvings would bring to the floor is set again.
                 state.read_counts()
@@ -428,7 +466,7 @@ def test_bad_steps_in_a_row_end_a_run_and_single_ones_do_not():
         for i in range(in_a_row + 1):
             seed_draws(state.generator, 0, i)
             train_step(state, RECIPE, x * (float("nan") if i else 1), torch.arange(4), torch.full((4,), 0.1))
-            state.step += 1
+            state.advance(4)
         state.read_counts()
         if in_a_row == 2:
             state.check_gradients(3, lambda: "ADVICE")

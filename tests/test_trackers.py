@@ -1,6 +1,5 @@
 """What TensorBoard and Weights & Biases get of a run."""
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -166,7 +165,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_others_go_on(caplog):
 
 def test_no_tracker_starts_that_is_not_asked_for(tmp_path):
     trackers = Trackers()
-    trackers.start(argparse.Namespace(tensorboard=False, wandb=False), tmp_path, 0, {})
+    trackers.start([], tmp_path, 0, {})
     assert not trackers.working
     assert not list(tmp_path.iterdir())
 
@@ -175,7 +174,7 @@ def test_a_tracker_whose_folder_is_taken_cannot_start(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(UserError, match="--tensorboard cannot start"):
-        Trackers().start(argparse.Namespace(tensorboard=True, wandb=False), tmp_path, 0, {})
+        Trackers().start(["tensorboard"], tmp_path, 0, {})
 
 
 def test_a_gif_has_the_frames_in_order():

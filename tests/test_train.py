@@ -1,11 +1,12 @@
 """EqM/train.py as people run it."""
 
-import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import av
 import pytest
@@ -13,28 +14,37 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from conftest import ROOT, SMALL, run_command, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
+from data.batches import TrainingBatches
 from data.clips import Samples
+from data.form import Form
 from data.latents import to_unit_range
-from data.scan import Found, Item, scan_for_training
+from data.scan import scan_for_training
 from data.source import Source
-from models import build_network
+from models import NetworkSettings
 from objective import Objective
 from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter
-from runs.config import network_settings
+from runs.config import Config, config_of
 from runs.folder import create_run_folder
+from runs.options import RunOptions
+from runs.record import Metrics
+from runs.signals import StopSignals
+from runs.trackers import Trackers
 from runtime.draws import seed_draws
-from step import Recipe, TrainingState, draw_random_numbers
-from train import parse_args, sample_limit, train
+from sampling.previews import Previews
+from step import Recipe, TrainingState, draw_random_numbers, training_step
+from train import sample_limit, train
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 
 
-def trained(folder: Path, data: Path, *flags: object, processes: int = 0) -> Path:
+def trained(
+    folder: Path, data: Path, *flags: object, processes: int = 0, launch: Callable[..., CompletedProcess] = run_ranks
+) -> Path:
     """Trains in a folder, on clips of 16 pixels unless flags say otherwise, and returns the newest run's folder."""
     arguments = ["train.py", "--data-path", data, *SMALL, "--num-workers", 0, *flags]
-    run = run_torchrun(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
+    run = launch(processes, *arguments, cwd=folder) if processes else run_script(*arguments, cwd=folder)
     assert run.returncode == 0, run.stderr
     return max((folder / "results").iterdir())
 
@@ -116,7 +126,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bitwise_as_one_that_was_not(shap
 
 
 def test_two_processes_share_the_batch_and_write_one_run(shapes, tmp_path):
-    run = trained(tmp_path, shapes, "--max-steps", 2, "--use-bf16", processes=2)
+    run = trained(tmp_path, shapes, "--max-steps", 2, "--use-bf16", processes=2, launch=run_torchrun)
     log = (run / "log.txt").read_text()
     assert "8 (the default on a CPU; on a GPU 256), 4 per rank" in log
     assert log.count("precision: fp32 IEEE (bf16 requested: rank 0:") == 1
@@ -138,32 +148,38 @@ def test_epochs_end_a_run_without_max_steps(shapes, tmp_path):
 
 
 def test_max_steps_alone_lifts_the_default_limit_of_epochs():
-    found = Found("root", ("class",), (Item("clip", 0, None),) * 10, ())
-    assert sample_limit(argparse.Namespace(epochs=None, max_steps=None), found) == 800
-    assert sample_limit(argparse.Namespace(epochs=3, max_steps=10**6), found) == 30
-    assert sample_limit(argparse.Namespace(epochs=None, max_steps=10**6), found) > 10**9
+    assert sample_limit(None, None, 10) == 800
+    assert sample_limit(3, 10**6, 10) == 30
+    assert sample_limit(None, 10**6, 10) > 10**9
 
 
-def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(shapes, tmp_path, monkeypatch):
-    flags = [*SMALL, "--max-steps", 5, "--log-every", 2, "--ckpt-every", 3, "--global-batch-size", 4]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", *map(str, [shapes, *flags])])
-    args, found = parse_args(), scan_for_training(shapes, video=True)
-    settings = network_settings(args, args.image_size, len(found.classes), None)
-    state = TrainingState(build_network(settings), Precision("fp16", "fp16", torch.float16), torch.device("cpu"))
+def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(shapes, tmp_path):
+    found = scan_for_training(shapes, video=True)
+    network = NetworkSettings("EqM-Ti/4", (4, 16, 16), 3, len(found.classes), temporal_patch=2)
+    fp16, cpu = Precision("fp16", "fp16", torch.float16), torch.device("cpu")
+    state = TrainingState(network.build(), fp16, cpu)
     torch.nn.init.normal_(state.network.final_layer.linear.weight, std=0.1)
     state.refresh_working_copy()
     # Half the batches overflow: after each update the scale is doubled, over what fp16 can hold.
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1)
     (tmp_path / "checkpoints").mkdir()
-    source, writer = Source(args.image_size, found, None, None, None), CheckpointWriter(tmp_path, None, None)
-    recipe = Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay)
-    assert train(args, recipe, state, source, 4, {}, writer)
+    form = Form(True, 16, clip_len=4, frame_interval=3, flip=True)
+    batches = TrainingBatches(Source(form, found, None, None, None), 0, 0, 10**9, 4, 0, cpu)
+    config = Config(network, found.classes, 25 / 3, fp16.as_dict(), global_batch_size=4)
+    options = RunOptions(tmp_path, 2, 3, None, None, math.inf, 20, last_step=5)
+    step = training_step(state, Recipe(1e-4, 0, 0, 0.9999), 4, seed=0, fast=False)
+    previews = Previews(None, 4, state, config, None, tmp_path, Trackers())
+    writer, record = CheckpointWriter(tmp_path, None, None), Metrics(tmp_path, cpu, 0, 0)
+    signals = StopSignals()
+    assert train(options, config, state, step, batches, record, previews, writer, signals)
+    signals.close()
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 4, 5]
     assert lines[-1]["skipped"] == state.skipped >= 3
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0000003.pt", "0000005.pt"]
-    assert (state.step, state.updates.item(), state.samples) == (5, 5, 4 * (5 + state.skipped))
+    assert (state.step, state.updates.item()) == (5, 5)
+    assert (state.launched, state.samples) == (5 + state.skipped, 4 * (5 + state.skipped))
     assert load(tmp_path, 3)["opt"]["step"] == 3
 
 
@@ -229,8 +245,8 @@ def test_the_next_number_follows_the_largest_there(tmp_path):
 
 def loss_on_clips(run: Path, clips: Path, step: int) -> float:
     """The loss on fixed clips and random numbers; before the first step the network's output is zero."""
-    samples = Samples(scan_for_training(clips, video=True), 64, 4, 3, flip=False, seed=0)
-    batch = default_collate([samples[0, i % len(samples.items)] for i in range(30)])
+    samples = Samples(scan_for_training(clips, video=True), Form(True, 64, 4, 3), seed=0)
+    batch = default_collate([samples[0, i % len(samples.found)] for i in range(30)])
     x, seconds_per_frame = to_unit_range(batch["x"]), batch["seconds_per_frame"]
     generator = torch.Generator()
     seed_draws(generator, 99, 0, 0)
@@ -238,7 +254,7 @@ def loss_on_clips(run: Path, clips: Path, step: int) -> float:
     if step == 0:
         return Objective().loss(lambda x_gamma, _: (torch.zeros_like(x_gamma), None), x, noise, gamma).item()
     saved = load(run, step)
-    network = build_network(saved["config"]["network"]).eval()
+    network = config_of(saved["config"], run).network.build().eval()
     network.load_state_dict(saved["model"])
 
     def field(x_gamma: torch.Tensor, gamma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,9 +307,8 @@ def test_an_error_of_one_rank_ends_the_others_without_a_traceback(shapes, tmp_pa
         "    distributed.mean(torch.zeros(1))\n"
         "cli.run(main, '')\n"
     )
-    for rank in (0, 1):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        result = run_command(*launcher, script, rank, cwd=tmp_path)
+    for launch, rank in ((run_ranks, 0), (run_torchrun, 1)):
+        result = launch(2, script, rank, cwd=tmp_path)
         assert result.returncode != 0
         assert result.stderr.count("one_rank_fails.py: error: this rank alone failed") == 1
         assert "cli.py" not in result.stderr

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from conftest import spawn
 from models import EqM
 from precision import Precision, resolve_precision
 from runtime import distributed
@@ -32,7 +32,7 @@ def one_step(state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0) ->
     x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     seed_draws(state.generator, 0, samples, 0)
     loss, grad_norm = train_step(state, recipe, x, torch.arange(8) % 4, torch.full((8,), 0.1)).tolist()
-    state.step += 1
+    state.advance(8)
     return state.read_counts() == 0, loss, grad_norm
 
 
@@ -176,7 +176,7 @@ def shard_step(rank: int, folder: Path, ranks: int) -> None:
 
 
 def test_two_ranks_take_the_same_step_with_the_mean_of_their_gradients(tmp_path):
-    mp.spawn(shard_step, args=(tmp_path, 2), nprocs=2)
+    spawn(shard_step, (tmp_path, 2), 2, tmp_path)
     for rank in (0, 1):
         shard_step(rank, tmp_path, 1)
     both = [torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""Batches in an order and with random choices that follow from (seed, epoch, index) alone."""
+"""Training batches, in an order and with random choices that follow from (seed, samples drawn before) alone."""
 
 import signal
 import time
@@ -12,20 +12,79 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.clips import MAX_TRIES
-from data.scan import MAX_UNREADABLE, Found
+from data.found import Found
+from data.scan import MAX_UNREADABLE
+from data.source import Source
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.logs import log
 from runtime.transfers import to_device
 
-MAX_AHEAD = 3  # batches on the device that it has not come to: each takes memory
+DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}
+MAX_AHEAD = 3  # batches that the host copies before the device needs them; each takes memory
+
+
+class TrainingBatches:
+    """Iterates over x, y and seconds_per_frame on the device, from a given place in the data to the end of training.
+
+    Every rank iterates over its own part of each batch.
+
+    Args:
+        first: samples that all ranks drew before.
+        last: samples to draw in all, since the start of the first run.
+        batch: samples of a step over all ranks.
+        workers: loading processes of a rank; None: a default.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, first: int, last: int, batch: int, workers: int | None, device: torch.device
+    ):
+        self.source, self.seed, self.first, self.batch = source, seed, first, batch
+        rank, ranks = distributed.rank(), distributed.world_size()
+        stream = EpochStream(len(source.found), batch, -(-(last - first) // batch), seed, first, rank, ranks)
+        # On a CPU, loading processes take cores from the step, whose threads wait for one another. A pack's batch
+        # takes longer to hand from one process to another than to gather.
+        default = 0 if source.pack else DEFAULT_WORKERS[device.type]
+        workers = default if workers is None else workers
+        self.loader = DeviceLoader(make_loader(source.dataset(seed), stream, workers, device.type == "cuda"), device)
+        self.generator, self.rank = torch.Generator(device), rank
+        self.unreadable = UnreadableLog(source.found)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x (N, C, H, W) or (N, C, T, H, W) float32, labels y (N,), seconds_per_frame (N,)."""
+        for number, batch in enumerate(self.loader):
+            self.unreadable.add(batch["unreadable"])
+            drawn_before = self.first + number * self.batch
+            x = self.source.to_input(batch, self.generator, self.seed, drawn_before, self.rank)
+            yield x, batch["label"], batch["seconds_per_frame"]
+
+    def epoch(self, samples: int) -> int:
+        """The epoch of the data after so many samples."""
+        return samples // len(self.source.found)
+
+    def log_unreadable(self) -> int:
+        """Logs files that could not be read since the last call; returns the count so far. Every rank must call it.
+
+        Raises:
+            UserError: too much of the set cannot be read any more.
+        """
+        for path in self.unreadable.share():
+            log.warning("skipped unreadable %s", path)
+        return len(self.unreadable.known)
+
+    def take_idle_seconds(self) -> float:
+        """Seconds that the device waited for data since the last call. Waits for the device."""
+        return self.loader.take_idle_seconds()
 
 
 class EpochStream(Sampler[list[tuple[int, int]]]):
     """This rank's batches of keys (epoch, index), from a given place in an endless shuffled stream.
 
-    Each epoch is a new order of the whole set, from (seed, epoch); epochs follow without a gap,
-    so a batch may span several. The ranks' parts of a batch make up the same global batch
-    whatever their number.
+    Each epoch is a new order of the whole set, from (seed, epoch). Epochs follow without a gap, so that a batch may
+    span several. The ranks' parts of a batch make up the same global batch, whatever the number of ranks.
     """
 
     def __init__(
@@ -65,20 +124,20 @@ def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_mem
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """A terminal or a scheduler signals every process; workers end when the one that they serve does."""
+    """Ignores the signals that a terminal or a scheduler sends to every process: workers end with their trainer."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def as_it_is(batch: dict) -> dict:
-    """Collates what is a batch already."""
+    """Collates a batch that is one already."""
     return batch
 
 
 class DeviceLoader:
-    """A loader's batches with their tensors on the device, which copies the next while it computes.
+    """A loader's batches with their tensors on the device. The next batch is copied while the device computes.
 
-    It also measures for how long the device has stood idle between one batch's work and the next's.
+    It also measures how long the device waits between the work of one batch and the work of the next.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device):
@@ -103,7 +162,7 @@ class DeviceLoader:
             ended = self.now()
 
     def now(self) -> float | torch.cuda.Event:
-        """The host's clock in seconds, or, on a GPU, the moment at which it gets here."""
+        """The host's clock in seconds. On a GPU: an event at this place in its work."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True, blocking=True)
@@ -111,7 +170,7 @@ class DeviceLoader:
         return event
 
     def take_idle_seconds(self) -> float:
-        """Seconds of waiting since the last call; waits for the device."""
+        """Seconds that the device waited since the last call. Waits for the device."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
             gaps = [ended.elapsed_time(began) / 1000 for ended, began in self.gaps]
@@ -122,10 +181,10 @@ class DeviceLoader:
 
 
 class UnreadableLog:
-    """Counts the files that cannot be read, those that the scan found included."""
+    """Counts the files that cannot be read, also those that the scan found."""
 
     def __init__(self, found: Found):
-        self.total = len(found.items) + len(found.unreadable)
+        self.total = len(found) + len(found.unreadable)
         self.known = {path for path, _ in found.unreadable}
         self.new: set[str] = set()
 
@@ -133,14 +192,14 @@ class UnreadableLog:
         """Takes a batch's `unreadable`.
 
         Raises:
-            UserError: no file could be found in place of an unreadable one.
+            UserError: no readable file was found in place of an unreadable one.
         """
         self.new |= {path for report in reports for path in report.split("\n") if path}
         if any(report.count("\n") + 1 >= MAX_TRIES for report in reports):
             self.give_up(self.new)
 
     def share(self) -> list[str]:
-        """The paths that any rank met since the last call and none had met before; every rank must call it.
+        """The unreadable paths that are new since the last call, on any rank. Every rank must call it.
 
         Raises:
             UserError: too much of the set cannot be read any more.

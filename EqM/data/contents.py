@@ -14,13 +14,14 @@ import av
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as transforms
 
-from data.clips import Samples, window_length
+from data.clips import read_sample, window_places
+from data.form import Form
+from data.found import Item
+from data.latents import LatentSpace
 from data.packs.pack import Pack, is_pack, open_pack, read_pack
 from data.packs.samples import PackedSamples, unpack
-from data.scan import VIDEO_EXTENSIONS, Item, find_loose_files, unreadable_errors
+from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files, unreadable_errors
 from data.untrusted import open_image, open_video
 from data.video import probe_video
 from runtime import distributed
@@ -48,77 +49,77 @@ class Content:
     read: Callable[[int], tuple[Tensor, float]]
 
 
-def open_path(
-    path: Path, windows: Samples, video: bool, space: dict | None, taker: str, window: Place = first_window
-) -> Content:
+def open_path(path: Path, form: Form, space: LatentSpace | None, taker: str, window: Place = first_window) -> Content:
     """The content of a folder or of a pack.
 
     Args:
-        windows: reads files.
+        form: in which samples are read.
         space: of the latents that are taken; None: pixels.
         taker: what takes them, for people.
         window: of each clip.
 
     Raises:
-        UserError: nothing there, or a pack of another kind or size.
+        UserError: there is nothing, or a pack of another kind or size.
     """
     if path.is_dir() and is_pack(path):
-        return packed_content(open_pack(path, distributed.is_main()), windows, video, space, taker, window)
-    files = find_loose_files(path, video)
+        return packed_content(open_pack(path, distributed.is_main()), form, space, taker, window)
+    files = find_loose_files(path, form.video)
 
     def read(place: int) -> tuple[Tensor, float]:
         file = files[place][0]
-        return windows.read(Item(file, 0, probe_video(file) if video else None), window(place))
+        return read_sample(Item(file, 0, probe_video(file) if form.video else None), form, window(place))
 
     return Content([str(Path(file).relative_to(path)) for file, _ in files], [name for _, name in files], read)
 
 
 def packed_content(
-    pack: Pack, windows: Samples, video: bool, space: dict | None, taker: str, window: Place = first_window
+    pack: Pack, form: Form, space: LatentSpace | None, taker: str, window: Place = first_window
 ) -> Content:
     """The content of a pack, as `open_path`."""
     settings = pack.settings
-    packed = (settings.video, settings.image_size, (settings.vae or {}).get("fingerprint"))
-    wanted = (video, windows.image_size, (space or {}).get("fingerprint"))
+    packed = (settings.video, settings.image_size, settings.vae.get("fingerprint"))
+    wanted = (form.video, form.image_size, space.fingerprint if space else None)
     if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
-        takes = f"{'videos' if video else 'images'} of {windows.image_size}×{windows.image_size} pixels"
+        takes = f"{'videos' if form.video else 'images'} of {form.image_size}×{form.image_size} pixels"
         raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give it a pack of those")
-    samples = PackedSamples(pack, windows.clip_len, windows.frame_interval, flip=False, seed=0)
-    length = window_length(samples.clip_len, samples.frame_interval)
+    samples = PackedSamples(pack, form, seed=0)
 
     def read(place: int) -> tuple[Tensor, float]:
-        available = int(pack.lengths[place])
-        start = int(window(place) * (max(available - length, 0) + 1))
-        frames = np.minimum(start + np.arange(samples.clip_len) * samples.frame_interval, available - 1)  # (T,)
-        x = torch.from_numpy(samples.gather(np.array([place]), frames[None], np.array([False])))
-        x = unpack(x, torch.tensor([False]), video)[0]  # (3, T, H, W), or (2, C, T, h, w)
-        return x if samples.pixels else x[0], samples.frame_interval / pack.rates[place] if video else 0.0
+        frames = np.array([window_places(form, int(pack.lengths[place]), window(place))])  # (1, T)
+        x = torch.from_numpy(samples.gather(np.array([place]), frames, np.array([False])))
+        x = unpack(x, torch.tensor([False]), form.video)[0]  # (3, T, H, W), or (2, C, T, h, w)
+        return x if samples.pixels else x[0], form.frame_interval / pack.rates[place] if form.video else 0.0
 
     return Content(list(pack.paths), [settings.classes[label] for label in pack.labels], read)
 
 
-def npz_content(path: Path, windows: Samples, video: bool) -> Content:
+def npz_content(path: Path, form: Form) -> Content:
     """The content of an .npz, as `open_path` gives it of files; clips start with their first frame.
 
     Raises:
         UserError: as `read_npz`, or it holds the other kind.
     """
     samples = read_npz(path)
-    if (samples.ndim == 5) != video:
+    if (samples.ndim == 5) != form.video:
         holds, wanted = ("clips", "images")[:: 1 if samples.ndim == 5 else -1]
         raise UserError(f"{path} holds {holds}, and the other side {wanted}: compare two of a kind")
 
     def read(place: int) -> tuple[Tensor, float]:
         x = torch.from_numpy(samples[place]).movedim(-1, 0)  # (3, [T,] H, W)
-        if video:
-            frames = np.arange(windows.clip_len) * windows.frame_interval
-            x = x[:, np.minimum(frames, x.shape[1] - 1)]
-        if x.shape[-2:] != (windows.image_size, windows.image_size):
-            x = transforms.resize(x, [windows.image_size], antialias=True)
-            x = transforms.center_crop(x, [windows.image_size])
-        return x, 0.0
+        if form.video:
+            x = x[:, window_places(form, x.shape[1], 0.0)]
+        return resized(x, form.image_size), 0.0
 
     return Content([f"{path.name}[{i}]" for i in range(len(samples))], [""] * len(samples), read)
+
+
+def resized(x: Tensor, side: int) -> Tensor:
+    """A sample (…, H, W), resized so that its short side is `side`, and its centre."""
+    if x.shape[-2:] == (side, side):
+        return x
+    from torchvision.transforms.v2 import functional  # it imports all of torchvision's models: 1.5 s
+
+    return functional.center_crop(functional.resize(x, [side], antialias=True), [side])
 
 
 @lru_cache(maxsize=2)
@@ -191,7 +192,7 @@ def folder_holds_videos(folder: Path) -> bool:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder, a pack or an .npz")
     suffixes = {Path(name).suffix.lower() for _, _, names in os.walk(folder, followlinks=True) for name in names}
-    found = [bool(suffixes & set(extensions)) for extensions in (VIDEO_EXTENSIONS, IMG_EXTENSIONS)]
+    found = [bool(suffixes & set(extensions)) for extensions in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS)]
     if all(found):
         raise UserError(f"{folder} holds videos and images: give a folder of one kind")
     if not any(found) and ".gif" in suffixes:

@@ -1,4 +1,4 @@
-"""Data sets of videos or images in folders: finding and checking the files."""
+"""Finds the files of a data set, tells their classes, and opens each of them once."""
 
 import csv
 import os
@@ -6,69 +6,40 @@ import re
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from torchvision.datasets import DatasetFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 from tqdm import tqdm
 
+from data.found import Found, Item
 from data.untrusted import open_image
-from data.video import UnreadableVideo, VideoInfo, probe_video
+from data.video import UnreadableVideo, probe_video
 from runtime.errors import UserError
 
 VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
-MAX_UNREADABLE = 0.1  # share of a set above which training does not go on
+MAX_UNREADABLE = 0.1  # of a set; training does not go on with a larger share
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
-# What Pillow's readers raise for a file that holds no whole image.
+# Pillow's readers raise these for a file that holds no whole image.
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True)
-class Item:
-    """One file, its class, and, for a video, its frames."""
-
-    path: str
-    label: int
-    video: VideoInfo | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a folder holds: class names, readable files, and the rest as (path, reason)."""
-
-    root: str
-    classes: tuple[str, ...]
-    items: tuple[Item, ...]
-    unreadable: tuple[tuple[str, str], ...]
-
-    def mean_frame_rate(self) -> float:
-        """Frames a second, averaged over the videos."""
-        return float(np.mean([item.video.frames_per_second for item in self.items]))
-
-    def shorter_than(self, frames: int) -> int:
-        """How many videos have fewer frames."""
-        return sum(len(item.video.times) < frames for item in self.items)
-
-
 def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names, and every file with its class index, without opening any.
+    """Class names, and every file with its class index. Opens no file.
 
-    Class folders win; videos may instead be named in a CSV, or carry UCF-101 names.
+    Class folders come first. Without them a CSV names the videos, or the videos have UCF-101 names.
 
     Raises:
-        UserError: nothing there, or no way to tell the classes.
+        UserError: there is nothing, or nothing tells the classes.
     """
     if not root.is_dir():
         raise UserError(f"--data-path {root} is not a folder: give one that holds class folders")
-    extensions = VIDEO_EXTENSIONS if video else IMG_EXTENSIONS
+    extensions = VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS
     if any(entry.is_dir() for entry in root.iterdir()):
-        samples = DatasetFolder(str(root), loader=default_loader, extensions=extensions, allow_empty=True).samples
-        # A folder counts as a class where it holds files; its name is the first below the root.
-        labelled = [(path, Path(path).relative_to(root).parts[0]) for path, _ in samples]
+        # A folder without files of the kind is no class.
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        labelled = [(path, name) for name in folders for path in walk(root / name, extensions)]
         if labelled and {label for _, label in labelled} <= SPLIT_NAMES:
             raise UserError(f"{root} holds splits, not classes: give one of them, as {root / labelled[0][1]}")
         if labelled:
@@ -92,18 +63,26 @@ def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str
     return index_labels((path, match["label"]) for path, match in names)
 
 
+def walk(folder: Path, extensions: tuple[str, ...]) -> list[str]:
+    """The files with these extensions in a folder and in the folders below, folder by folder, in sorted order."""
+    found = []
+    for below, _, names in sorted(os.walk(folder, followlinks=True)):
+        found += [os.path.join(below, name) for name in sorted(names) if name.lower().endswith(extensions)]  # noqa: PTH118
+    return found
+
+
 def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
     """Every file in a folder and in the folders below, in sorted order, with the name of its class folder.
 
-    The name is "" for what lies directly in the folder.
+    A file that lies directly in the folder has the name "".
 
     Raises:
-        UserError: no folder, or no file of the kind.
+        UserError: there is no such folder, or no file of the kind.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give one of {'videos' if video else 'images'}")
     files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    extensions, others = (VIDEO_EXTENSIONS, IMG_EXTENSIONS)[:: 1 if video else -1]
+    extensions, others = (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS)[:: 1 if video else -1]
     found = [path for path in files if path.suffix.lower() in extensions]
     if not found:
         kind, other = ("videos", "images")[:: 1 if video else -1]
@@ -167,11 +146,11 @@ def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
     """Finds and opens every file, several at a time.
 
     Raises:
-        UserError: nothing there, or no way to tell the classes.
+        UserError: there is nothing, or nothing tells the classes.
     """
     classes, samples = find_files(root, video)
     items, unreadable = check_files(samples, video, show_progress)
-    return Found(str(root), classes, items, unreadable)
+    return Found.of_items(str(root), classes, items, unreadable)
 
 
 def check_files(
@@ -227,9 +206,9 @@ def check_readable(found: Found, video: bool) -> None:
     if not found.unreadable:
         return
     path, reason = found.unreadable[0]
-    if not found.items:
+    if not len(found):
         raise UserError(f"no readable {'clip' if video else 'image'} in {found.root}: {path}: {reason}")
-    total = len(found.items) + len(found.unreadable)
+    total = len(found) + len(found.unreadable)
     if len(found.unreadable) > MAX_UNREADABLE * total:
         raise UserError(
             f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, as {path}: {reason}"

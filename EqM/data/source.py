@@ -2,64 +2,68 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.clips import Samples, window_length
+from data.clips import Samples
+from data.form import Form
+from data.found import Found
 from data.latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
 from data.packs.pack import Pack, is_pack, open_pack
 from data.packs.samples import PackedSamples, unpack
-from data.scan import Found, scan_for_training
+from data.scan import scan_for_training
 from precision import Precision
-from runs.config import network_settings
 from runtime import distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import log
 
-POSTERIOR = 1  # sets the draws from the posterior apart from the step's own
+POSTERIOR = 1  # sets the draws from the posterior apart from the step's own draws
 
 
 @dataclass(frozen=True)
 class Source:
     """Where samples come from, and how they become the network's input.
 
-    `found` says what there is. `pack` holds it where it is packed; `space` is the latents' where
-    training sees latents, and `vae` what encodes pixels as they come.
+    Attributes:
+        found: what there is.
+        pack: holds it, if it is packed.
+        space: the space of the latents that the network sees; None: it sees pixels.
+        vae: encodes pixels while training goes on; None if the network sees pixels, or the pack holds latents.
     """
 
-    image_size: int
+    form: Form
     found: Found
     pack: Pack | None
     space: LatentSpace | None
     vae: VAE | None
 
-    def dataset(self, args: argparse.Namespace) -> Dataset:
+    def dataset(self, seed: int) -> Dataset:
         """Samples by key (epoch, index)."""
-        flip, seed = not args.no_flip, args.global_seed
         if self.pack:
-            return PackedSamples(self.pack, args.clip_len, args.frame_interval, flip, seed)
-        return Samples(self.found, self.image_size, args.clip_len, args.frame_interval, flip, seed)
+            return PackedSamples(self.pack, self.form, seed)
+        return Samples(self.found, self.form, seed)
 
     def to_input(self, batch: dict, generator: torch.Generator, *place: int) -> Tensor:
         """A batch on the device as the network's input, (N, C, H, W) or (N, C, T, H, W) float32, contiguous.
 
         Draws from the posterior follow from the place alone, as (seed, samples drawn before, rank).
         """
-        x = unpack(batch["x"], batch["flip"], self.pack.settings.video) if self.pack else batch["x"]
-        # In another layout x would have an explicit energy compiled a second time.
+        x = unpack(batch["x"], batch["flip"], self.form.video) if self.pack else batch["x"]
+        # An explicit energy is compiled a second time if x has another layout.
         if not self.space:
             return to_unit_range(x.contiguous())
         seed_draws(generator, *place, POSTERIOR)
         return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator).contiguous()
 
     def decoder(self, device: torch.device, precision: Precision) -> VAE | None:
-        """The VAE that decodes samples, if they are latents; reading packed ones has not loaded it.
+        """The VAE that decodes samples; None if they are pixels. It is loaded here if the pack holds latents.
 
         Raises:
-            UserError: it is missing, or another one than the pack was made with.
+            UserError: the VAE is missing, or it is another one than the pack was made with.
         """
         if self.vae or not self.space:
             return self.vae
@@ -68,19 +72,19 @@ class Source:
             raise UserError(f"the VAE {self.space.name} is another one than {self.pack.folder} was made with")
         return vae
 
-    def announce(self, args: argparse.Namespace) -> None:
+    def announce(self) -> None:
         """Logs what there is, and what cannot be read."""
-        found, kind = self.found, "clips" if args.video else "images"
-        log.info("data: %s, %d %s, %d classes", self, len(found.items), kind, len(found.classes))
+        found, form = self.found, self.form
+        log.info("data: %s, %d %s, %d classes", self, len(found), form.kind, len(found.classes))
         for path, reason in found.unreadable:
             log.warning("skipped unreadable %s: %s", path, reason)
-        if args.video:
+        if form.video:
             log.info(
                 "clips of %d frames, %d apart; shorter videos, which hold their last frame: %d of %d",
-                args.clip_len,
-                args.frame_interval,
-                found.shorter_than(window_length(args.clip_len, args.frame_interval)),
-                len(found.items),
+                form.clip_len,
+                form.frame_interval,
+                found.shorter_than(form.window),
+                len(found),
             )
 
     def __str__(self) -> str:
@@ -89,28 +93,50 @@ class Source:
         return f"{self.found.root}, a pack of {self.pack.settings.values}"
 
 
-def open_source(args: argparse.Namespace, device: torch.device, precision: Precision) -> Source:
-    """Opens what --data-path names, in the form that --vae and --image-size ask for.
+def find_pack(path: Path) -> Pack | None:
+    """The pack at a path; None if something else is there. Every rank must call it.
 
     Raises:
-        UserError: nothing there, or not in that form.
+        UserError: the pack is half-made or damaged.
     """
-    wanted = args.vae not in (None, "none")
-    pack = distributed.on_main(lambda: open_pack(args.data_path) if is_pack(args.data_path) else None)
-    if pack:
-        check_pack(args, pack)
-        space = packed_space(pack)
-        vae = None if space or not wanted else load_vae(args.vae, device, precision.name == "bf16")
-        return Source(pack.settings.image_size, pack.found(), pack, space or (vae and vae.space), vae)
-    vae = load_vae(args.vae, device, precision.name == "bf16") if wanted else None
-    size = args.image_size or (IMAGE_SIZE if vae else PIXEL_SIZE)
-    network_settings(args, size, 1, vae and vae.space)  # a wrong size ends the run before a long scan
-    found = distributed.on_main(lambda: scan_for_training(args.data_path, args.video))
-    return Source(size, found, None, vae and vae.space, vae)
+    return distributed.on_main(lambda: open_pack(path) if is_pack(path) else None)
+
+
+def form_of(args: argparse.Namespace, pack: Pack | None) -> Form:
+    """The form that the flags ask for; without --image-size, the pack's size or a default."""
+    default = IMAGE_SIZE if args.vae not in (None, "none") else PIXEL_SIZE
+    size = args.image_size or (pack.settings.image_size if pack else default)
+    clip_len, interval = (args.clip_len, args.frame_interval) if args.video else (1, 1)
+    return Form(bool(args.video), size, clip_len, interval, flip=not args.no_flip)
+
+
+def open_space(
+    pack: Pack | None, vae_name: str | None, device: torch.device, precision: Precision
+) -> tuple[LatentSpace | None, VAE | None]:
+    """The space of the latents that the network sees, and the VAE that encodes pixels; None, None for pixels.
+
+    Raises:
+        UserError: the VAE cannot be loaded.
+    """
+    packed = packed_space(pack) if pack else None
+    if packed:
+        return packed, None
+    vae = load_vae(vae_name, device, precision.name == "bf16") if vae_name not in (None, "none") else None
+    return vae and vae.space, vae
+
+
+def open_source(path: Path, form: Form, pack: Pack | None, space: LatentSpace | None, vae: VAE | None) -> Source:
+    """The source at a path, which is scanned if it is no pack. Every rank must call it.
+
+    Raises:
+        UserError: there is nothing, or too little of it can be read.
+    """
+    found = pack.found() if pack else distributed.on_main(lambda: scan_for_training(path, form.video))
+    return Source(form, found, pack, space, vae)
 
 
 def packed_space(pack: Pack) -> LatentSpace | None:
-    """The space of a pack's latents."""
+    """The space of a pack's latents; None for pixels."""
     vae = pack.settings.vae
     if not vae:
         return None
@@ -118,10 +144,12 @@ def packed_space(pack: Pack) -> LatentSpace | None:
     return LatentSpace(vae["name"], vae["fingerprint"], vae["scale"], vae["channels"], downsampling)
 
 
-def check_pack(args: argparse.Namespace, pack: Pack) -> None:
-    """Raises UserError, with both values, where a flag asks for another pack than there is."""
+def check_pack(args: argparse.Namespace, pack: Pack | None) -> None:
+    """Raises UserError, with both values, if a flag asks for another pack than there is."""
+    if not pack:
+        return
     settings = pack.settings
-    if settings.video != args.video:
+    if args.video is not None and settings.video != args.video:
         holds, flag = ("videos", "add") if settings.video else ("images", "leave out")
         raise UserError(f"{args.data_path} is a pack of {holds}: {flag} --video")
     packed = {"--image-size": (args.image_size, settings.image_size)}
@@ -135,7 +163,11 @@ def check_pack(args: argparse.Namespace, pack: Pack) -> None:
 
 
 def check_classes(found: Found, asked: int | None) -> int:
-    """The number of classes to build the network for."""
+    """The number of classes to build the network for.
+
+    Raises:
+        UserError: fewer are asked for than the data have.
+    """
     if asked and asked < len(found.classes):
         raise UserError(f"--num-classes {asked} is less than the data's {len(found.classes)} classes")
     return asked or len(found.classes)

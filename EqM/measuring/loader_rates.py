@@ -1,6 +1,5 @@
 """How many clips a second the loader gives: decoded from files, and from packs of pixels and of latents."""
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -10,11 +9,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 
 from data.batches import EpochStream, make_loader
-from data.source import open_source
-from precision import Precision
+from data.form import Form
+from data.source import find_pack, open_source, packed_space
 
 WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 50, 25  # of the source videos, which are MPEG-4 in AVI as UCF-101's
 CLIP_LEN, FRAME_INTERVAL = 4, 3
@@ -52,13 +50,10 @@ def write_vae(folder: Path) -> bool:
 
 def clips_per_second(data: Path, image_size: int, workers: int) -> float:
     """The loader's rate on a folder of videos or a pack, with workers that have started."""
-    args = argparse.Namespace(
-        data_path=data, video=True, vae=None, image_size=image_size, clip_len=CLIP_LEN, frame_interval=FRAME_INTERVAL
-    )
-    args.model, args.temporal_patch, args.no_flip, args.global_seed = "EqM-S/4", None, False, 0
-    source = open_source(args, torch.device("cpu"), Precision("fp32", "fp32", torch.float32))
-    stream = EpochStream(len(source.found.items), BATCH, 10**6, 0, 0, 0, 1)
-    batches = iter(make_loader(source.dataset(args), stream, workers, pin_memory=False))
+    form, pack = Form(True, image_size, CLIP_LEN, FRAME_INTERVAL, flip=True), find_pack(data)
+    source = open_source(data, form, pack, packed_space(pack) if pack else None, None)
+    stream = EpochStream(len(source.found), BATCH, 10**6, seed=0, first=0, rank=0, ranks=1)
+    batches = iter(make_loader(source.dataset(seed=0), stream, workers, pin_memory=False))
     for _ in range(WARMUP_BATCHES):
         next(batches)
     start, count = time.perf_counter(), 0
@@ -70,7 +65,7 @@ def clips_per_second(data: Path, image_size: int, workers: int) -> float:
 
 def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
     """Names and clips a second, one after another."""
-    prepare = Path(__file__).with_name("prepare.py")
+    prepare = Path(__file__).resolve().parents[1] / "prepare.py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sources(folder / "videos", videos)

@@ -1,8 +1,8 @@
-"""How training grows with the number of ranks: speed, time lost to their exchange, memory; for the benchmark."""
+"""How training grows with the number of ranks: speed, the share of time that ranks lose to each other, memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -10,29 +10,38 @@ from compiled import WARMUP_CALLS_DISTRIBUTED
 from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 from precision import Precision
 from runtime import distributed
-from runtime.distributed import FirstRanks
-from step import Recipe
 
 COLUMNS = ("work", "scaling", "ranks", "batch a rank", "ms a step", "samples/s", "efficiency", "communication", "GB")
 
 
+class Share(NamedTuple):
+    """The samples of one rank: of a step, and of one forward and backward."""
+
+    batch: int
+    micro_batch: int
+
+
 @dataclass(frozen=True)
 class Scaled:
-    """Work whose batch each rank has, for weak scaling, and a global batch that they share, for strong scaling.
+    """Work to scale. Weak: each rank has the work's batch. Strong: the ranks share `global_batch`.
 
-    Of its share a rank takes at most `micro_batch` samples at a time, so that one rank has memory for all.
+    In strong scaling a rank takes at most `micro_batch` samples at a time, so that one rank has memory for all.
     """
 
     work: Work
     global_batch: int
     micro_batch: int
 
-    def of_rank(self, scaling: str, ranks: int) -> tuple[Work, Recipe]:
-        """What one of the ranks does, of which the number divides the global batch."""
+    def share(self, scaling: str, ranks: int) -> Share:
+        """The share of each rank; the number of ranks must divide the global batch."""
         if scaling == "weak":
-            return self.work, replace(RECIPE, micro_batch=self.work.batch)
+            return Share(self.work.batch, self.work.batch)
         batch = self.global_batch // ranks
-        return replace(self.work, batch=batch), replace(RECIPE, micro_batch=min(batch, self.micro_batch))
+        return Share(batch, min(batch, self.micro_batch))
+
+    def shares(self, numbers: Sequence[int]) -> list[Share]:
+        """All different shares of ranks in these numbers."""
+        return list(dict.fromkeys(self.share(scaling, ranks) for scaling in ("weak", "strong") for ranks in numbers))
 
 
 SCALED = {"small": Scaled(SMALL, 256, 256), "base": Scaled(BASE, 256, 32), "large": Scaled(LARGE, 256, 64)}
@@ -45,10 +54,10 @@ class ScalingRow:
 
     Attributes:
         scaling: "weak" or "strong".
-        batch, micro_batch: samples a rank, of a step and at a time.
+        batch, micro_batch: samples of one rank, of a step and at a time.
         ms: a step's, of the slowest rank.
-        efficiency: samples a second over those of one rank times the number of ranks.
-        communication: the share of a step's time that it takes longer than where no rank waits for another.
+        efficiency: samples a second, divided by those of one rank times the number of ranks.
+        communication: the share of a step's time that one rank, with the same share of samples, does not need.
         gigabytes: the most memory allocated on a GPU, 10⁹ bytes; None on a CPU.
     """
 
@@ -71,59 +80,44 @@ class ScalingRow:
         return [self.work, self.scaling, str(self.ranks), batch, *speeds, *shares, memory]
 
 
-def scaling_times(
-    scaled: Scaled, precision: Precision, device: torch.device, groups: list[FirstRanks]
+def scaling_rows(
+    scaled: Scaled, ranks: int, share: Share, seconds: float, gigabytes: float | None, alone: dict[Share, float]
 ) -> Iterator[ScalingRow]:
-    """Rows of weak and then strong scaling over groups of ranks, of which the first is one rank alone.
+    """The rows that follow from one time of so many ranks: one, two where weak and strong shares are equal, or none.
 
-    Every rank must take all rows, which are the same on all.
+    Args:
+        alone: seconds a step of one rank, for its own shares and for those of more ranks.
     """
     for scaling in ("weak", "strong"):
-        rate_of_one = None
-        for group in groups:
-            work, recipe = scaled.of_rank(scaling, group.count)
-            seconds, apart, gigabytes = group.call(partial(measure, work, recipe, precision, device))
-            rate = group.count * work.batch / seconds
-            rate_of_one = rate_of_one or rate
-            yield ScalingRow(
-                work.name,
-                scaling,
-                group.count,
-                work.batch,
-                recipe.micro_batch,
-                seconds * 1e3,
-                rate,
-                rate / (group.count * rate_of_one),
-                1 - apart / seconds,
-                gigabytes,
-            )
+        if scaled.share(scaling, ranks) != share:
+            continue
+        whole = scaled.share(scaling, 1)
+        rate, rate_of_one = ranks * share.batch / seconds, whole.batch / alone[whole]
+        yield ScalingRow(
+            scaled.work.name,
+            scaling,
+            ranks,
+            share.batch,
+            share.micro_batch,
+            seconds * 1e3,
+            rate,
+            rate / (ranks * rate_of_one),
+            1 - alone[share] / seconds,
+            gigabytes,
+        )
 
 
-def measure(
-    work: Work, recipe: Recipe, precision: Precision, device: torch.device
-) -> tuple[float, float, float | None]:
-    """Seconds a step, the same where each rank trains by itself, at the same time, and the most memory of a GPU.
+def measure_share(work: Work, share: Share, precision: Precision, device: torch.device) -> tuple[float, float | None]:
+    """Seconds a step of the slowest rank, and the most memory of a GPU in 10⁹ bytes, None on a CPU.
 
-    The difference is what the exchange of gradients adds to a step: what runs beside the backward pass adds nothing.
+    All ranks must call it together. Each trains on a share of this size.
     """
-    ready = partial(ready_step, work, recipe, precision, device)
-    apart = slowest(lambda: distributed.alone(ready), device) if distributed.is_group() else None
-    together = slowest(ready, device)
-    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return together, apart or together, memory and max(distributed.gather(memory))
-
-
-def ready_step(work: Work, recipe: Recipe, precision: Precision, device: torch.device) -> Training:
-    """A step that has been compiled and recorded, if it can be on the device."""
+    start_over(device)
     fast = device.type == "cuda"
-    step = Training(work, precision, fast, device, recipe=recipe)
+    recipe = replace(RECIPE, micro_batch=share.micro_batch)
+    step = Training(replace(work, batch=share.batch), precision, fast, device, recipe=recipe)
+    # On a GPU the step is recorded after these.
     for _ in range(WARMUP_CALLS_DISTRIBUTED + 2 if fast else 1):
         step()
-    return step
-
-
-def slowest(make: Callable[[], Training], device: torch.device) -> float:
-    """Seconds a step of the slowest rank."""
-    start_over(device)
-    step = make()
-    return max(distributed.gather(seconds_a_call(step, device)))
+    seconds = max(distributed.gather(seconds_a_call(step, device)))
+    return seconds, max(distributed.gather(torch.cuda.max_memory_allocated(device))) / 1e9 if fast else None

@@ -1,24 +1,21 @@
-"""Tables and curves of a study: qualities of variants, each the mean over seeds with its spread."""
+"""Tables and curves of a study: the quality of each variant, as mean and spread over seeds."""
 
 import math
 import statistics
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from drawing.plots import line_plot
+from drawing.plots import Lines
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One quality of one variant, over its seeds; NaN where it was left out."""
+    """One quality of one variant: a value for each seed, NaN if it was not measured."""
 
     values: tuple[float, ...]
 
     def known(self) -> list[float | None]:
-        """The values, as JSON can have them."""
+        """The values for a JSON file, which has no NaN: None instead."""
         return [None if math.isnan(value) else value for value in self.values]
 
     @property
@@ -27,28 +24,29 @@ class Cell:
 
     @property
     def spread(self) -> float:
-        """The standard deviation over seeds; of one seed it is not known."""
+        """The standard deviation over seeds. Infinite for one seed: it is not known."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.inf
 
     def text(self, reference: "Cell") -> str:
-        """Mean ± spread, bold where the mean differs from the reference's by more than both spreads together."""
+        """Mean ± spread. Bold if the mean differs from the reference's mean by more than both spreads together."""
         if math.isnan(self.mean):
             return "–"
         spread = f" ± {self.spread:.2g}" if len(self.values) > 1 else ""
         text = f"{self.mean:.4g}{spread}"
-        # Of a difference of two: the root of the sum of squares.
+        # The spread of a difference is the root of the sum of squares.
         differs = abs(self.mean - reference.mean) > math.hypot(self.spread, reference.spread)
         return f"**{text}**" if differs else text
 
 
-# By (trained, sampled) the cell of each quality, by name.
+# The cell of each quality, by name, of each variant (trained, sampled).
 Cells = Mapping[tuple[str, str], Mapping[str, Cell]]
 
 
 def tables(cells: Cells) -> Iterator[str]:
-    """Markdown: for each quality a table of trainings by samplings where every pair was tried, else one table of all.
+    """Markdown tables of all qualities; the first variant is the reference for all others.
 
-    What differs is told from the first variant.
+    If each training was sampled in each way, there is one table for each quality: a row for each training, a
+    column for each way to sample. Otherwise one table has a row for each variant and a column for each quality.
     """
     reference = next(iter(cells.values()))
     trainings, samplings = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
@@ -65,27 +63,29 @@ def tables(cells: Cells) -> Iterator[str]:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def loss_curves(runs: Mapping[str, Sequence[Sequence[dict]]]) -> np.ndarray:
-    """The loss by step, the mean over a variant's runs, from their metrics by name: a picture (H, W, 3) uint8."""
+def loss_curves(runs: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> Lines:
+    """The loss by step of each variant: at each step the mean over its runs.
+
+    Args:
+        runs: the lines of metrics of each run, by the name of the variant.
+    """
     series = {}
     for name, seeds in runs.items():
         losses: dict[float, list[float]] = {}
         for row in (row for rows in seeds for row in rows):
             losses.setdefault(row["step"], []).append(row["loss"])
         series[name] = [(step, statistics.mean(values)) for step, values in sorted(losses.items())]
-    return line_plot(series, "step", "loss", log_y=True)
+    return Lines(series, "step", "loss", log_y=True)
 
 
-def quality_by_evaluations(cells: Cells, quality: str) -> np.ndarray:
-    """A quality against the mean evaluations of a sample, by way of sampling: a picture (H, W, 3) uint8."""
+def quality_by_evaluations(cells: Cells, quality: str) -> Lines:
+    """A quality against the mean number of evaluations for a sample: a line for fixed steps, one for adaptive."""
     series: dict[str, list[tuple[float, float]]] = {}
     for (_, sampling), row in cells.items():
         way = "adaptive" if sampling.startswith("G") else "fixed steps"
         series.setdefault(way, []).append((row["evaluations"].mean, row[quality].mean))
-    # The plots' font has no accents.
-    label = unicodedata.normalize("NFKD", quality).encode("ascii", "ignore").decode()
-    return line_plot({way: sorted(points) for way, points in series.items()}, "evaluations a sample", label)
+    return Lines({way: sorted(points) for way, points in series.items()}, "evaluations a sample", quality)

@@ -59,7 +59,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return agree_on_precision("fp32" if name == "tf32" else name, device.type, tf32=name == "tf32")
 
 
-def measure(work: Work, precision: str, mode: str, device: torch.device, product: float) -> Row:
+def measure_work(work: Work, precision: str, mode: str, device: torch.device, product: float) -> Row:
     start_over(device)
     choice, fast = choose_precision(precision, device), mode == "fast"
     call = (Training if work.kind == "train" else Sampling)(work, choice, fast, device)

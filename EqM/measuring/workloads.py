@@ -1,7 +1,6 @@
 """Networks with random inputs, to measure and to compare: one training or sampling step after another."""
 
 import copy
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -10,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from models import EqM, build_network
+from compiled import forget_compiled, freeze_garbage_collector
+from models import EqM, NetworkSettings
 from precision import Precision
 from runtime import distributed
-from runtime.draws import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
 from step import Recipe, TrainingState, training_step
@@ -45,9 +44,11 @@ class Work:
 
     def build(self, device: torch.device | str) -> EqM:
         torch.manual_seed(0)
-        names = ("model", "input_size", "in_channels", "temporal_patch", "energy")
+        settings = NetworkSettings(
+            self.model, self.input_size, self.in_channels, NUM_CLASSES, self.temporal_patch, energy=self.energy
+        )
         with torch.device(device):
-            return build_network({name: getattr(self, name) for name in names} | {"num_classes": NUM_CLASSES})
+            return settings.build()
 
 
 LATENT_CLIP = (4, 32, 32)
@@ -73,8 +74,6 @@ FULL = {
 }
 TINY = Work("Ti/2, 4 frames of 16 px", "train", "EqM-Ti/2", (4, 16, 16), 16, 3, 4, ways=FAST_AND_EAGER)
 QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frames of 16 px", kind="sample", batch=4)]}
-# Measured where they are asked for by name.
-QUICK_BY_NAME = {"energy": [replace(TINY, name="EqM-E dot Ti/2, 4 frames of 16 px", energy="dot")]}
 
 
 def part_of_rank(batch: int) -> slice:
@@ -97,7 +96,6 @@ class Training:
         seed: int = 0,
         recipe: Recipe = RECIPE,
     ):
-        self.seed = seed
         self.state = TrainingState(work.build(device), precision, device)
         self.state.working.grad_checkpoint = work.grad_checkpoint
         # Before compiling, which may draw random numbers too, and others for another share of the batch.
@@ -105,14 +103,14 @@ class Training:
         self.x = torch.randn(samples, *self.state.network.input_shape, device=device)[mine].clone()
         self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
         self.seconds_per_frame = torch.full((work.batch,), 0.1, device=device)
-        self.step = training_step(self.state, recipe, work.batch, fast)
+        self.step = training_step(self.state, recipe, work.batch, seed, fast)
+        if fast:
+            freeze_garbage_collector()
 
     def __call__(self) -> Tensor:
-        state = self.state
-        seed_draws(state.generator, self.seed, state.samples, distributed.rank())
-        state.samples += len(self.x) * distributed.world_size()
-        state.step += 1
-        return self.step(self.x, self.y, self.seconds_per_frame)
+        result = self.step(self.x, self.y, self.seconds_per_frame)
+        self.state.advance(len(self.x) * distributed.world_size())
+        return result
 
 
 class Sampling:
@@ -123,6 +121,8 @@ class Sampling:
         network = network.requires_grad_(False).eval().to(precision.dtype)
 
         conditioned = conditioned_field(network, 2 * work.batch, 0.1, fast)
+        if fast:
+            freeze_garbage_collector()
         y = torch.arange(work.batch) % NUM_CLASSES  # (N,)
         self.field = Composition([1.0], network.num_classes, GUIDANCE, device).field(conditioned, y[None])
         generator = torch.Generator(device).manual_seed(1)
@@ -139,9 +139,7 @@ GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median of three groups of calls 
 
 def start_over(device: torch.device) -> None:
     """Frees what the last measurement left."""
-    gc.unfreeze()  # what compiling left behind
-    gc.collect()
-    torch._dynamo.reset()
+    forget_compiled()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

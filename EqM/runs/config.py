@@ -1,83 +1,147 @@
-"""What a checkpoint says of its run: made from flags and data, and checked against another run's."""
+"""The config of a run: what a checkpoint says of the network and of how it was trained."""
 
-import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import torch
-
+from data.form import Form
 from data.latents import LatentSpace
-from data.scan import Found
-from models import build_network
-from objective import Objective
-from precision import Precision
-from runtime import distributed
+from models import NetworkSettings
+from objective import DISPERSION_WEIGHT, Objective
 from runtime.errors import UserError
 
+# Flags of train.py that a checkpoint keeps by their own names, and what a checkpoint without one of them means.
+# These meanings must never change. What a new run takes stands where a flag is defined.
+OLD_MEANINGS = {
+    "frame_interval": 1,
+    "no_flip": False,
+    "lr": 1e-4,
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "ema_decay": 0.9999,
+    "micro_batch_size": None,
+    "global_seed": 0,
+}
 
-def network_settings(args: argparse.Namespace, image_size: int, num_classes: int, space: LatentSpace | None) -> dict:
-    """The network's settings, as checkpoints keep them; `image_size` in pixels.
 
-    Raises:
-        UserError: sizes that do not divide.
+@dataclass(frozen=True)
+class Config:
+    """What a checkpoint says of its run.
+
+    A default is what a checkpoint without this key means. It must never change.
+
+    Attributes:
+        classes: the names of the data's classes. The network may know more.
+        frames_per_second: of the training clips, on average; None for images.
+        precision: as Precision.as_dict.
+        space: the space of the latents that the network sees; None: pixels.
+        global_batch_size: samples of a step over all ranks.
+        processes: ranks.
+        flags: the flags of train.py, by name.
     """
-    side, channels = (space.side(image_size), space.channels) if space else (image_size, 3)
-    settings = {
-        "model": args.model,
-        "input_size": (args.clip_len, side, side) if args.video else side,
-        "in_channels": channels,
-        "num_classes": num_classes,
-        "temporal_patch": (args.temporal_patch or (1 if args.clip_len % 2 else 2)) if args.video else 1,
-        "uncond": args.uncond,
-        "energy": args.ebm,
-    }
-    try:
-        with torch.device("meta"):
-            build_network(settings)
-    except ValueError as error:
-        raise UserError(f"{args.model}: {error}") from None
-    return settings
 
+    network: NetworkSettings
+    classes: tuple[str, ...]
+    frames_per_second: float | None
+    precision: dict
+    objective: Objective = field(default_factory=Objective)
+    space: LatentSpace | None = None
+    global_batch_size: int | None = None
+    processes: int | None = None
+    flags: dict = field(default_factory=dict)
 
-def make_config(
-    args: argparse.Namespace,
-    settings: dict,
-    objective: Objective,
-    found: Found,
-    precision: Precision,
-    batch: int,
-    space: LatentSpace | None,
-) -> dict:
-    """What a checkpoint says of its run, as plain data."""
-    rate = found.mean_frame_rate() / args.frame_interval if args.video else None
-    return {
-        "network": settings,
-        "objective": asdict(objective),
-        "classes": list(found.classes),
-        "frames_per_second": rate,
-        "precision": precision.as_dict(),
-        "vae": space.as_dict() if space else None,
-        "global_batch_size": batch,
-        "processes": distributed.world_size(),
-        "args": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-
-
-def check_resumable(saved: dict, config: dict, path: Path) -> None:
-    """Raises UserError, with both values, where a checkpoint does not fit the flags or the data."""
-
-    def described(config: dict) -> dict:
-        # Older checkpoints do not say what was the same for all.
-        objective = asdict(Objective(**config.get("objective", {})))
+    def as_dict(self) -> dict:
+        """As plain data, for checkpoints and config.json."""
         return {
-            **{"uncond": True, "energy": "none"},
-            **config["network"],
-            **{f"the objective's {key}": value for key, value in objective.items()},
-            "classes": config["classes"],
-            "vae": (config.get("vae") or {}).get("fingerprint"),
+            "network": asdict(self.network),
+            "objective": asdict(self.objective),
+            "classes": list(self.classes),
+            "frames_per_second": self.frames_per_second,
+            "precision": self.precision,
+            "vae": self.space.as_dict() if self.space else None,
+            "global_batch_size": self.global_batch_size,
+            "processes": self.processes,
+            "args": {name: str(value) if isinstance(value, Path) else value for name, value in self.flags.items()},
         }
 
-    ours, theirs = described(config), described(saved["config"])
-    for key, value in ours.items():
-        if theirs.get(key) != value:
-            raise UserError(f"{path} was trained with {key} {theirs.get(key)}, and this run has {value}")
+    @property
+    def form(self) -> Form:
+        """The form of the data that the network was trained on, without mirrored samples."""
+        pixels = self.space.downsampling if self.space else 1
+        interval = self.flags.get("frame_interval", OLD_MEANINGS["frame_interval"]) if self.network.is_video else 1
+        return Form(self.network.is_video, self.network.side * pixels, self.network.frames, interval)
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """Seconds from one frame of a training clip to the next, on average; 0 for images."""
+        return 1 / self.frames_per_second if self.frames_per_second else 0.0
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of all classes that the network knows. A class without data goes by its index."""
+        return [*self.classes, *map(str, range(len(self.classes), self.network.num_classes))]
+
+    def kept_flags(self) -> dict:
+        """The values of the flags that the run was made with, by name, as train.py would read them again."""
+        network, objective = self.network, self.objective
+        return {
+            **{name: self.flags.get(name, meaning) for name, meaning in OLD_MEANINGS.items()},
+            "model": network.model,
+            "video": network.is_video,
+            "clip_len": network.frames if network.is_video else None,
+            "image_size": self.form.image_size,
+            "num_classes": network.num_classes,
+            "temporal_patch": network.temporal_patch if network.is_video else None,
+            "uncond": network.uncond,
+            "ebm": network.energy,
+            "path_type": objective.path,
+            "c_schedule": objective.schedule,
+            "c_a": objective.a,
+            "c_b": objective.b if objective.schedule == "piecewise" else None,
+            "c_lambda": objective.scale,
+            "disp": objective.dispersion == DISPERSION_WEIGHT,
+            "vae": self.space.name if self.space else "none",
+            "global_batch_size": self.global_batch_size,
+        }
+
+
+def config_of(contents: dict, source: str | Path) -> Config:
+    """The config that a checkpoint or a config.json holds, as `Config.as_dict` gave it.
+
+    Raises:
+        UserError: it lacks a key, or a value is of the wrong kind; it came from `source`.
+    """
+    try:
+        network = dict(contents["network"])
+        size = network["input_size"]
+        network["input_size"] = size if isinstance(size, int) else tuple(size)
+        space = contents.get("vae")
+        return Config(
+            network=NetworkSettings(**network),
+            classes=tuple(contents["classes"]),
+            frames_per_second=contents["frames_per_second"],
+            precision=dict(contents["precision"]),
+            objective=Objective(**contents.get("objective", {})),
+            space=LatentSpace(**space) if space else None,
+            global_batch_size=contents.get("global_batch_size"),
+            processes=contents.get("processes"),
+            flags=dict(contents.get("args", {})),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{source} holds a config of another program or version: {error}") from None
+
+
+def check_resumable(saved: Config, ours: Config, path: Path) -> None:
+    """Raises UserError, with both values, if a checkpoint does not fit the flags or the data of this run."""
+
+    def described(config: Config) -> dict:
+        return {
+            **{each.name: getattr(config.network, each.name) for each in fields(config.network)},
+            **{f"the objective's {key}": value for key, value in asdict(config.objective).items()},
+            "classes": list(config.classes),
+            "vae": config.space and config.space.fingerprint,
+        }
+
+    theirs = described(saved)
+    for key, value in described(ours).items():
+        if theirs[key] != value:
+            raise UserError(f"{path} was trained with {key} {theirs[key]}, and this run has {value}")

@@ -1,4 +1,4 @@
-"""A training run's folder, its log and its metrics."""
+"""The folders of training runs."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from runtime.files import write_whole
 
 
 def run_name(model: str, path_type: str) -> str:
-    """What follows a run's number, as EqM-S-4-Linear-velocity-None."""
+    """The name of a run after its number, as EqM-S-4-Linear-velocity-None."""
     return f"{model.replace('/', '-')}-{path_type}-velocity-None"
 
 
-def run_folders(results_dir: Path, model: str, path_type: str = "Linear") -> list[Path]:
-    """The folders of a model's runs along a path, the newest last."""
-    number = re.compile(rf"(\d+)-{re.escape(run_name(model, path_type))}")
+def run_folders(results_dir: Path) -> list[Path]:
+    """The folders of all runs, the newest last."""
+    number = re.compile(r"(\d+)-EqM-.+-velocity-None")
     found = [(int(match[1]), path) for path in results_dir.glob("*") if (match := number.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
@@ -23,7 +23,7 @@ def run_folders(results_dir: Path, model: str, path_type: str = "Linear") -> lis
 def create_run_folder(results_dir: Path, model: str, path_type: str = "Linear") -> Path:
     """Makes and returns the next numbered folder, as 027-EqM-S-4-Linear-velocity-None.
 
-    Making a folder is atomic: of two runs that start at once, one gets the next number.
+    Making a folder is atomic: two runs that start at once get two numbers.
 
     Raises:
         UserError: the folder cannot be written.

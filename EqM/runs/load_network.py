@@ -1,71 +1,44 @@
-"""A checkpoint's network, ready to be sampled or to score."""
+"""The network of a checkpoint, ready to sample or to score."""
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
 from energy import ENERGIES
-from models import EqM, EqM_models, build_network, load_weights
+from models import EqM, EqM_models, NetworkSettings, load_weights
 from precision import Precision
 from runs.checkpoint import check_written_here, load_file, network_weights
+from runs.config import Config, config_of
 from runtime import cli
 from runtime.errors import UserError
 
+KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
 
-def load(args: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[dict, dict, VAE | None]:
-    """The checkpoint's weights, its config, and the VAE that decodes its samples if they are latents.
 
-    Raises:
-        UserError: no checkpoint, or the VAE is missing or another one than the network was trained on.
+@dataclass(frozen=True)
+class CheckpointRequest:
+    """A checkpoint to open, and what the flags say of it.
+
+    Attributes:
+        vae: name or folder of the VAE, or "none"; None: the one that the network was trained on.
+        known: values of the flags that the checkpoint knows too, by name; only the flags that were given.
     """
-    contents = load_file(args.ckpt)
-    weights = network_weights(contents, args.ckpt)
-    table = weights.get("y_embedder.embedding_table.weight", torch.empty(0))  # (classes and the null class, D)
-    if "config" not in contents and len(table.shape) == 2 and args.model and args.vae not in (None, "none"):
-        vae = load_vae(args.vae, device, precision.name == "bf16")
-        return weights, published_config(args, len(table) - 1, vae.space), vae
-    check_written_here(contents, args.ckpt)
-    trained_on = contents["config"].get("vae") or {}
-    name = args.vae or trained_on.get("name", "none")
-    if (name == "none") == bool(trained_on):
-        wants = f"latents of {trained_on['name']}" if trained_on else "pixels"
-        raise UserError(f"{args.ckpt} was trained on {wants}, and --vae says {name}: leave it out")
-    vae = load_vae(name, device, precision.name == "bf16") if name != "none" else None
-    if trained_on and vae.space.fingerprint != trained_on["fingerprint"]:
-        raise UserError(f"--vae {name} is another VAE than the one that {args.ckpt} was trained on")
-    return weights, contents["config"], vae
+
+    path: Path
+    vae: str | None
+    known: Mapping[str, object]
 
 
-def open_network(args: argparse.Namespace, device: torch.device, precision: Precision) -> tuple[EqM, dict, VAE | None]:
-    """The checkpoint's network on the device in the precision, without gradients; its config, and its VAE if any.
-
-    Raises:
-        UserError: as `load`, and for a flag that contradicts the checkpoint, or weights of another network.
-    """
-    weights, config, vae = load(args, device, precision)
-    check_flags(args, config)
-    network = build_network(config["network"])
-    load_weights(network, weights, args.ckpt)
-    return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae
-
-
-def published_config(args: argparse.Namespace, num_classes: int, space: LatentSpace) -> dict:
-    """The config of a published image checkpoint, which carries none: --model, and the VAE's space, tell."""
-    side = space.side(args.image_size or IMAGE_SIZE)
-    network = {"model": args.model, "input_size": side, "in_channels": space.channels, "num_classes": num_classes}
-    return {
-        "network": network | {"temporal_patch": 1, "energy": args.ebm or "none"},
-        "classes": [str(i) for i in range(num_classes)],
-        "frames_per_second": None,
-        "precision": {"name": "another program"},
-        "vae": space.as_dict(),
-    }
-
-
-def add_known_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that `check_flags` compares with a checkpoint."""
-    known = parser.add_argument_group("what the checkpoint knows, checked against it where given")
+def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
+    """Adds --ckpt, --vae, and flags that the checkpoint knows too."""
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint that EqM/train.py wrote")
+    parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default: the VAE of the training")
+    known = parser.add_argument_group("what the checkpoint knows; if given, it must agree")
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
     known.add_argument("--video", action="store_true", default=None)
     known.add_argument("--clip-len", type=cli.side)
@@ -74,27 +47,84 @@ def add_known_args(parser: argparse.ArgumentParser) -> None:
     known.add_argument("--ebm", choices=ENERGIES)
 
 
-def check_flags(args: argparse.Namespace, config: dict) -> None:
-    """Raises UserError, with both values, where a flag contradicts the checkpoint."""
-    network = config["network"]
-    size, pixels = network["input_size"], (config.get("vae") or {}).get("downsampling", 1)
-    video = not isinstance(size, int)
-    trained = {
-        "model": network["model"],
-        "video": video,
-        "clip_len": size[0] if video else 1,
-        "image_size": (size[-1] if video else size) * pixels,
-        "num_classes": network["num_classes"],
-        "ebm": network.get("energy", "none"),
-    }
-    for name, value in trained.items():
-        asked = getattr(args, name)
-        if asked is not None and asked != value:
+def checkpoint_request_of(args: argparse.Namespace) -> CheckpointRequest:
+    """The checkpoint that the flags name."""
+    known = {name: getattr(args, name) for name in KNOWN if getattr(args, name) is not None}
+    return CheckpointRequest(args.ckpt, args.vae, known)
+
+
+def open_network(
+    request: CheckpointRequest, device: torch.device, precision: Precision
+) -> tuple[EqM, Config, VAE | None]:
+    """The network on the device in the precision, without gradients; its config; and the VAE of its latents if any.
+
+    A published image checkpoint has no config. The flags --model and --vae stand in for it.
+
+    Raises:
+        UserError: there is no such checkpoint, a flag contradicts it, it holds the weights of another network, or
+            the VAE is missing or not the one that the network was trained on.
+    """
+    contents = load_file(request.path)
+    weights = network_weights(contents, request.path)
+    bf16 = precision.name == "bf16"
+    if is_published(contents, weights, request):
+        vae = load_vae(request.vae, device, bf16)
+        config = published_config(request, weights, vae.space)
+    else:
+        check_written_here(contents, request.path)
+        config = config_of(contents["config"], request.path)
+        vae = load_same_vae(request, config.space, device, bf16)
+    check_known(request.known, config)
+    network = config.network.build()
+    load_weights(network, weights, request.path)
+    return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae
+
+
+def is_published(contents: dict, weights: dict[str, Tensor], request: CheckpointRequest) -> bool:
+    """Whether a file is a published image checkpoint, and the flags say what it lacks."""
+    table = weights.get("y_embedder.embedding_table.weight", torch.empty(0))  # (classes and the null class, D)
+    described = "model" in request.known and request.vae not in (None, "none")
+    return "config" not in contents and table.dim() == 2 and described
+
+
+def published_config(request: CheckpointRequest, weights: dict[str, Tensor], space: LatentSpace) -> Config:
+    """The config of a published image checkpoint, from the flags, the weights and the space of the VAE."""
+    known, num_classes = request.known, len(weights["y_embedder.embedding_table.weight"]) - 1
+    side = space.side(known.get("image_size", IMAGE_SIZE))
+    return Config(
+        NetworkSettings(known["model"], side, space.channels, num_classes, energy=known.get("ebm", "none")),
+        classes=tuple(map(str, range(num_classes))),
+        frames_per_second=None,
+        precision={"name": "another program"},
+        space=space,
+    )
+
+
+def load_same_vae(
+    request: CheckpointRequest, space: LatentSpace | None, device: torch.device, bf16: bool
+) -> VAE | None:
+    """The VAE of the space that a network was trained in; None for pixels.
+
+    Raises:
+        UserError: it is missing, or the flags ask for another one.
+    """
+    name = request.vae or (space.name if space else "none")
+    if (name == "none") == (space is not None):
+        wants = f"latents of {space.name}" if space else "pixels"
+        raise UserError(f"{request.path} was trained on {wants}, and --vae says {name}: leave it out")
+    if not space:
+        return None
+    vae = load_vae(name, device, bf16)
+    if vae.space.fingerprint != space.fingerprint:
+        raise UserError(f"--vae {name} is not the VAE that {request.path} was trained on")
+    return vae
+
+
+def check_known(known: Mapping[str, object], config: Config) -> None:
+    """Raises UserError, with both values, if a flag contradicts the checkpoint."""
+    trained = config.kept_flags() | {"clip_len": config.network.frames}
+    for name, asked in known.items():
+        if asked != trained[name]:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {asked} contradicts the checkpoint, which was trained with {value}: leave it out")
-
-
-def class_names(config: dict) -> list[str]:
-    """The names of all classes that the network knows; those without data are called by their index."""
-    names = config["classes"]
-    return names + [str(i) for i in range(len(names), config["network"]["num_classes"])]
+            with_value = f"contradicts the checkpoint, which was trained with {trained[name]}: leave it out"
+            raise UserError(f"{flag} {asked} {with_value}")

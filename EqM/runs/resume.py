@@ -1,72 +1,137 @@
 """Finds where a run goes on: its folder, and its newest good checkpoint."""
 
+import argparse
 import json
 import os
 import platform
 import time
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runs.checkpoint import is_sealed
+from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
+from runs.config import Config, config_of
 from runs.folder import create_run_folder, run_folders
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import leftovers, lock
 from runtime.logs import log
 
-# The loading processes of a run that was killed hold its lock until they notice, some seconds later.
+# The loading processes of a killed run hold its lock until they notice, some seconds later.
 LOCK_PATIENCE_S = 20
+# Flags that tell one run from another, by name. --resume goes on with a run that has all of those that are given.
+TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "vae")
+TELLING += ("path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
 # Flags that may change between a run's parts without a word: they leave the weights as they are.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
-SILENT |= {"num_workers", "max_bad_steps", "global_batch_size", "use_amp", "use_bf16"}  # the last three said otherwise
+SILENT |= {"num_workers", "max_bad_steps", "global_batch_size", "use_amp", "use_bf16"}  # other lines tell of the last
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Where the flags ask a run to start.
+
+    Attributes:
+        resume: with the newest run that fits, if there is one.
+        checkpoint: to go on from in a new folder; None: from the beginning.
+        given: the telling flags that were given, by name.
+    """
+
+    results_dir: Path
+    resume: bool
+    checkpoint: Path | None
+    given: dict
+
+
+def add_start_args(parser: argparse._ActionsContainer) -> None:
+    """Adds --ckpt and --resume."""
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    start.add_argument(
+        "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
+    )
+
+
+def asked_of(args: argparse.Namespace) -> Asked:
+    """Where the flags, as they were given, ask a run to start."""
+    given = {name: value for name in TELLING if (value := getattr(args, name)) is not None}
+    return Asked(args.results_dir, args.resume, args.ckpt, given)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where training starts: in a folder (None: a new one), from a checkpoint (None: from the beginning).
+    """Where training starts.
 
-    `damaged` says of newer checkpoints why they were passed over.
+    Attributes:
+        folder: of the run that goes on; None: a new one.
+        checkpoint: to go on from; None: from the beginning.
+        config: of the run that goes on, if it is known.
+        notes: what a person should know, as newer checkpoints that were passed over.
     """
 
     folder: Path | None = None
     checkpoint: Path | None = None
-    damaged: list[str] = field(default_factory=list)
+    config: Config | None = None
+    notes: list[str] = field(default_factory=list)
 
     def log(self) -> None:
-        for problem in self.damaged:
-            log.warning("%s: passed over", problem)
+        for note in self.notes:
+            log.warning("%s", note)
         if self.checkpoint:
             log.info("going on from %s", self.checkpoint)
 
 
-def find_start(args: Namespace) -> Start:
+def find_start(asked: Asked) -> Start:
     """Where --resume, --ckpt, or torchrun's restart of a run that lost a process, say to start.
 
     Raises:
-        UserError: the folder cannot be read.
+        UserError: the folder cannot be read, or the run has only damaged checkpoints.
     """
     restarted = distributed.restarts() > 0
-    if not args.resume and not restarted:
-        return Start(checkpoint=args.ckpt)
+    if not asked.resume and not restarted:
+        return Start(checkpoint=asked.checkpoint)
+    notes: list[str] = []
     try:
-        folders = run_folders(args.results_dir, args.model, args.path_type)
-        if restarted and not args.resume:
-            folders = [folder for folder in folders if launcher_of(folder) == launcher()]
-        if not folders:
-            return Start(checkpoint=args.ckpt)
-        keep_others_out(folders[-1])
-        (folders[-1] / "checkpoints").mkdir(exist_ok=True)
-        for leftover in leftovers(folders[-1] / "checkpoints", "*.pt"):
+        folders = run_folders(asked.results_dir)
+        if restarted and not asked.resume:
+            folder = next((each for each in reversed(folders) if launcher_of(each) == launcher()), None)
+        else:
+            folder = next((each for each in reversed(folders) if has_settings(each, asked.given)), None)
+            if folders and not folder:
+                notes.append(f"no run in {asked.results_dir} has the given settings: this one is new")
+        if not folder:
+            return Start(checkpoint=asked.checkpoint, notes=notes)
+        keep_others_out(folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        for leftover in leftovers(folder / "checkpoints", "*.pt"):
             leftover.unlink()
     except OSError as error:
-        raise UserError(f"{error.filename or args.results_dir} cannot be read: {error.strerror}") from None
-    checkpoint, damaged = newest_good(folders[-1])
+        raise UserError(f"{error.filename or asked.results_dir} cannot be read: {error.strerror}") from None
+    checkpoint, damaged = newest_good(folder)
     if damaged and not checkpoint:
         raise UserError(f"{damaged[0]}, and there is no other: give an older one with --ckpt, or move the run away")
-    return Start(folders[-1], checkpoint or args.ckpt, damaged)
+    notes += [f"{problem}: passed over" for problem in damaged]
+    return Start(folder, checkpoint or asked.checkpoint, config_of_run(folder), notes)
+
+
+def has_settings(folder: Path, given: dict) -> bool:
+    """True if a run has all of these settings. A setting that a run of images does not have tells nothing."""
+    config = config_of_run(folder)
+    if not config:
+        name = given.get("model", "").replace("/", "-")
+        return f"-{name}-" in folder.name and given.get("path_type", "") in folder.name
+    kept = config.kept_flags()
+    return all(kept[name] in (None, value) for name, value in given.items())
+
+
+def config_of_run(folder: Path) -> Config | None:
+    """The config of a run; None if it was stopped before it wrote one."""
+    try:
+        return config_of(json.loads((folder / "config.json").read_text()), folder / "config.json")
+    except (OSError, ValueError, UserError):
+        checkpoint, _ = newest_good(folder)
+        return config_of(load_checkpoint(checkpoint)["config"], checkpoint) if checkpoint else None
 
 
 def keep_others_out(folder: Path) -> None:
@@ -82,15 +147,19 @@ def keep_others_out(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def new_folder(args: Namespace) -> Path:
-    """The next run's folder, locked; raises UserError where it cannot be written."""
-    folder = create_run_folder(args.results_dir, args.model, args.path_type)
+def new_folder(results_dir: Path, model: str, path_type: str) -> Path:
+    """The next run's folder, locked.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = create_run_folder(results_dir, model, path_type)
     keep_others_out(folder)
     return folder
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint of a run, and what is wrong with those after it."""
+    """The newest good checkpoint of a run, and what is wrong with newer ones."""
     damaged = []
     for path in checkpoints(folder):
         try:
@@ -105,34 +174,35 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def launcher() -> str:
-    """The process that started this one, and when it started: the same after a restart of all ranks."""
+    """The process that started this one, and when that one started. It is the same after a restart of all ranks."""
     parent = Path(f"/proc/{os.getppid()}/stat")
     began = parent.read_text().rpartition(")")[2].split()[19] if parent.exists() else ""  # clock ticks since boot
     return f"{platform.node()}:{os.getppid()}:{began}"
 
 
 def launcher_of(folder: Path) -> str | None:
-    """The `launcher` that a run's config names; None where it was stopped before it was written."""
+    """The `launcher` that a run's config names; None if the run was stopped before it wrote one."""
     try:
         return json.loads((folder / "config.json").read_text())["launcher"]
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
 
-def log_changes(saved: dict, config: dict) -> None:
+def log_changes(saved: Config, ours: Config) -> None:
     """Says in which settings a run that goes on differs from what it was."""
-    was, now = saved["config"]["precision"]["name"], config["precision"]["name"]
+    was, now = saved.precision["name"], ours.precision["name"]
     if was != now:
         log.warning("the checkpoint was trained in %s; this run goes on in %s", was, now)
     for name in ("global_batch_size", "processes"):
-        if saved["config"].get(name, config[name]) != config[name]:
-            log.warning("%s was %s and is %s", name, saved["config"][name], config[name])
-    old, new = saved["config"].get("args", {}), config["args"]
+        before, after = getattr(saved, name), getattr(ours, name)
+        if before not in (None, after):
+            log.warning("%s was %s and is %s", name, before, after)
+    old, new = saved.flags, ours.as_dict()["args"]
     for name in sorted(old.keys() & new.keys() - SILENT):
-        if old[name] != new[name]:
+        if old[name] != new[name] and old[name] is not None:
             log.warning("--%s was %s and is %s", name.replace("_", "-"), old[name], new[name])
 
 
-def is_finished(saved: dict, last_sample: int, last_step: float) -> bool:
-    """True where a checkpoint is at the end of the run that the flags describe."""
-    return saved["step"] >= last_step or saved["samples"] >= last_sample
+def is_finished(step: int, samples: int, last_sample: int, last_step: float) -> bool:
+    """True if a checkpoint is at the end of the run that the flags describe."""
+    return step >= last_step or samples >= last_sample

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -118,32 +118,36 @@ def add_tracker_args(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--wandb", action="store_true", help="log to Weights & Biases; WANDB_MODE=offline: to a file")
 
 
-def check_trackers(args: argparse.Namespace) -> None:
-    """Raises UserError where a tracker that the flags ask for is not installed."""
-    for name in KINDS:
+def trackers_of(args: argparse.Namespace) -> list[str]:
+    """The names of the trackers that the flags ask for.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    names = [name for name in KINDS if getattr(args, name)]
+    for name in names:
         try:
-            if getattr(args, name):
-                importlib.import_module(name)
+            importlib.import_module(name)
         except ImportError:
             raise UserError(f"--{name} needs {name}: pip install -r requirements-track.txt") from None
+    return names
 
 
 class Trackers:
-    """The trackers of a run; one that fails is left out from then on, and training goes on."""
+    """The trackers of a run. One that fails gets nothing more, and training goes on."""
 
     def __init__(self):
         self.working: dict[str, Tracker] = {}
 
-    def start(self, args: argparse.Namespace, folder: Path, step: int, config: dict) -> None:
-        """Starts those that the flags ask for, at a step that a run goes on from.
+    def start(self, names: Sequence[str], folder: Path, step: int, config: dict) -> None:
+        """Starts trackers by name, at the step that a run goes on from.
 
         Raises:
             UserError: one cannot start.
         """
-        for name, kind in KINDS.items():
+        for name in names:
             try:
-                if getattr(args, name):
-                    self.working[name] = kind(folder, step, config)
+                self.working[name] = KINDS[name](folder, step, config)
             except Exception as error:  # of the package's own kinds
                 advice = "; WANDB_MODE=offline logs to a file" if name == "wandb" else ""
                 raise UserError(f"--{name} cannot start: {first_line(error)}{advice}") from None
@@ -173,12 +177,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def start_trackers(args: argparse.Namespace, folder: Path, step: int, config: dict) -> Trackers:
-    """The trackers that the flags ask for, on rank 0, and none on the others; every rank must call it.
+def start_trackers(names: Sequence[str], folder: Path, step: int, config: dict) -> Trackers:
+    """Trackers by name on rank 0, and none on the others. Every rank must call it.
 
     Raises:
         UserError: one cannot start.
     """
     trackers = Trackers()
-    distributed.on_main(lambda: trackers.start(args, folder, step, config))
+    distributed.on_main(lambda: trackers.start(names, folder, step, config))
     return trackers

@@ -1,4 +1,4 @@
-"""What the command lines share: errors of one line, checked numbers, logging beside a progress bar."""
+"""What the commands share: errors of one line, flags, checked numbers."""
 
 import argparse
 import math
@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from runtime.errors import UserError, is_lost_process, is_out_of_memory
 
-# How long a rank other than 0 waits before it prints: when every rank meets the same error,
-# rank 0 says it, and torchrun ends the others within this time.
+# Seconds that a rank other than 0 waits before it prints. If every rank meets the same error, rank 0 says it, and
+# torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 10
 MAX_SIDE = 16_384  # pixels or frames; more is a slip of the finger
-TOO_LARGE = 2**63  # what neither a seed nor a tensor's size can be
+TOO_LARGE = 2**63  # neither a seed nor the size of a tensor can be so large
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
@@ -30,7 +30,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
-    """Runs a script's main; the errors that people can mend become one line and a status not 0."""
+    """Runs a command. An error that people can mend becomes one line, and the exit status is not 0."""
     try:
         main()
     except UserError as error:
@@ -47,7 +47,7 @@ def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something."""
+    """Shows a default unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -65,6 +65,26 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)", status=2)
+
+    def new_run_defaults(self) -> dict:
+        """What a new run takes for each flag that `add_kept` added and nobody gave, by name."""
+        return {action.dest: action.new_run_default for action in self._actions if hasattr(action, "new_run_default")}
+
+
+def add_kept(group: argparse._ActionsContainer, flag: str, default: object = None, **settings: object) -> None:
+    """Adds a flag that checkpoints keep.
+
+    It defaults to None. A run that goes on takes the checkpoint's value; only a new run takes `default`.
+    """
+    if default not in (None, False):
+        settings["help"] = f"{settings['help']}; default {flag if default is True else default}"
+    group.add_argument(flag, default=None, **settings).new_run_default = default
+
+
+def settled(given: dict, kept: dict, defaults: dict) -> dict:
+    """All flags by name: as they were given, else as a checkpoint has kept them, else as a new run takes them."""
+    known = defaults | {name: value for name, value in kept.items() if value is not None}
+    return given | {name: known[name] for name in defaults if given[name] is None}
 
 
 def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], wants: str) -> Callable:

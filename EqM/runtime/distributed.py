@@ -1,25 +1,18 @@
-"""Processes and ranks: start, end, rank 0's part, and exchanges. One process needs no launcher.
-
-Within `FirstRanks` and `alone`, "all ranks" are those few, for everything here but the start, the end and SharedFlag.
-"""
+"""Processes and ranks: start, end, rank 0's part, and exchanges. One process needs no launcher."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from runtime.errors import UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 checks files, packs images or saves, which may take long
-ALONE = "alone"
-_scope: dist.ProcessGroup | str | None = None  # who "all ranks" are: a group of them, or this one ALONE; None: all
 
 
 def start() -> torch.device:
@@ -61,15 +54,15 @@ def stop() -> None:
 
 def is_group() -> bool:
     """True where a launcher started several processes."""
-    return dist.is_initialized() and _scope != ALONE
+    return dist.is_initialized()
 
 
 def rank() -> int:
-    return dist.get_rank(_scope) if is_group() else 0
+    return dist.get_rank() if is_group() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size(_scope) if is_group() else 1
+    return dist.get_world_size() if is_group() else 1
 
 
 def is_main() -> bool:
@@ -81,7 +74,7 @@ def gather(value: T) -> list[T]:
     if not is_group():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_scope)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -98,7 +91,7 @@ def on_main(function: Callable[[], T]) -> T:
         except Exception as error:
             outcome, failure = [(None, str(error) or type(error).__name__)], error
     if is_group():
-        dist.broadcast_object_list(outcome, src=0, group=_scope)
+        dist.broadcast_object_list(outcome, src=0)
     if failure:
         raise failure
     result, problem = outcome[0]
@@ -111,56 +104,9 @@ def mean(value: Tensor) -> Tensor:
     """The mean of a tensor over the ranks, on every rank."""
     if is_group():
         value = value.clone()
-        dist.all_reduce(value, group=_scope)
+        dist.all_reduce(value)
         value /= world_size()
     return value
-
-
-@contextmanager
-def _within(scope: dist.ProcessGroup | str | None) -> Iterator[None]:
-    global _scope
-    outer, _scope = _scope, scope
-    try:
-        yield
-    finally:
-        _scope = outer
-
-
-def alone(function: Callable[[], T]) -> T:
-    """What the function returns on each rank by itself, as if it were the only one."""
-    with _within(ALONE):
-        return function()
-
-
-class FirstRanks:
-    """The first `count` of all ranks, for as long as they are to be all that there are.
-
-    All ranks make the same ones, in the same order. They last until `stop`.
-    """
-
-    def __init__(self, count: int):
-        self.count, self.everyone = count, None
-        self.scope = ALONE if count == 1 else None
-        if dist.is_initialized():
-            if 1 < count < dist.get_world_size():
-                self.scope = dist.new_group(range(count), timeout=TIMEOUT)
-            # On the host: who waits through NCCL keeps a GPU busy.
-            self.everyone = dist.new_group(backend="gloo", timeout=TIMEOUT)
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Calls the function on these ranks alone, and returns rank 0's result on every rank, once all have ended.
-
-        The result must pickle.
-        """
-        result: Any = None
-        if self.everyone is None or dist.get_rank() < self.count:
-            with _within(self.scope):
-                result = function()
-        results = [result]
-        if self.everyone is not None:
-            results = [None] * dist.get_world_size()
-            dist.all_gather_object(results, result, group=self.everyone)
-        return results[0]
 
 
 class SharedFlag:
@@ -187,16 +133,6 @@ class SharedFlag:
         (work, value), self.exchange = self.exchange, None
         work.wait()
         return bool(value.item())
-
-
-def data_parallel(network: nn.Module) -> nn.Module:
-    """The network itself in one process, else one that averages gradients over the ranks."""
-    if not is_group():
-        return network
-    parallel = DistributedDataParallel(network, process_group=_scope, gradient_as_bucket_view=True)
-    # Every so many calls it times itself, and a CUDA graph cannot be recorded then.
-    parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
-    return parallel
 
 
 def batches_of_rank(num_samples: int, global_batch: int) -> list[range]:

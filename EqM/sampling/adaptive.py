@@ -1,8 +1,8 @@
 """Descent in which each sample stops by itself, in a batch that stays full.
 
-A sample stops where its field's norm falls below a threshold (Wang & Du 2025, arXiv 2510.02300). The
-field does not depend on time, so that samples at different steps share a batch: the next sample takes a
-stopped one's slot at once. Nothing here knows of networks, ranks or files.
+A sample stops when the norm of its field falls below a threshold (Wang & Du 2025, arXiv 2510.02300). The
+field does not depend on time, so samples at different steps share a batch. When a sample stops, the next one
+takes its slot at once. Nothing here knows of networks, ranks or files.
 """
 
 import statistics
@@ -17,13 +17,20 @@ from torch import Tensor
 from runtime.transfers import read_later, to_device
 from sampling.descent import Field, Finished, Measure, look_ahead, norm_alone
 
-# Steps by which the host, which reads what has stopped, may be behind a GPU: meanwhile it draws new samples' noise.
+# The host may be so many steps behind a GPU. Meanwhile it draws the noise of new samples.
 LAG = 4
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How samples descend: x ← x + η·f(x + μ·(x − x₋₁)) until f's norm is below `threshold`, `cap` times at most."""
+    """How samples descend: x ← x + η·f(x + μ·(x − x₋₁)), until the norm of f is below `threshold`.
+
+    Attributes:
+        stepsize: η.
+        mu: look-ahead.
+        cap: a sample makes at most so many updates.
+        threshold: for the norm, a root mean square.
+    """
 
     stepsize: float
     mu: float
@@ -34,23 +41,23 @@ class Descent:
 class Slots:
     """A batch of samples at different steps.
 
-    The device itself decides which samples stop, and gives their slots to the next ones, whose starts wait in its
-    memory. So no slot waits for the host, which may learn of it later: it copies samples that have stopped, and draws
-    the starts of more.
+    The device itself decides which samples stop. It gives their slots to the next samples, whose starts wait in its
+    memory. So no slot waits for the host. The host learns of it some steps later: it copies the samples that have
+    stopped, and draws more starts.
 
     Args:
-        field_of: from classes (N,) on the device to the field of a batch.
-        starts: from samples' indices to where they start, (N, *shape) float32.
-        labels: from samples' indices to their classes (N,).
-        shape: of a sample.
-        size: slots.
-        progress: gets the number of evaluations that were made, or that a sample which stopped has saved.
-        measure: takes the norm, which decides, and whatever else `Finished` is to have of each evaluation.
-        recorded: makes of a step what a GPU replays, or leaves it as it is.
-        compiled: what a step does beside the field is compiled: it is many operations on little.
-        shrinks: slots go once no sample is left for them, so that none idles; not for a field that is compiled
-            for batches of one size. A GPU keeps them: it would hardly be faster.
-        lag: steps by which the host may be behind; default LAG on a GPU. On a CPU there is nothing to overlap: 0.
+        field_of: gives the field of a batch from classes (N,) on the device.
+        starts: gives the starts (N, *shape), float32, from the indices of samples.
+        labels: gives the classes (N,) from the indices of samples.
+        shape: the shape of a sample.
+        size: the number of slots.
+        progress: gets the number of evaluations that were made, or that a stopped sample has saved.
+        measure: measures each evaluation. The first number is the norm, and it decides.
+        recorded: turns a step into one that a GPU replays, or returns it unchanged.
+        compiled: compile the parts of a step around the field: they are many operations on little data.
+        shrinks: if True, drop empty slots at the end. Leave False for a field compiled for one batch size. A GPU
+            keeps its slots in any case: it would hardly be faster.
+        lag: steps by which the host may be behind. Default LAG on a GPU, and 0 on a CPU, where nothing overlaps.
     """
 
     def __init__(
@@ -72,56 +79,57 @@ class Slots:
         self.field_of, self.starts, self.labels, self.descent = field_of, starts, labels, descent
         self.shape, self.size, self.device, self.progress, self.measure = shape, size, device, progress, measure
         self.lag = (LAG if device.type == "cuda" else 0) if lag is None else lag
-        self.shrinks = shrinks and not self.lag  # what is under way has the slots that there were
+        self.shrinks = shrinks and not self.lag  # a step under way would still have the old number of slots
         self.allocate()
         if compiled:
             self.fill, self.settle = (torch.compile(part, dynamic=False) for part in (self.fill, self.settle))
         self.advance = recorded(self.step)
 
     def allocate(self) -> None:
-        """The slots, and a queue of as many samples: of all samples the k-th waits in row k modulo N."""
+        """The slots, and a queue of as many samples: the k-th of all samples waits in row k modulo N."""
         zeros = partial(torch.zeros, device=self.device)
         self.x, self.previous, self.queue = (zeros(self.size, *self.shape) for _ in range(3))  # (N, …)
-        # A sample goes by its place among all.
+        # `sample` holds the place of a sample among all.
         self.y, self.sample, self.evaluations, self.queued_y = (zeros(self.size).long() for _ in range(4))  # (N,)
         self.busy = zeros(self.size).bool()  # (N,)
         self.taken, self.queued = zeros(()).long(), zeros(()).long()  # of all samples, so far
 
     def run(self, indices: Sequence[int]) -> Iterator[Finished]:
-        """Every sample, as it stops: in the evaluation that finds the norm below the threshold, or after `cap` updates.
+        """Every sample, as it stops: at the evaluation whose norm is below the threshold, or after `cap` updates.
 
-        One evaluation of the whole batch a step.
+        A step evaluates the whole batch once.
         """
         if len(self.x) < self.size:
             self.allocate()
         for state in (self.busy, self.sample, self.taken, self.queued):
             state.zero_()
         self.indices, self.filled, self.unfinished = list(indices), 0, len(indices)
-        self.measured: dict[int, list[list[float]]] = {}  # of the samples in slots
+        self.measured: dict[int, list[list[float]]] = {}  # by sample, for those in slots
         self.refill(0)
         self.drop_slots()
         under_way: deque[tuple[Callable[[], Tensor], Tensor]] = deque()
         while self.unfinished:
-            seen = self.advance().clone()  # (N, 3 + K) which the next step overwrites, as it does x
+            seen = self.advance().clone()  # (N, 3 + K), a copy: the next step overwrites it, and x
             under_way.append((read_later(seen), self.x.clone()))
             if len(under_way) > self.lag:
                 read, x = under_way.popleft()
                 yield from self.finish(read().tolist(), x)
 
     def step(self) -> Tensor:
-        """Fills free slots, and updates all but those whose samples rest. Nothing waits for the host.
+        """Fills free slots, and updates every slot whose sample does not rest. Nothing waits for the host.
 
         Returns:
-            Of each slot (N, 3 + K), in float64: its sample, whether there is one, whether it stops, what was measured.
+            (N, 3 + K) float64: for each slot its sample, whether it is busy, whether it stops, and the K measured
+            numbers.
         """
         point = self.fill()  # (N, …)
         return self.settle(point, self.field_of(self.y)(point))
 
     def fill(self) -> Tensor:
-        """Gives free slots to the samples at the head of the queue, as far as there are any.
+        """Gives free slots to the samples at the head of the queue.
 
         Returns:
-            The points (N, …) where the field is wanted.
+            The points (N, …) where the field is to be evaluated.
         """
         following = self.taken + (~self.busy).cumsum(0) - 1  # (N,) the samples that free slots would get
         fills = ~self.busy & (following < self.queued)  # (N,)
@@ -137,7 +145,7 @@ class Slots:
         return look_ahead(self.x, self.previous, self.descent.mu)
 
     def settle(self, point: Tensor, value: Tensor) -> Tensor:
-        """Updates x, but where samples rest, by the field's value (N, …) at each point; returns what `step` does."""
+        """Updates x by the value (N, …) of the field at each point, except where samples rest. Returns as `step`."""
         value = value.float()
         after = torch.add(self.x, value, alpha=self.descent.stepsize)  # (N, …)
         measured = self.measure(self.y, point, value)  # (N, K)
@@ -146,18 +154,23 @@ class Slots:
         stops = self.busy & (rests | (self.evaluations == self.descent.cap))
         about = torch.stack([self.sample.double(), self.busy.double(), stops.double()], dim=1)  # (N, 3)
         stays = self.over_samples(rests)  # (N, 1, …)
-        # Not a mere copy of x: the compiler of torch 2.14 would make it after x's update.
+        # A plain copy of x would be wrong: the compiler of torch 2.14 makes it after the update of x.
         self.previous.copy_(torch.where(stays, self.previous, self.x))
         self.x.copy_(torch.where(stays, self.x, after))
         self.busy.logical_and_(~stops)
         return torch.cat([about, measured.double()], dim=1)
 
     def over_samples(self, values: Tensor) -> Tensor:
-        """Values of slots (N,) as (N, 1, …), for all elements of each sample."""
+        """(N,) → (N, 1, …): a value of each slot, for all elements of its sample."""
         return values.view(-1, *[1] * len(self.shape))
 
     def finish(self, seen: list[list[float]], x: Tensor) -> list[Finished]:
-        """The samples that a step was the last of; more are queued in place of those that have left the queue."""
+        """The samples that stopped at a step. Also queues more samples.
+
+        Args:
+            seen: the rows of `step`.
+            x: the slots after it, (N, …).
+        """
         finished, evaluations, last = [], 0, 0
         for place, (number, busy, stops, *numbers) in enumerate(seen):
             sample = int(number)
@@ -177,9 +190,13 @@ class Slots:
         return finished
 
     def refill(self, taken: int) -> None:
-        """Queues samples, as far as there is room once so many of all have come into slots."""
+        """Queues samples as far as there is room.
+
+        Args:
+            taken: so many of all samples have left the queue.
+        """
         new = range(self.filled, min(taken + self.size, len(self.indices)))
-        # A few at once, unless they are the last: each time costs the host some launches.
+        # Several at once, unless they are the last: each time costs the host some launches.
         if len(new) > self.size // 8 or (new and new.stop == len(self.indices)):
             rows = torch.arange(new.start, new.stop, device=self.device) % self.size  # (n,)
             indices = self.indices[new.start : new.stop]
@@ -189,15 +206,15 @@ class Slots:
             self.filled = new.stop
 
     def drop_slots(self) -> None:
-        """Where slots may go, keeps no more than there are samples to come."""
+        """If slots may shrink, keeps no more of them than unfinished samples."""
         if self.shrinks and self.unfinished < len(self.x):
-            kept = (~self.busy).int().argsort(stable=True)[: self.unfinished]  # (n,) the busy ones first
+            kept = (~self.busy).int().argsort(stable=True)[: self.unfinished]  # (n,), the busy slots first
             for name in ("x", "previous", "y", "sample", "evaluations", "busy"):
                 setattr(self, name, getattr(self, name)[kept])
 
 
 def summary(evaluations: Sequence[int], cap: int) -> str:
-    """How samples' evaluations are distributed, and what stopping saved of `cap` for each, in words."""
+    """One line: how the evaluations of samples are distributed, and what stopping saved of `cap` for each."""
     mean, median = statistics.mean(evaluations), statistics.median(evaluations)
     capped = sum(count == cap for count in evaluations)
     return (

@@ -1,8 +1,8 @@
-"""Sampling as optimisation: gradient descent, plain or with Nesterov's look-ahead, along a field.
+"""Sampling as optimisation: gradient descent along a field, plain or with Nesterov's look-ahead.
 
-A field is a function x ↦ f(x) that points from noise to data and is added (Wang & Du 2025,
-arXiv 2510.02300). One that depends on time can be integrated over it instead. Nothing here knows of
-networks or ranks; x stays in float32.
+A field is a function x ↦ f(x). It points from noise to data, and descent adds it (Wang & Du 2025,
+arXiv 2510.02300). A field that depends on time can be integrated over time instead. Nothing here knows of
+networks or ranks. x stays in float32.
 """
 
 import math
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from energy import energy_of_field
+
 Field = Callable[[Tensor], Tensor]
 
-STEPSIZE, STEPS, MU = 0.0017, 250, 0.3  # η, updates a sample and look-ahead, as published
+STEPSIZE, STEPS, MU = 0.0017, 250, 0.3  # η, updates of a sample and look-ahead, as published
+TRACED = 8  # a trace shows so many of the first samples
 
 
 def gradient_descent(
@@ -27,8 +30,12 @@ def gradient_descent(
 ) -> Tensor:
     """x ← x + η·f(x + μ·(x − x₋₁)), once for each element of `steps`, with x₋₁ = x at the start.
 
-    With mu = 0 this is GD, otherwise NAG-GD. `steps` is any iterable, a progress bar included; `watch`
-    sees each point and the field's value there.
+    With mu = 0 this is GD, otherwise NAG-GD.
+
+    Args:
+        x: the start, (N, …).
+        steps: any iterable, also a progress bar.
+        watch: gets each point where the field was evaluated, and the value there.
     """
     previous = x
     for _ in steps:
@@ -45,9 +52,15 @@ def integrate(
     steps: Iterable,
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
 ) -> Tensor:
-    """Euler's steps x ← x + (γ₊₁ − γ)·v(x, γ) from each of K + 1 times to the next, one for each of K `steps`.
+    """Euler's steps x ← x + (γ₊₁ − γ)·v(x, γ), from each of K + 1 times to the next.
 
-    This is how flow matching samples, from noise at γ = 0 to data at γ = 1 (Lipman et al. 2023, arXiv 2210.02747).
+    Flow matching samples in this way, from noise at γ = 0 to data at γ = 1 (Lipman et al. 2023, arXiv 2210.02747).
+
+    Args:
+        velocity_at: gives v(·, γ) from γ.
+        x: the start, (N, …).
+        gammas: the K + 1 times.
+        steps, watch: as for gradient_descent. The result is complete after K steps.
     """
     for _, gamma, after in zip(steps, gammas, gammas[1:], strict=False):
         point, value = x, velocity_at(gamma)(x).float()  # (N, …)
@@ -57,23 +70,23 @@ def integrate(
 
 
 def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x one step on, the point ahead where the field was evaluated, and its value there; (N, …) each, in float32."""
+    """One step: the new x, the point where the field was evaluated, and the value there, (N, …) each, in float32."""
     point = look_ahead(x, previous, mu)
     value = field(point).float()
     return torch.add(x, value, alpha=stepsize), point, value
 
 
 def look_ahead(x: Tensor, previous: Tensor, mu: float) -> Tensor:
-    """The point x + μ·(x − x₋₁) where the field is evaluated, x itself without look-ahead: (N, …) each."""
+    """The point x + μ·(x − x₋₁) where the field is evaluated, (N, …). Without look-ahead it is x."""
     return torch.add(x, x - previous, alpha=mu) if mu else x
 
 
 def value_norms(value: Tensor) -> Tensor:
-    """The root mean square of each sample's elements: (N, …) → (N,), in float32, the same scale for any size."""
+    """The root mean square of each sample's elements, in float32: (N, …) → (N,). Its scale is the same for any size."""
     return torch.linalg.vector_norm(value.float().flatten(1), dim=1) / math.sqrt(value[0].numel())
 
 
-# From samples' classes (N,), the points x (N, …) and the field's values there to numbers (N, K), the norm first.
+# From the classes of samples (N,), points (N, …) and the values of the field there to numbers (N, K), the norm first.
 Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -82,9 +95,31 @@ def norm_alone(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
     return value_norms(value)[:, None]
 
 
+def norm_and_energy(explicit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Measure:
+    """The Measure of norm and energy: (N, 2).
+
+    Args:
+        explicit: gives the energies (N,) of samples from their classes (N,) and points (N, …). None: the energy is
+            −⟨x, f(x)⟩ over the number of elements.
+    """
+
+    def measure(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
+        energies = energy_of_field(x, value) if explicit is None else explicit(y, x)  # (N,)
+        return torch.stack([value_norms(value), energies], dim=1)
+
+    return measure
+
+
 @dataclass(frozen=True)
 class Finished:
-    """A sample x (…) in float32, and how often its field was evaluated; what was measured each time or the last."""
+    """A sample that has ended.
+
+    Attributes:
+        index: which sample.
+        x: the sample (…), float32.
+        evaluations: how often its field was evaluated.
+        measured: one row per evaluation, or only the last.
+    """
 
     index: int
     x: Tensor
@@ -97,7 +132,7 @@ class Finished:
 
 
 class Watch:
-    """Measures the descent of samples as `gradient_descent` shows it: the last step of it, or `every` one."""
+    """Measures samples while they descend: the last step, or `every` step. It is the `watch` of gradient_descent."""
 
     def __init__(self, measure: Measure, y: Tensor, every: bool):
         self.measure, self.y, self.every = measure, y, every
@@ -110,7 +145,10 @@ class Watch:
             self.steps.append(self.measure(self.y, point, value))
 
     def read(self) -> list[list[list[float]]]:
-        """What was measured of each sample. To be called before the field is, since that may overwrite its value."""
+        """The rows that were measured, by sample.
+
+        Call this before the next evaluation: a replayed graph reuses its output buffer.
+        """
         return torch.stack(self.steps or [self.measure(self.y, *self.last)], dim=1).tolist()
 
 
@@ -127,12 +165,12 @@ def fixed_descents(
     """Samples batch by batch, each after the same number of steps.
 
     Args:
-        sample: makes samples (N, …) of indices from where they start, in steps that it iterates over, and shows
-            each to the watch.
-        starts: from indices to where samples start, (N, …); called one batch ahead.
-        labels: from indices to classes (N,).
-        traced: the samples of the first so many indices are measured at each step.
-        progress: gets the number of evaluations as they are made.
+        sample: makes samples (N, …) from indices, starts, steps and a watch. It iterates over the steps, and
+            shows each of them to the watch.
+        starts: gives the starts (N, …) from indices. It is called one batch ahead.
+        labels: gives the classes (N,) from indices.
+        traced: samples with an index below this are measured at each step, the others only at the last.
+        progress: gets the number of new evaluations.
     """
     size = max(map(len, batches), default=0)
 
@@ -141,12 +179,12 @@ def fixed_descents(
             yield step
             progress(samples)
 
-    # Every batch has the same size, since another would have to be compiled: the last repeats a sample.
+    # Another batch size would be compiled again. So the last batch repeats a sample until it is full.
     padded = [[*indices, *[indices[-1]] * (size - len(indices))] for indices in batches]
     following = map(starts, padded)
     start = next(following, None)  # (N, …)
     for indices, whole in zip(batches, padded, strict=True):
         watch = Watch(measure, labels(whole), every=indices[0] < traced)
         x = sample(whole, start, counted_steps(len(indices)), watch)  # (N, …)
-        start = next(following, None)  # drawn while a GPU is still descending
+        start = next(following, None)  # drawn while the GPU still descends
         yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), watch.read(), strict=False)]

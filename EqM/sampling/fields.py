@@ -1,4 +1,4 @@
-"""The field that samples follow: a network's under labels, guided, and sums of several."""
+"""The field that samples follow: the field of a network under labels, guided, and sums of such fields."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,16 +11,19 @@ from models import EqM
 from runtime.transfers import to_device
 from sampling.descent import Field
 
-UNKNOWN = 2**62  # a row that no table has, so that looking it up fails
+UNKNOWN = 2**62  # no table has this row, so looking it up fails
 
 
 def conditioned_field(
     network: EqM, batch: int, seconds_per_frame: float, fast: bool, recorded: bool = True
 ) -> Callable[..., Field]:
-    """The network as labels (N,), and γ if it looks at it, ↦ field, for batches of one size.
+    """The network as a function that gives a field from labels (N,), and from γ if the network sees it.
 
     Args:
-        recorded: where it is fast, a GPU replays each evaluation as a CUDA graph; not within another recording.
+        batch: the one batch size that the field is for.
+        fast: the network is compiled.
+        recorded: with `fast`, a GPU replays each evaluation as a CUDA graph. Set it to False if the caller records
+            the evaluation itself: a recording cannot contain another.
     """
     field = partial(network.field, seconds_per_frame=seconds_per_frame)
     if fast:
@@ -38,10 +41,10 @@ def conditioned_field(
 
 
 class Modulations:
-    """What labels (N,) do to a network's blocks, (depth, N, 6D), and to its last layer, (N, 2D).
+    """What labels (N,) do to the blocks of a network, (depth, N, 6D), and to its last layer, (N, 2D).
 
-    While γ stays what it is, it is computed once for each label: another batch of known labels takes a
-    look into a table. Nothing waits for the device; labels that lie on a GPU must be known already, from the host.
+    It is computed once for each label, and again when γ changes. After that a batch is a look into a table.
+    Nothing waits for the device. Labels on a GPU must be known before: call this once with the same labels on the host.
     """
 
     def __init__(self, network: EqM):
@@ -64,7 +67,7 @@ class Modulations:
         rows = self.rows[labels]  # (N,)
         depth, known = self.blocks.shape[:2]
         each = (self.firsts[:, None] * known + rows).flatten()  # (depth·N,)
-        # Over the first of two axes: over the second of three it takes more than twice as long.
+        # index_select over the second of three axes would take more than twice as long.
         blocks = self.blocks.flatten(0, 1).index_select(0, each).unflatten(0, (depth, len(rows)))  # (depth, N, 6D)
         return blocks, self.final.index_select(0, rows)
 
@@ -81,16 +84,17 @@ class Modulations:
 class Composition:
     """Sums Σ wₖ·gₖ of the guided fields gₖ = u + s·(cₖ − u) of classes, each in one batched call.
 
-    Fields are gradients of energies, so that their sum is the gradient of the sum (Du, Li & Mordatch 2020,
-    arXiv 2004.06030). The unconditional field u is the same for all classes: one row of labels more.
+    Fields are gradients of energies. So the sum of fields is the gradient of the sum of energies (Du, Li & Mordatch
+    2020, arXiv 2004.06030). The unconditional field u is the same for all classes: it takes one more row of labels.
 
     Args:
         weights: wₖ, one for each class of a sum.
-        scale: s of classifier-free guidance, or one for each channel; where all are 1, u is not evaluated.
+        null_class: the label of u.
+        scale: s of classifier-free guidance, for all channels or for each. If all are 1, u is not evaluated.
         device: where the fields are.
 
     Attributes:
-        rows: evaluations of the network that one of the sum takes.
+        rows: evaluations of the network for one evaluation of the sum.
     """
 
     def __init__(
@@ -103,7 +107,11 @@ class Composition:
         self.is_plain = self.rows == 1 and weights[0] == 1
 
     def field(self, conditioned: Callable[[Tensor], Field], y: Tensor) -> Field:
-        """The field of classes y (K, N), of N samples, from the function that gives a batch of labels its field."""
+        """The field of N samples with classes y (K, N).
+
+        Args:
+            conditioned: gives the field of a batch from its labels.
+        """
         if self.is_plain:
             return conditioned(y[0])
         rows = torch.cat([y, torch.full_like(y[:1], self.null_class)]) if self.guides else y  # (R, N)

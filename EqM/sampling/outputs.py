@@ -1,6 +1,5 @@
 """What sampling leaves on disk: a folder of videos or images, their table, an .npz and a contact sheet."""
 
-import argparse
 import csv
 import tempfile
 from collections import deque
@@ -13,24 +12,40 @@ import av
 import numpy as np
 from torch import Tensor
 
+from data.latents import VAE, to_pixels
 from data.video import write_video
 from drawing.pictures import contact_sheet, read_png, write_gif, write_png
-from precision import Precision
 from runtime.errors import UserError
 from runtime.transfers import read_later
-from sampling.descent import Finished
-from sampling.starts import Starts
-from sampling.traces import TRACED
+from sampling.descent import TRACED, Finished
+from sampling.method import Method
+from sampling.plan import Plan
 
-SHEET_SAMPLES = 24  # how many of the first samples the contact sheet shows
-WRITERS = 4  # threads that encode and write samples, one each
-# Groups of samples that wait for either while more are made.
+SHEET_SAMPLES = 24  # the contact sheet shows so many of the first samples
+WRITERS = 4  # threads; each encodes and writes one sample at a time
+# So many groups of samples may wait to be read, and to be written, while more are made.
 GROUPS_READ, GROUPS_WRITTEN = 1, 2
+
+
+def decode(x: Tensor, vae: VAE | None) -> Tensor:
+    """What the network made, (N, C, [T,] h, w), as pixels about in [−1, 1]: (N, 3, [T,] H, W)."""
+    return vae.decode(x) if vae else x
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """Pixels in [−1, 1], (N, 3, H, W) or (N, 3, T, H, W), as frames (N, T, H, W, 3) uint8. An image is one frame."""
+    clips = pixels if pixels.dim() == 5 else pixels[:, :, None]  # (N, 3, T, H, W)
+    return to_pixels(clips).permute(0, 2, 3, 4, 1)
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where samples go and how a file is named and written."""
+    """Where samples go, and how a file is named and written.
+
+    Attributes:
+        suffix: ".mp4", ".gif" or ".png".
+        frames_per_second: of videos; None for images.
+    """
 
     folder: Path
     suffix: str
@@ -43,11 +58,11 @@ class Output:
         """Makes the folder.
 
         Raises:
-            UserError: it cannot be written, or holds samples that this run would not replace.
+            UserError: it cannot be written, or it holds other samples, which this run would not replace.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self.folder, self.folder.parent):  # the sheet and the .npz lie beside the samples
+            for folder in (self.folder, self.folder.parent):  # the sheet and the .npz lie beside it
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"--folder {self.folder} cannot be written: {error.strerror}") from None
@@ -68,11 +83,13 @@ class Output:
 
 
 @dataclass
-class Report:
-    """What there is to say of samples, by index.
+class SampleLog:
+    """What is known of samples, by their index.
 
-    `shown` has the frames (T, H, W, 3) uint8 for the contact sheet, `descents` evaluations of the field
-    and its norm at the last, `traces` what was measured of the first samples at each.
+    Attributes:
+        shown: frames (T, H, W, 3) uint8 for the contact sheet.
+        descents: number of evaluations of the field, and its norm at the last.
+        traces: of the first samples, one row per evaluation that was measured.
     """
 
     shown: dict[int, np.ndarray] = field(default_factory=dict)
@@ -82,15 +99,15 @@ class Report:
     def add(self, sample: Finished, frames: np.ndarray) -> None:
         self.descents[sample.index] = sample.evaluations, sample.final_norm
         if sample.index < SHEET_SAMPLES:
-            self.shown[sample.index] = frames.copy()  # of a whole group's pinned memory, which can go then
+            self.shown[sample.index] = frames.copy()  # a copy, so that the pinned memory of the group can go
         if sample.index < TRACED:
             self.traces[sample.index] = sample.measured
 
     @staticmethod
-    def of_all(reports: Sequence["Report"]) -> "Report":
-        """One report of what several ranks report."""
-        whole = Report()
-        for part in reports:
+    def of_all(logs: Sequence["SampleLog"]) -> "SampleLog":
+        """One log from the logs of several ranks."""
+        whole = SampleLog()
+        for part in logs:
             whole.shown |= part.shown
             whole.descents |= part.descents
             whole.traces |= part.traces
@@ -98,10 +115,10 @@ class Report:
 
 
 class Writer:
-    """Reads samples from the device and writes them, in threads, while the next ones descend."""
+    """Reads samples from the device and writes them, in threads, while the next samples descend."""
 
     def __init__(self, output: Output):
-        self.output, self.report, self.pool = output, Report(), ThreadPoolExecutor(WRITERS)
+        self.output, self.log, self.pool = output, SampleLog(), ThreadPoolExecutor(WRITERS)
         self.reading: deque[tuple[list[Finished], Callable[[], Tensor], Callable[[], Tensor]]] = deque()
         self.writing: deque[Iterator[None]] = deque()
 
@@ -112,28 +129,32 @@ class Writer:
         self.pool.shutdown()
 
     def take(self, group: list[Finished], x: Tensor, clips: Tensor) -> None:
-        """Writes samples x (N, …), shown as clips (N, T, H, W, 3) uint8, while it goes on.
+        """Starts to read and write a group of samples. May wait for earlier groups.
+
+        Args:
+            x: the samples, (N, …).
+            clips: their frames, (N, T, H, W, 3) uint8.
 
         Raises:
-            UserError: earlier ones are not finite, or cannot be written.
+            UserError: earlier samples are not finite, or cannot be written.
         """
         self.reading.append((group, read_later(x.isfinite().all()), read_later(clips)))
         self.go_on(GROUPS_READ, GROUPS_WRITTEN)
 
-    def finish(self) -> Report:
-        """Writes all that is left; returns what there is to say of all; raises as `take` does."""
+    def finish(self) -> SampleLog:
+        """Waits until all samples are written, and returns the log of all. Raises as `take`."""
         self.go_on(0, 0)
-        return self.report
+        return self.log
 
     def go_on(self, reading: int, writing: int) -> None:
-        """Until no more groups than these are still to be read and to be written; raises as `take` does."""
+        """Waits until at most so many groups are still to be read, and to be written. Raises as `take`."""
         while len(self.reading) > reading:
             group, finite, clips = self.reading.popleft()
             if not finite():
                 raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
             indices, frames = [sample.index for sample in group], clips().numpy()
             for sample, shown in zip(group, frames, strict=True):
-                self.report.add(sample, shown)
+                self.log.add(sample, shown)
             self.writing.append(self.pool.map(self.output.write, indices, frames))
         while len(self.writing) > writing:
             try:
@@ -142,42 +163,30 @@ class Writer:
                 raise UserError(f"samples cannot be written to {self.output.folder}: {error.strerror}") from None
 
 
-def write_table(
-    args: argparse.Namespace,
-    output: Output,
-    classes: list[int],
-    names: list[str],
-    precision: Precision,
-    starts: Starts,
-    report: Report,
-) -> None:
-    """Writes samples.csv: what each file shows and how it was made.
-
-    The last of the names is that of no class, or of a sum of classes.
-    """
+def write_table(output: Output, plan: Plan, method: Method, log: SampleLog, precision: str, checkpoint: Path) -> None:
+    """Writes samples.csv: for each file, what it shows and how it was made."""
     settings = {
-        "seed": args.global_seed,
-        "sampler": args.sampler,
-        "stepsize": args.stepsize if args.sampler != "euler" else "",
-        "mu": args.mu if args.sampler == "ngd" else 0.0,
-        "steps": args.num_sampling_steps,
-        "adaptive": args.adaptive,
-        "cfg_scale": args.cfg_scale,
-        "cfg_channels": args.cfg_channels,
-        "init_noise": starts.noise,
-        "precision": precision.name,
+        "seed": plan.starts.seed,
+        "sampler": method.sampler,
+        "stepsize": method.stepsize if method.sampler != "euler" else "",
+        "mu": method.look_ahead,
+        "steps": method.steps,
+        "adaptive": method.threshold,
+        "cfg_scale": method.cfg_scale,
+        "cfg_channels": method.guided_channels or "all",
+        "init_noise": plan.starts.noise,
+        "precision": precision,
         "frames_per_second": output.frames_per_second,
-        "checkpoint": args.ckpt,
+        "checkpoint": checkpoint,
     }
     with (output.folder / "samples.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "index", "class", "class_name", "init", "evaluations", "final_norm", *settings])
-        for index in range(args.num_fid_samples):
-            label = classes[index % len(classes)]
-            known = label if label < len(names) - 1 else ""
-            start = starts.item(index).path if starts.items else ""
-            evaluations, norm = report.descents[index]
-            about = [output.path(index).name, index, known, names[label], start, evaluations, f"{norm:.4g}"]
+        for index, (evaluations, norm) in sorted(log.descents.items()):
+            label = plan.label(index)
+            known = label if label < len(plan.names) - 1 else ""
+            start = plan.starts.item(index).path if plan.starts.items else ""
+            about = [output.path(index).name, index, known, plan.caption(index), start, evaluations, f"{norm:.4g}"]
             writer.writerow([*about, *settings.values()])
 
 
@@ -188,18 +197,19 @@ def write_npz(output: Output, num_samples: int) -> Path:
     return path
 
 
-def write_sheet(
-    output: Output, shown: dict[int, np.ndarray], classes: list[int], names: list[str], starts: Starts
-) -> Path:
-    """Draws samples, (T, H, W, 3) uint8 by index, with their classes' names, into a file beside the folder.
+def write_sheet(output: Output, plan: Plan, shown: dict[int, np.ndarray]) -> Path:
+    """Draws a contact sheet of samples, with their captions, beside the folder, and returns its path.
 
-    Before a sample that starts from a file stands what the file shows.
+    A sample that starts from a file stands behind what the file shows.
+
+    Args:
+        shown: frames (T, H, W, 3) uint8 by index.
     """
     path = output.folder.with_name(output.folder.name + "-sheet.png")
     strips = []
     for index, frames in sorted(shown.items()):
-        if starts.items:
-            strips.append((starts.given(index), f"from {Path(starts.item(index).path).name}"))
-        strips.append((frames, names[classes[index % len(classes)]]))
+        if plan.starts.items:
+            strips.append((plan.starts.given(index), f"from {Path(plan.starts.item(index).path).name}"))
+        strips.append((frames, plan.caption(index)))
     write_png(path, contact_sheet(*zip(*strips, strict=True)))
     return path

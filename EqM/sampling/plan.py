@@ -1,4 +1,4 @@
-"""What samples show, one class or a sum of classes, where they start and how they get to the data."""
+"""What samples show, one class or a sum of classes, and where they start."""
 
 import argparse
 import math
@@ -10,30 +10,85 @@ import torch
 from torch import Tensor
 
 from data.latents import VAE
-from runs.load_network import class_names
+from runs.config import Config
 from runtime.errors import UserError
-from sampling.starts import Starts, choose_starts
+from sampling.method import Method
+from sampling.starts import StartRequest, Starts, add_start_args, check_start_args, choose_starts, start_request_of
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What samples are to show and where they are to start, as people write it.
+
+    Attributes:
+        start: where samples start.
+        classes: names or indices. Empty: the classes of the files that samples start from, or all classes.
+        compose: a sum of classes, as parse_sum reads it.
+    """
+
+    start: StartRequest
+    classes: tuple[str, ...] = ()
+    compose: str | None = None
+
+
+def add_plan_args(parser: argparse.ArgumentParser) -> None:
+    """Adds --class, --compose, --init and --init-noise."""
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="CLASS",
+        help="name or index of a class; repeat it for more classes; default: all classes in turn",
+    )
+    parser.add_argument("--compose", metavar="SUM", help='adds the fields of classes, as "A + 0.5*B - 0.3*C"')
+    add_start_args(parser)
+
+
+def check_plan_args(args: argparse.Namespace) -> None:
+    """Raises UserError if flags contradict each other."""
+    if args.classes and args.compose is not None:
+        raise UserError("--class and --compose both say what samples show: give one of them")
+    check_start_args(args)
+
+
+def plan_request_of(args: argparse.Namespace) -> PlanRequest:
+    """What the flags ask for."""
+    return PlanRequest(start_request_of(args), tuple(args.classes or ()), args.compose)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What samples show and where they start.
 
-    They have the classes in turn, or all show the sum of (weight, class) `terms`, in place of which, as
-    of no class, `classes` has the null class.
+    Sample i shows classes[i % len(classes)]. If `terms` is set, every sample shows that sum, and `classes` holds
+    only the null class.
+
+    Attributes:
+        classes: labels.
+        terms: (weight, label) of a sum.
+        starts: where samples start.
+        names: what people call a sample, by its label. The last is the name of the null class.
     """
 
     classes: list[int]
     terms: list[tuple[float, int]]
     starts: Starts
+    names: tuple[str, ...] = ()
+
+    def label(self, sample: int) -> int:
+        return self.classes[sample % len(self.classes)]
 
     def labels(self, samples: Sequence[int]) -> Tensor:
-        """The classes of samples (N,), on the host, which thus knows them without waiting for a GPU."""
-        return torch.tensor([self.classes[i % len(self.classes)] for i in samples])
+        """The classes of samples (N,), on the host: so nothing waits for a GPU to know them."""
+        return torch.tensor([self.label(i) for i in samples])
+
+    def caption(self, sample: int) -> str:
+        """The name of what a sample shows."""
+        return self.names[self.label(sample)]
 
     @property
     def weights(self) -> list[float]:
-        """Of the fields that are added."""
+        """The weights of the fields that are added."""
         return [weight for weight, _ in self.terms] or [1.0]
 
     def rows(self, y: Tensor) -> Tensor:
@@ -41,34 +96,34 @@ class Plan:
         return torch.stack([torch.full_like(y, label) for _, label in self.terms] or [y])
 
 
-def make_plan(args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None) -> Plan:
-    """The plan that the flags ask for, of samples of one shape.
+def make_plan(request: PlanRequest, method: Method, config: Config, shape: tuple[int, ...], vae: VAE | None) -> Plan:
+    """The plan for samples of a network.
+
+    Args:
+        config: of the network.
+        shape: of one sample, (C, H, W) or (C, T, H, W).
+        vae: encodes files for samples that are latents.
 
     Raises:
-        UserError: a class that is not known, no sum, flags that contradict each other, or a network that
-            cannot be sampled in this way.
+        UserError: an unknown class, no sum, no file to start from, or a network that the method cannot sample.
     """
-    if args.sampler == "euler" and args.adaptive:
-        raise UserError("--adaptive stops gradient descent, and --sampler euler takes its steps over time: drop one")
-    if args.sampler != "euler" and not config["network"].get("uncond", True):
+    if method.sampler != "euler" and not config.network.uncond:
         raise UserError(
-            "the checkpoint was trained with --no-uncond: its field wants γ, which gradient descent lacks:"
+            "the checkpoint was trained with --no-uncond: its field depends on γ, and gradient descent has no γ:"
             " add --sampler euler"
         )
-    names = class_names(config)
-    terms = parse_sum(args.compose, names) if args.compose is not None else []
-    asked = [class_index(text, names) for text in args.classes or []]
-    if terms and asked:
-        raise UserError("--class and --compose both say what samples show: give one of them")
-    starts, of_starts = choose_starts(args, config, shape, vae, names)
-    classes = asked or of_starts or list(range(len(config["classes"])))
-    if args.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
-        raise UserError(f"--cfg-scale {args.cfg_scale:g} has no class to guide to: add --class, or leave it out")
-    return Plan([len(names)] if terms else classes, terms, starts)
+    names = config.class_names
+    terms = parse_sum(request.compose, names) if request.compose is not None else []
+    asked = [class_index(text, names) for text in request.classes]
+    starts, of_files = choose_starts(request.start, config, shape, vae)
+    classes = [len(names)] if terms else asked or of_files or list(range(len(config.classes)))
+    if method.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
+        raise UserError(f"--cfg-scale {method.cfg_scale:g} has no class to guide to: add --class, or leave it out")
+    return Plan(classes, terms, starts, (*names, request.compose or "no class"))
 
 
 TERM = re.compile(
-    r"""\s*(?P<sign>[+-]?)                                      # needed before every term but the first
+    r"""\s*(?P<sign>[+-]?)                                      # every term but the first needs a sign
     \s*(?:(?P<weight>[0-9]+\.?[0-9]*|\.[0-9]+)\s*\*)?           # a decimal number and *
     \s*(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>[^\s+*'"-]+))\s*""",
     re.VERBOSE,
@@ -76,7 +131,7 @@ TERM = re.compile(
 
 
 def class_index(text: str, names: Sequence[str], flag: str = "--class") -> int:
-    """The index of a class from its name or its index.
+    """The index of a class, from its name or its index. A name wins over an index.
 
     Raises:
         UserError: there is no such class.
@@ -90,13 +145,13 @@ def class_index(text: str, names: Sequence[str], flag: str = "--class") -> int:
 
 
 def parse_sum(text: str, names: Sequence[str]) -> list[tuple[float, int]]:
-    """A sum's (weight, class index), each class once, in the order of the text.
+    """Reads a sum as (weight, class index), each class once, in the order of the text.
 
-    A term is a name or an index, with a decimal weight and * before it where that is not 1. Names that
+    A term is the name or the index of a class. A decimal weight and * may stand before it. Names that
     contain spaces, +, -, * or quotes stand in quotes.
 
     Raises:
-        UserError: no such sum or class, or nothing is left of it.
+        UserError: it is no sum, a class is unknown, or all weights cancel.
     """
     weights: dict[int, float] = {}
     end = 0

@@ -1,6 +1,5 @@
-"""How the samples of a plan are made, as the flags say: a batch after as many steps, or each until it rests."""
+"""Makes the samples of a plan: batch by batch after the same number of steps, or each until it rests."""
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -8,114 +7,142 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from compiled import is_fast, replayed
+from compiled import replayed
 from models import EqM, sample_energy
+from runtime.transfers import to_device
 from sampling.adaptive import Descent, Slots
-from sampling.descent import Field, Finished, Measure, gradient_descent, integrate, norm_alone
-from sampling.fields import Composition
+from sampling.descent import (
+    TRACED,
+    Field,
+    Finished,
+    Measure,
+    fixed_descents,
+    gradient_descent,
+    integrate,
+    norm_alone,
+    norm_and_energy,
+)
+from sampling.fields import Composition, conditioned_field
+from sampling.method import Method
 from sampling.plan import Plan
-from sampling.traces import norm_and_energy
 
 
-def composition_of(args: argparse.Namespace, network: EqM, plan: Plan) -> Composition:
-    """What the flags make of the fields of one class or a sum: guided, in all channels or in the first 3."""
-    guided_channels = 3 if args.cfg_channels == "3" else network.in_channels
-    scales = [args.cfg_scale if i < guided_channels else 1.0 for i in range(network.in_channels)]
-    return Composition(plan.weights, network.num_classes, scales, network.pos_embed.device)
-
-
-def mu_of(args: argparse.Namespace) -> float:
-    """The look-ahead of the sampler."""
-    return args.mu if args.sampler == "ngd" else 0.0
-
-
-def sample_batch(
-    args: argparse.Namespace,
-    network: EqM,
-    conditioned: Callable[..., Field],
-    plan: Plan,
-    indices: Sequence[int],
-    x: Tensor,
-    steps: Iterable,
-    watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
-) -> Tensor:
-    """Samples of the plan, each after so many steps, in float32: (N, C, H, W) or (N, C, T, H, W).
+class Sampler:
+    """Makes the samples of a plan, from noise or given starts to the end of their descent.
 
     Args:
-        x: where they start, of the same shape, on the network's device.
+        batch: samples that the network sees at once, before guidance and sums add rows.
+        fast: compile the network for this batch. A GPU then replays CUDA graphs.
     """
-    y, objective = plan.labels(indices), plan.starts.objective
-    composition, rows = composition_of(args, network, plan), plan.rows(y)
-    if args.sampler != "euler":
-        return gradient_descent(composition.field(conditioned, rows), x, args.stepsize, steps, mu_of(args), watch)
 
-    def velocity_at(gamma: float) -> Field:
-        field = composition.field(partial(conditioned, gamma=gamma), rows)
-        magnitude = objective.c(torch.tensor([gamma])).item()
-        return lambda x: field(x) / magnitude
+    def __init__(
+        self, method: Method, network: EqM, plan: Plan, seconds_per_frame: float, batch: int, fast: bool = False
+    ):
+        self.method, self.network, self.plan = method, network, plan
+        self.seconds_per_frame, self.batch, self.fast = seconds_per_frame, batch, fast
+        self.device = network.pos_embed.device
+        channels = network.in_channels
+        guided = channels if method.guided_channels is None else method.guided_channels
+        scales = [method.cfg_scale if i < guided else 1.0 for i in range(channels)]
+        self.composition = Composition(plan.weights, network.num_classes, scales, self.device)
+        # An adaptive step is recorded as a whole, with its evaluation of the network.
+        recorded = method.threshold is None
+        evaluations = self.composition.rows * batch
+        self.conditioned = conditioned_field(network, evaluations, seconds_per_frame, fast, recorded)
 
-    gammas = torch.linspace(1 - plan.starts.noise, 1, args.num_sampling_steps + 1).tolist()  # (K + 1,)
-    return integrate(velocity_at, x, gammas, steps, watch)
+    def samples(
+        self, batches: Sequence[range], trace: bool, progress: Callable[[int], object]
+    ) -> Iterator[list[Finished]]:
+        """The samples of all batches, in groups of at most a batch. Each x is on the device, in float32.
 
+        Args:
+            batches: indices of samples.
+            trace: also measure energies, and the first TRACED samples at each step.
+            progress: gets the number of new evaluations.
+        """
+        measure = self.energy_measure() if trace else norm_alone
+        if self.method.threshold is not None:
+            return self.adaptive(batches, measure, progress)
+        labels, steps, traced = self.plan.labels, self.method.steps, TRACED if trace else 0
+        return fixed_descents(self.descend, self.starts, labels, batches, steps, traced, progress, measure)
 
-def adaptive_samples(
-    args: argparse.Namespace,
-    network: EqM,
-    conditioned: Callable[[Tensor], Field],
-    plan: Plan,
-    batches: list[range],
-    progress: Callable[[int], object],
-    measure: Measure = norm_alone,
-) -> Iterator[list[Finished]]:
-    """The samples of all batches in the order in which they stop, as many at once as a batch has."""
-    indices, size = [index for batch in batches for index in batch], max(map(len, batches), default=1)
-    composition, device = composition_of(args, network, plan), network.pos_embed.device
-    # Of every label now: while samples descend, the device alone knows which ones are wanted.
-    composition.field(conditioned, plan.rows(plan.labels(range(len(plan.classes)))))
+    def starts(self, indices: Sequence[int]) -> Tensor:
+        """The starts of samples, on the device: (N, C, H, W) or (N, C, T, H, W)."""
+        return to_device(self.plan.starts(indices), self.device)
 
-    def field_of(y: Tensor) -> Field:
-        return composition.field(conditioned, plan.rows(y))
+    def field(self, y: Tensor, gamma: float = 0.0) -> Field:
+        """The field that samples of classes y (N,) follow, guided and summed. A network may see γ."""
+        return self.composition.field(partial(self.conditioned, gamma=gamma), self.plan.rows(y))
 
-    descent = Descent(args.stepsize, mu_of(args), args.num_sampling_steps, args.adaptive)
-    fast = is_fast(args, device)
-    recorded = partial(replayed, fast=fast, device=device)
-    slots = Slots(
-        field_of,
-        plan.starts,
-        plan.labels,
-        network.input_shape,
-        size,
-        descent,
-        device,
-        progress,
-        measure,
-        recorded,
-        compiled=fast,
-        shrinks=not fast,
-    )
-    finished = slots.run(indices)
-    while group := list(islice(finished, size)):
-        yield group
+    def descend(
+        self,
+        indices: Sequence[int],
+        x: Tensor,
+        steps: Iterable,
+        watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
+    ) -> Tensor:
+        """Samples after the same number of steps, in float32: (N, C, H, W) or (N, C, T, H, W).
 
+        Args:
+            x: where they start, in the same shape, on the device.
+            steps: one element a step. Euler's steps end after the method's number.
+            watch: gets each point where the field was evaluated, and the value there.
+        """
+        y, method = self.plan.labels(indices), self.method
+        if method.sampler != "euler":
+            return gradient_descent(self.field(y), x, method.stepsize, steps, method.look_ahead, watch)
+        starts = self.plan.starts
 
-def measure_of(args: argparse.Namespace, network: EqM, plan: Plan, seconds_per_frame: float) -> Measure:
-    """What is measured of samples on their way: the norm, with --trace also the energy.
+        def velocity_at(gamma: float) -> Field:
+            field = self.field(y, gamma)
+            magnitude = starts.objective.c(torch.tensor([gamma])).item()
+            return lambda x: field(x) / magnitude
 
-    An explicit energy is what the field climbs down; one read off it need not fall. That of a sum of classes,
-    or of guidance, is the same sum; where --cfg-channels guides some of the channels alone, it is the mean over
-    channels, each with its own.
-    """
-    if not args.trace or network.energy == "none":
-        return norm_and_energy() if args.trace else norm_alone
+        gammas = torch.linspace(1 - starts.noise, 1, method.steps + 1).tolist()  # (K + 1,)
+        return integrate(velocity_at, x, gammas, steps, watch)
 
-    composition = composition_of(args, network, plan)
+    def adaptive(
+        self, batches: Sequence[range], measure: Measure, progress: Callable[[int], object]
+    ) -> Iterator[list[Finished]]:
+        """The samples of all batches in the order in which they stop, as many at once as a batch has."""
+        method, plan = self.method, self.plan
+        # All labels are looked up now: while samples descend, only the device knows which labels are next.
+        self.field(plan.labels(range(len(plan.classes))))
+        slots = Slots(
+            self.field,
+            plan.starts,
+            plan.labels,
+            self.network.input_shape,
+            self.batch,
+            Descent(method.stepsize, method.look_ahead, method.steps, method.threshold),
+            self.device,
+            progress,
+            measure,
+            partial(replayed, fast=self.fast, device=self.device),
+            compiled=self.fast,
+            shrinks=not self.fast,
+        )
+        finished = slots.run([index for batch in batches for index in batch])
+        while group := list(islice(finished, self.batch)):
+            yield group
 
-    def conditioned(y: Tensor) -> Field:  # of one number a sample, in the shape (N, 1, …) of a field
-        return lambda x: sample_energy(network, x, y.to(x.device), seconds_per_frame).view(-1, *[1] * (x.dim() - 1))
+    def energy_measure(self) -> Measure:
+        """The Measure of norm and energy along the way.
 
-    def energy(y: Tensor, x: Tensor) -> Tensor:
-        of_each_channel = composition.field(conditioned, plan.rows(y))(x)  # (N, C or 1, 1, …)
-        return of_each_channel.flatten(1).mean(1)
+        The field climbs down an explicit energy. An energy that is read off another network's field need not fall.
+        For a sum of classes, and for guidance, the energy is the same sum. If only some channels are guided, it is
+        the mean over the channels, each with its own sum.
+        """
+        network, seconds = self.network, self.seconds_per_frame
+        if network.energy == "none":
+            return norm_and_energy()
 
-    # Where steps are compiled, this is not: it is a whole network's compilation, for a measurement.
-    return norm_and_energy(torch.compiler.disable(energy))
+        def conditioned(y: Tensor) -> Field:  # one number a sample, in the shape (N, 1, …) of a field
+            return lambda x: sample_energy(network, x, y.to(x.device), seconds).view(-1, *[1] * (x.dim() - 1))
+
+        def energy(y: Tensor, x: Tensor) -> Tensor:
+            of_each_channel = self.composition.field(conditioned, self.plan.rows(y))(x)  # (N, C or 1, 1, …)
+            return of_each_channel.flatten(1).mean(1)
+
+        # To compile this would be to compile a whole network, for a measurement.
+        return norm_and_energy(torch.compiler.disable(energy))

@@ -1,7 +1,7 @@
 """Where samples start: from noise, or from given clips or images with noise mixed in.
 
-Source of the mixture γ₀·x + (1 − γ₀)·ε: Wang & Du 2025, arXiv 2510.02300, which denoises from any point
-between noise and data. With S the share of noise, γ₀ = 1 − S.
+The mixture is γ₀·x + (1 − γ₀)·ε. Wang & Du 2025, arXiv 2510.02300, denoise in this way from any point between noise
+and data. With S the share of noise, γ₀ = 1 − S.
 """
 
 import argparse
@@ -13,18 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.clips import Samples, first_windows
+from data.clips import read_sample
+from data.form import Form
 from data.latents import VAE, encode
 from data.scan import Item, check_files, find_loose_files, unreadable_errors
 from objective import Objective
+from runs.config import Config
 from runtime import cli, distributed
 from runtime.draws import sample_noise
 from runtime.errors import UserError
 from runtime.logs import log
 
-INIT_NOISE = 0.5  # where --init-noise is not given
+INIT_NOISE = 0.5  # the share of noise, unless --init-noise says another
 
 noise_share = cli.checked(float, lambda v: 0 < v <= 1, "a number above 0, and at most 1")
+
+
+@dataclass(frozen=True)
+class StartRequest:
+    """Where samples are to start.
+
+    Attributes:
+        seed: of the noise.
+        samples: how many samples there are; so many files are enough.
+        folder: holds clips or images to start from. None: samples start from noise.
+        noise: the share of noise that is mixed into them.
+    """
+
+    seed: int
+    samples: int
+    folder: Path | None = None
+    noise: float = INIT_NOISE
 
 
 def add_start_args(parser: argparse.ArgumentParser) -> None:
@@ -34,38 +53,58 @@ def add_start_args(parser: argparse.ArgumentParser) -> None:
         "--init",
         type=Path,
         metavar="FOLDER",
-        help="vary its clips or images, the first window of each, in sorted order; without --class, each under"
-        " the class whose name its class folder has, else under none",
+        help="start from the clips or images of a folder, in sorted order, from the first window of each clip;"
+        " without --class, a sample has the class that its class folder names, or none",
     )
     group.add_argument(
         "--init-noise",
         type=noise_share,
         metavar="S",
-        help=f"share of noise in --init; 1: only noise; default {INIT_NOISE}",
+        help=f"share of noise that is mixed into --init; 1: only noise; default {INIT_NOISE}",
     )
+
+
+def check_start_args(args: argparse.Namespace) -> None:
+    """Raises UserError if --init-noise has nothing to mix, or samples would replace what they start from."""
+    if not args.init and args.init_noise is not None:
+        raise UserError("--init-noise says how much noise is mixed into --init FOLDER: give that too")
+    if args.init and args.init.resolve() == args.folder.resolve():
+        raise UserError(f"--init and --folder are both {args.init}: samples would replace what they start from")
+
+
+def start_request_of(args: argparse.Namespace) -> StartRequest:
+    """What the flags ask for."""
+    noise = INIT_NOISE if args.init_noise is None else args.init_noise
+    return StartRequest(args.global_seed, args.num_fid_samples, args.init, noise)
 
 
 @dataclass(frozen=True)
 class Starts:
-    """Where samples start, by index: with `items`, sample i is the file i mod their number with noise mixed in.
+    """Where samples start, by their indices. With `items`, sample i starts from items[i % len(items)] and noise.
 
-    `window` reads a file, `vae` encodes it where samples are latents, `noise` is the share S of noise, and
-    `objective` mixes it in as in training.
+    Attributes:
+        seed: of the noise.
+        shape: of one sample, (C, H, W) or (C, T, H, W).
+        items: files to start from.
+        form: how a file is read.
+        vae: encodes what a file shows, if samples are latents.
+        noise: the share of noise.
+        objective: mixes noise into a file as in training.
     """
 
     seed: int
     shape: tuple[int, ...]
     items: tuple[Item, ...] = ()
-    window: Samples | None = None
+    form: Form | None = None
     vae: VAE | None = None
     noise: float = 1.0
     objective: Objective = Objective()
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
-        """The starts (N, *shape) of samples, float32; each sample's noise follows from (seed, its index) alone.
+        """The starts (N, *shape) of samples, float32. The noise of a sample follows from the seed and its index alone.
 
         Raises:
-            UserError: a file cannot be read any more.
+            UserError: a file can no longer be read.
         """
         noise = sample_noise(self.seed, indices, self.shape)  # (N, …)
         if not self.items:
@@ -81,44 +120,47 @@ class Starts:
         return self.items[index % len(self.items)]
 
     def given(self, index: int) -> np.ndarray:
-        """What that file shows, (T, H, W, 3) uint8."""
+        """The frames of that file, (T, H, W, 3) uint8."""
         pixels = self.read(self.item(index))  # (3, [T,] H, W)
         return (pixels if pixels.dim() == 4 else pixels[:, None]).permute(1, 2, 3, 0).numpy()
 
     def read(self, item: Item) -> Tensor:
-        """A file's pixels, (3, [T,] H, W) uint8."""
+        """The pixels of a file, (3, [T,] H, W) uint8.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         try:
-            return self.window.read(item, 0.0)[0]
+            return read_sample(item, self.form, 0.0)[0]
         except unreadable_errors(item.video is not None) as error:
             raise UserError(f"--init: {item.path} cannot be read: {error}: remove it") from None
 
 
 def choose_starts(
-    args: argparse.Namespace, config: dict, shape: tuple[int, ...], vae: VAE | None, names: Sequence[str]
+    request: StartRequest, config: Config, shape: tuple[int, ...], vae: VAE | None
 ) -> tuple[Starts, list[int]]:
-    """The starts that the flags ask for, and the class of each file; without --init no classes.
+    """The starts of samples, and the class of each file. Without a folder there are no classes.
 
-    A file in no class folder, or in one of another name than the classes', has the null class, `len(names)`.
+    A file has the null class if it is in no class folder, or if the network does not know the name of the folder.
+    Every rank must call this.
 
     Raises:
-        UserError: no readable file of the checkpoint's kind, --init-noise without --init, or samples that
-            would replace the files.
+        UserError: the folder has no readable file of the kind that the network was trained on.
     """
-    objective = Objective(**config.get("objective", {}))
-    if not args.init:
-        if args.init_noise is not None:
-            raise UserError("--init-noise says how much noise is mixed into --init FOLDER: give that too")
-        return Starts(args.global_seed, shape, objective=objective), []
-    if args.init.resolve() == args.folder.resolve():
-        raise UserError(f"--init and --folder are both {args.init}: samples would replace what they start from")
-    items = distributed.on_main(lambda: first_readable(args.init, len(shape) == 4, args.num_fid_samples, names))
-    noise = INIT_NOISE if args.init_noise is None else args.init_noise
-    starts = Starts(args.global_seed, shape, items, first_windows(config), vae, noise, objective)
+    if not request.folder:
+        return Starts(request.seed, shape, objective=config.objective), []
+    names, video = config.class_names, config.network.is_video
+    items = distributed.on_main(lambda: first_readable(request.folder, video, request.samples, names))
+    starts = Starts(request.seed, shape, items, config.form, vae, request.noise, config.objective)
     return starts, [item.label for item in items]
 
 
 def first_readable(folder: Path, video: bool, wanted: int, names: Sequence[str]) -> tuple[Item, ...]:
-    """As many of the first readable files of a folder as are wanted, fewer where there are no more."""
+    """The first readable files of a folder, as many as are wanted, or all if there are fewer.
+
+    Raises:
+        UserError: none can be read.
+    """
     found = find_loose_files(folder, video)
     labelled = [(path, names.index(name) if name in names else len(names)) for path, name in found]
     items: tuple[Item, ...] = ()

@@ -1,43 +1,24 @@
-"""The first samples' norms and energies along the way, and how long all samples took: a table and plots."""
+"""Norms and energies of the first samples by step, and the evaluations of all samples: a table and plots."""
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from drawing.plots import Histogram, Lines, write_plots
 
-from drawing.pictures import write_png
-from drawing.plots import histogram_plot, line_plot
-from energy import energy_of_field
-from sampling.descent import Measure, value_norms
-
-TRACED = 8  # how many of the first samples
 QUANTITIES = ("norm", "energy")
 
 
-def norm_and_energy(explicit: Callable[[Tensor, Tensor], Tensor] | None = None) -> Measure:
-    """The Measure of both (N, 2): the energy −⟨x, f(x)⟩ of the field over the number of elements, or an explicit one.
-
-    Args:
-        explicit: from samples' classes (N,) and points (N, …) to their energies (N,).
-    """
-
-    def measure(y: Tensor, x: Tensor, value: Tensor) -> Tensor:
-        energies = energy_of_field(x, value) if explicit is None else explicit(y, x)  # (N,)
-        return torch.stack([value_norms(value), energies], dim=1)
-
-    return measure
-
-
 def write_trace(folder: Path, traces: Mapping[int, list[list[float]]]) -> list[Path]:
-    """Writes a table of norm and energy by sample and step, from 1, and a plot of each, beside the samples' folder.
+    """Writes norms and energies of samples beside the folder of the samples: one table, and one plot of each.
+
+    Steps are counted from 1.
 
     Args:
-        traces: norm and energy at each step, by the sample's index.
+        traces: norm and energy at each step, by the index of the sample.
 
     Returns:
-        What it wrote, the table first.
+        The files, the table first.
     """
     table = folder.with_name(folder.name + "-trace.csv")
     with table.open("w", newline="") as file:
@@ -46,18 +27,30 @@ def write_trace(folder: Path, traces: Mapping[int, list[list[float]]]) -> list[P
         for sample, steps in sorted(traces.items()):
             for step, numbers in enumerate(steps, start=1):
                 writer.writerow([sample, step, *(f"{number:.6g}" for number in numbers)])
-    plots = [folder.with_name(f"{folder.name}-trace-{name}.png") for name in QUANTITIES]
-    for column, (plot, name) in enumerate(zip(plots, QUANTITIES, strict=True)):
+    pictures = [folder.with_name(f"{folder.name}-trace-{name}.png") for name in QUANTITIES]
+    for picture, plot in zip(pictures, trace_plots(traces), strict=True):
+        write_plots(picture, [plot])
+    return [table, *pictures]
+
+
+def trace_plots(traces: Mapping[int, list[list[float]]]) -> list[Lines]:
+    """One plot of each of QUANTITIES by step, from 1, with one line for each sample; `traces` as for write_trace."""
+    plots = []
+    for column, name in enumerate(QUANTITIES):
         series = {
             f"sample {sample}": [(step, numbers[column]) for step, numbers in enumerate(steps, start=1)]
             for sample, steps in sorted(traces.items())
         }
-        write_png(plot, line_plot(series, "step", name, log_y=name == "norm"))
-    return [table, *plots]
+        plots.append(Lines(series, "step", name, log_y=name == "norm"))
+    return plots
 
 
 def write_evaluations(folder: Path, counts: Sequence[int]) -> Path:
-    """Draws how often each sample's field was evaluated, beside the samples' folder, and returns the plot's path."""
+    """Draws a histogram of how often the field was evaluated for each sample.
+
+    Returns:
+        The picture, beside the folder of the samples.
+    """
     path = folder.with_name(folder.name + "-evaluations.png")
-    write_png(path, histogram_plot({f"{len(counts)} samples": [float(count) for count in counts]}, "evaluations"))
+    write_plots(path, [Histogram({f"{len(counts)} samples": list(counts)}, "evaluations", whole_numbers=True)])
     return path

@@ -12,53 +12,20 @@ of each the mean and the standard deviation. Every .json file has a checksum of 
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from data.found import Found, Names, Videos
 from data.packs.format import Settings, read_settings, shard_path
-from data.scan import Found, Item
 from data.video import VideoInfo
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
 
-MAX_MAPPED = 256  # shards a process holds open: each takes a file descriptor
-
-Encode = Callable[[np.ndarray], np.ndarray]  # (N, H, W, 3) uint8 to (N, 2, C, h, w) float16: mean, deviation
-
-
-def read_shard_records(folder: Path, settings: Settings) -> dict[int, dict]:
-    """What lies beside each shard that is written, by number; none where it is damaged or may not be read."""
-    records = {}
-    for number in range(settings.num_shards):
-        with suppress(OSError, ValueError):  # such a shard is made anew
-            records[number] = read_json(shard_path(folder, number).with_suffix(".json"))
-    return records
-
-
-def build_index(folder: Path, settings: Settings) -> dict:
-    """The index of a folder in which every shard is there.
-
-    Raises:
-        UserError: a shard has gone since it was written.
-    """
-    records = read_shard_records(folder, settings)
-    for number in range(settings.num_shards):
-        if number not in records:
-            raise UserError(f"{shard_path(folder, number)} was removed or damaged: run the same command again")
-    index: dict = {"settings": settings.identity(), "shards": [], "items": {}, "unreadable": []}
-    for number, contents in records.items():
-        columns = contents["items"] | {"shard": [number] * len(contents["items"]["path"])}
-        for name, column in columns.items():
-            index["items"].setdefault(name, []).extend(column)
-        index["shards"].append({name: contents[name] for name in ("bytes", "crc32", "mtime_ns")})
-        index["unreadable"].extend(contents["unreadable"])
-    return index
+MAX_MAPPED = 256  # shards that a process holds open; each takes a file descriptor
 
 
 def read_index(folder: Path, settings: Settings) -> dict | None:
@@ -123,13 +90,11 @@ class Pack:
     def found(self) -> Found:
         """What `data.scan` says of files, of the items of the pack."""
         source, video = self.settings.source, self.settings.video
-        columns = zip(self.paths, self.labels.tolist(), self.lengths.tolist(), self.rates.tolist(), strict=True)
-        items = tuple(
-            Item(os.path.join(source, path), label, VideoInfo(range(length), rate) if video else None)  # noqa: PTH118
-            for path, label, length, rate in columns
-        )
+        paths = Names(os.path.join(source, path) for path in self.paths)  # noqa: PTH118
+        pairs = zip(self.lengths.tolist(), self.rates.tolist(), strict=True)
+        videos = Videos(VideoInfo(range(length), rate) for length, rate in pairs) if video else None
         unreadable = tuple((str(Path(source, path)), reason) for path, reason in self.unreadable)
-        return Found(str(self.folder), tuple(self.settings.classes), items, unreadable)
+        return Found(str(self.folder), tuple(self.settings.classes), paths, self.labels, videos, unreadable)
 
 
 def is_pack(folder: Path) -> bool:

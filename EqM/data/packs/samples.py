@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.clips import window_length
+from data.form import Form
 from data.packs.pack import Pack
 from runtime.draws import keyed_uniforms
 
@@ -18,10 +18,8 @@ class PackedSamples(Dataset):
     mirrored. `unpack` does both.
     """
 
-    def __init__(self, pack: Pack, clip_len: int, frame_interval: int, flip: bool, seed: int):
-        self.pack, self.video, self.pixels = pack, pack.settings.video, pack.settings.values == "pixels"
-        self.clip_len, self.frame_interval = (clip_len, frame_interval) if self.video else (1, 1)
-        self.flip, self.seed = flip, seed
+    def __init__(self, pack: Pack, form: Form, seed: int):
+        self.pack, self.form, self.seed, self.pixels = pack, form, seed, pack.settings.values == "pixels"
 
     def __len__(self) -> int:
         return len(self.pack)
@@ -31,12 +29,13 @@ class PackedSamples(Dataset):
         indices = np.array([index for _, index in keys])  # (N,)
         uniforms = keyed_uniforms(self.seed, keys)  # (N, 2)
         lengths = self.pack.lengths[indices]  # (N,)
-        window = window_length(self.clip_len, self.frame_interval)
-        starts = (uniforms[:, 0] * (np.maximum(lengths - window, 0) + 1)).astype(np.int64)  # (N,)
-        places = starts[:, None] + np.arange(self.clip_len) * self.frame_interval  # (N, T)
+        starts = (uniforms[:, 0] * (np.maximum(lengths - self.form.window, 0) + 1)).astype(np.int64)  # (N,)
+        places = starts[:, None] + np.arange(self.form.clip_len) * self.form.frame_interval  # (N, T)
         places = np.minimum(places, lengths[:, None] - 1)  # a short video holds its last frame
-        flips = self.flip & (uniforms[:, 1] < 0.5)  # (N,)
-        seconds = self.frame_interval / self.pack.rates[indices] if self.video else np.zeros(len(keys))  # (N,)
+        flips = self.form.flip & (uniforms[:, 1] < 0.5)  # (N,)
+        seconds = (
+            self.form.frame_interval / self.pack.rates[indices] if self.form.video else np.zeros(len(keys))
+        )  # (N,)
         return {
             "x": torch.from_numpy(self.gather(indices, places, flips)),
             "flip": torch.from_numpy(flips & self.pixels),

@@ -1,50 +1,23 @@
-"""Packing shards in worker processes, which the main process gives work and, on a GPU, encodes for."""
+"""Writes one shard of a pack: decodes its files, encodes the frames if the pack is of latents, and keeps a record."""
 
-import multiprocessing
-import signal
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from data.clips import read_image
 from data.packs.format import Settings, shard_path
-from data.packs.pack import Encode
+from data.packs.plan import Plan, disk_errors, name_in
 from data.scan import unreadable_errors
 from data.video import iterate_frames, probe_video
-from runtime.errors import UserError
 from runtime.files import write_json, write_whole
 
+CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded together: at most both
 
-@dataclass(frozen=True)
-class Plan:
-    """What to pack, the same on every rank: files as (path, class index), a shard's one after another."""
-
-    folder: Path
-    settings: Settings
-    source: Path
-    samples: list[tuple[str, int]]
-
-    def shard(self, number: int) -> list[tuple[str, int]]:
-        count = self.settings.items_per_shard
-        return self.samples[number * count : (number + 1) * count]
-
-
-def name_in(source: Path, path: str) -> str:
-    """A file's path relative to the source, whose own path, or what that leads to by symbolic links, it begins with."""
-    # Not os.path.relpath: it takes a/.. out, which is another folder where a is a link.
-    root = source if Path(path).is_relative_to(source) else source.resolve()
-    return str(Path(path).relative_to(root))
+Encode = Callable[[np.ndarray], np.ndarray]  # (N, H, W, 3) uint8 to (N, 2, C, h, w) float16: mean, deviation
 
 
 def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.ndarray]]:
@@ -56,145 +29,41 @@ def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.n
 
 
 def pack_shard(plan: Plan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> None:
-    """Decodes the files of one shard and writes it; files that cannot be read are noted in it."""
-    video, size = plan.settings.video, plan.settings.image_size
+    """Writes one shard and its record, whole or not at all. The record names the files that cannot be read.
 
-    def fill(writer: ShardWriter) -> None:
-        for path, label in plan.shard(number):
-            name = name_in(plan.source, path)
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    path, record = shard_path(plan.folder, number), {}
+    with disk_errors(plan.folder):
+        write_whole(path, lambda temporary: record.update(write_frames(temporary, plan, number, encode, item_done)))
+        # Last, since the record is what makes a shard count.
+        write_json(path.with_suffix(".json"), record | {"mtime_ns": path.stat().st_mtime_ns})
+
+
+def write_frames(path: Path, plan: Plan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> dict:
+    """Decodes a shard's files into one file, and returns the shard's record without the file's time."""
+    settings = plan.settings
+    with path.open("wb") as file:
+        writer = ShardWriter(file, settings, encode)
+        for source_path, label in plan.shard(number):
+            name = name_in(plan.source, source_path)
             try:
-                rate, frames = read_source(path, video, size)
+                rate, frames = read_source(source_path, settings.video, settings.image_size)
                 first = next(frames)
-            except unreadable_errors(video) as error:
+            except unreadable_errors(settings.video) as error:
                 writer.add_unreadable(name, str(error))
             else:
                 writer.add_item(name, label, rate, chain([first], frames))
             item_done()
-
-    write_shard(plan.folder, number, plan.settings, encode, fill)
-
-
-def work(main: Connection, others: list[Connection], plan: Plan, encode: Encode | None, encode_in_main: bool) -> None:
-    """A worker process: packs the shards whose numbers come from the main process, until None comes."""
-    torch.set_num_threads(1)  # the workers are as many as the cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C, and ends this one
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # by way of the writer, which clears up
-    # Copies of the main process's ends: with them open, its death would go unseen.
-    for connection in others:
-        connection.close()
-
-    def ask_main(frames: np.ndarray) -> np.ndarray:
-        main.send(("encode", frames))
-        return main.recv()
-
-    encode = ask_main if encode and encode_in_main else encode
-    try:
-        while (number := main.recv()) is not None:
-            pack_shard(plan, number, encode, lambda: main.send(("item", None)))
-            main.send(("shard", None))
-    except UserError as error:
-        main.send(("error", str(error)))
-    except (EOFError, ConnectionError):
-        pass  # the main process has gone
-
-
-def pack_shards(
-    plan: Plan, shards: list[int], num_workers: int, encode: Encode | None, encode_in_main: bool, bar: tqdm
-) -> None:
-    """Packs shards in worker processes; with `encode_in_main` they only decode, and this process encodes.
-
-    Raises:
-        UserError: the disk is full, or a process has ended.
-    """
-    context = multiprocessing.get_context("fork")
-    waiting = shards[::-1]
-    workers: dict[Connection, BaseProcess] = {}
-    try:
-        for _ in range(min(num_workers, len(shards))):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, [*workers, ours], plan, encode, encode_in_main)
-            workers[ours] = context.Process(target=work, args=arguments, daemon=True)
-            workers[ours].start()
-            theirs.close()
-            ours.send(waiting.pop())
-        while workers:
-            for connection in wait(list(workers)):
-                if not answer(connection, workers[connection], waiting, encode, bar):
-                    workers.pop(connection).join()
-    finally:
-        for process in workers.values():
-            process.terminate()
-        for process in workers.values():
-            process.join()
-
-
-def answer(connection: Connection, process: BaseProcess, waiting: list[int], encode: Encode | None, bar: tqdm) -> bool:
-    """Does what a worker asks for; False where there is no more work for it."""
-    try:
-        kind, value = connection.recv()
-    except (EOFError, ConnectionError):
-        process.join()
-        raise UserError(
-            f"a packing process ended with status {process.exitcode}: run the same command again,"
-            " with fewer --num-workers if memory ran out"
-        ) from None
-    if kind == "error":
-        raise UserError(value)
-    if kind == "item":
-        bar.update()
-    elif kind == "encode":
-        connection.send(encode(value))
-    elif kind == "shard":
-        number = waiting.pop() if waiting else None
-        connection.send(number)
-        return number is not None
-    return True
-
-
-CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded together: at most both
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Makes a full disk, or one that cannot be written, a line for people."""
-    try:
-        yield
-    except ConnectionError:
-        raise  # of a pipe to another process, not of the disk
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror}: make room and run the same command again,"
-            " which keeps the finished shards"
-        ) from None
-
-
-def write_shard(
-    folder: Path, number: int, settings: Settings, encode: Encode | None, fill: Callable[["ShardWriter"], None]
-) -> None:
-    """Writes what `fill` adds to a shard, whole or, where an error ends it, not at all.
-
-    Raises:
-        UserError: the disk is full, or cannot be written.
-    """
-    path, record = shard_path(folder, number), {}
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            writer = ShardWriter(file, settings, encode)
-            fill(writer)
-            record.update(writer.finish())
-
-    with disk_errors(folder):
-        write_whole(path, write)
-        # Last, since a shard counts once its items lie beside it.
-        write_json(path.with_suffix(".json"), record | {"mtime_ns": path.stat().st_mtime_ns})
+        return writer.finish()
 
 
 class ShardWriter:
-    """Writes the frames of one shard to an open file, and collects what is to lie beside it.
+    """Writes the frames of one shard to an open file, and collects the shard's record.
 
-    Frames are written in chunks, whatever the length of an item. With `encode` a chunk becomes
-    latents, of the frames and of their mirrored copies.
+    Frames are written in chunks of a fixed size, however long an item is. With `encode`, a chunk becomes the
+    latents of its frames and of their mirrored copies.
     """
 
     def __init__(self, file: BinaryIO, settings: Settings, encode: Encode | None):
@@ -210,9 +79,10 @@ class ShardWriter:
         """Appends an item.
 
         Args:
-            path: relative to the source.
+            path: the file, relative to the source.
+            label: its class index.
             frames_per_second: 0 for an image.
-            frames: (H, W, 3) uint8 each, in display order; an image is one.
+            frames: (H, W, 3) uint8 each, in display order; one for an image.
         """
         first = self.num_frames
         for frame in frames:
@@ -226,10 +96,11 @@ class ShardWriter:
             column.append(value)
 
     def add_unreadable(self, path: str, reason: str) -> None:
-        """Notes a file, relative to the source, that the shard goes without."""
+        """Notes why a file is left out. The path is relative to the source."""
         self.unreadable.append((path, reason))
 
     def write_waiting(self) -> None:
+        """Writes the frames that wait in memory."""
         frames = self.waiting[: self.num_waiting]  # (N, H, W, 3)
         if self.encode and len(frames):
             mirrored = np.ascontiguousarray(frames[:, :, ::-1])
@@ -240,7 +111,7 @@ class ShardWriter:
         self.num_waiting = 0
 
     def finish(self) -> dict:
-        """Writes the last frames; what is to lie beside them, but for the file's time."""
+        """Writes the last frames, and returns the shard's record without the file's time."""
         self.write_waiting()
         num_bytes = self.num_frames * self.settings.frame_bytes
         return {"bytes": num_bytes, "crc32": self.checksum, "items": self.items, "unreadable": self.unreadable}

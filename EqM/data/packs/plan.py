@@ -1,0 +1,185 @@
+"""Making a pack, from its plan to its index: what it will hold, which shards are missing, and when it is whole."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.form import Form
+from data.latents import LatentSpace
+from data.packs.format import FORMAT, VERSION, Settings, read_settings, shard_path
+from data.packs.pack import Pack, find_damage, read_index
+from data.scan import check_readable, find_files
+from runtime.errors import UserError
+from runtime.files import leftovers, lock, read_json, write_json
+
+PARTS = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to pack, the same on every rank: files as (path, class index), in the order of the shards."""
+
+    folder: Path
+    settings: Settings
+    source: Path
+    samples: list[tuple[str, int]]
+
+    def shard(self, number: int) -> list[tuple[str, int]]:
+        """The files of one shard."""
+        count = self.settings.items_per_shard
+        return self.samples[number * count : (number + 1) * count]
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns an error of the disk, such as a full one, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror}: make room and run the same command again,"
+            " which keeps the finished shards"
+        ) from None
+
+
+def name_in(source: Path, path: str) -> str:
+    """A file's path relative to the source. The path may begin with the source or with what its links lead to."""
+    # Not os.path.relpath: it shortens a/.. to nothing, which is another folder if a is a link.
+    root = source if Path(path).is_relative_to(source) else source.resolve()
+    return str(Path(path).relative_to(root))
+
+
+def make_plan(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> Plan:
+    """Finds the files, and makes the folder and its settings if they are not there yet.
+
+    Args:
+        source: class folders, or videos with a CSV.
+        folder: gets the pack; new, empty, or with a pack of the same settings.
+        form: videos or images, and their size.
+        space: the space of a VAE, to pack latents; None packs pixels.
+
+    Raises:
+        UserError: no files; an image size that the VAE does not divide; a folder with other settings or other files.
+    """
+    classes, samples = find_files(source, form.video)
+    names = "\n".join(f"{name_in(source, path)}\t{label}" for path, label in samples)
+    settings = Settings(
+        format=FORMAT,
+        version=VERSION,
+        source=str(source.resolve()),
+        video=form.video,
+        image_size=form.image_size,
+        values="latents" if space else "pixels",
+        vae=vae_settings(space, form.image_size) if space else {},
+        classes=list(classes),
+        files=len(samples),
+        names_crc32=zlib.crc32(os.fsencode(names)),
+    )
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = read_settings(folder)
+        if not found:
+            if set(folder.iterdir()) - set(leftovers(folder, "settings.json")):
+                raise UserError(f"{folder} holds something else than a pack: give another folder")
+            write_json(folder / "settings.json", asdict(settings))
+    check_same(folder, (found or settings).identity(), settings.identity())
+    return Plan(folder, settings, source, samples)
+
+
+def vae_settings(space: LatentSpace, image_size: int) -> dict:
+    """What a pack keeps of its VAE. Raises UserError for an image size that the VAE does not divide."""
+    return {
+        "name": space.name,
+        "fingerprint": space.fingerprint,
+        "scale": space.scale,
+        "channels": space.channels,
+        "side": space.side(image_size),
+    }
+
+
+def check_same(folder: Path, found: dict, wanted: dict) -> None:
+    """Raises UserError, with both values, if a pack was made with other settings."""
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise UserError(f"{folder} was made with {key} {found[key]}, and this run has {value}: give a new folder")
+
+
+def keep_others_out(folder: Path) -> None:
+    """Locks a folder until this process and its workers end.
+
+    Raises:
+        UserError: another run has locked it.
+    """
+    with disk_errors(folder):
+        alone = lock(folder)
+    if not alone:
+        raise UserError(f"another run is packing into {folder}: let it end, then run the same command again")
+
+
+def read_shard_records(plan: Plan) -> dict[int, dict]:
+    """The record beside each shard, by the shard's number. Leaves out records that are missing or damaged."""
+    records = {}
+    for number in range(plan.settings.num_shards):
+        with suppress(OSError, ValueError):  # such a shard is packed again
+            records[number] = read_json(shard_path(plan.folder, number).with_suffix(".json"))
+    return records
+
+
+def missing_shards(plan: Plan) -> list[int]:
+    """The numbers of the shards that are missing or damaged. Reads every byte of a whole pack."""
+    whole = (plan.folder / "index.json").is_file()
+    records = read_shard_records(plan)
+    damage = find_damage(plan.folder, records, show_progress=True, trust_times=not whole)
+    for number, problem in sorted(damage.items()):
+        tqdm.write(f"{shard_path(plan.folder, number)} {problem}: it is made anew")
+    return sorted(damage.keys() | set(range(plan.settings.num_shards)) - records.keys())
+
+
+def build_index(plan: Plan, records: dict[int, dict]) -> dict:
+    """The index of a pack, from the records of all its shards.
+
+    Raises:
+        UserError: a shard was removed since it was written.
+    """
+    index: dict = {"settings": plan.settings.identity(), "shards": [], "items": {}, "unreadable": []}
+    for number in range(plan.settings.num_shards):
+        if number not in records:
+            raise UserError(f"{shard_path(plan.folder, number)} was removed or damaged: run the same command again")
+        record = records[number]
+        columns = record["items"] | {"shard": [number] * len(record["items"]["path"])}
+        for name, column in columns.items():
+            index["items"].setdefault(name, []).extend(column)
+        index["shards"].append({name: record[name] for name in ("bytes", "crc32", "mtime_ns")})
+        index["unreadable"].extend(record["unreadable"])
+    return index
+
+
+def finish(plan: Plan) -> Pack:
+    """Makes a pack whole once every shard is written: writes its index and removes what killed runs left.
+
+    Raises:
+        UserError: a shard is missing, or too many files could not be read. A later run tries those files again.
+    """
+    records = read_shard_records(plan)
+    index = build_index(plan, records)
+    pack = Pack(plan.folder, plan.settings, index)
+    try:
+        check_readable(replace(pack.found(), root=plan.settings.source), plan.settings.video)
+    except UserError:
+        for number, record in records.items():
+            if record["unreadable"]:
+                shard_path(plan.folder, number).with_suffix(".json").unlink()
+        raise
+    with disk_errors(plan.folder):
+        # A whole pack is left alone: it may lie on a read-only disk.
+        if read_index(plan.folder, plan.settings) != index:
+            write_json(plan.folder / "index.json", index)
+        for names in PARTS:
+            for left in leftovers(plan.folder, names):
+                left.unlink()
+    return pack

@@ -1,0 +1,148 @@
+"""The benchmark's tables of one device: speed, memory, loader, checkpoints, adaptive sampling, fast against eager."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import date
+
+import torch
+
+from measuring import agreement, throughput
+from measuring.adaptive_times import adaptive_times
+from measuring.agreement import LOSS_COLUMNS, loss_cells
+from measuring.loader_rates import loader_rates
+from measuring.results import Results
+from measuring.saving_times import saving_times
+from measuring.throughput import PRODUCT_SIDE, choose_precision
+from measuring.workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, SMALL, TINY, Work, start_over
+from runtime.errors import UserError
+from runtime.logs import device_name
+
+
+def small_work(device: torch.device, quick: bool) -> tuple[Work, str, bool]:
+    """What single numbers are measured with: a network, its precision, and whether it runs fast."""
+    fast = device.type == "cuda"
+    return (SMALL, "bf16", fast) if fast and not quick else (TINY, "fp32", fast)
+
+
+def measure_speed(results: Results, device: torch.device, works: list[Work], precisions: Sequence[str]) -> None:
+    product = throughput.product_flops(device)
+    results.content["product_tflops"] = product / 1e12
+    side = PRODUCT_SIDE[device.type]
+    results.print(f"a dense bf16 product of side {side} runs at {product / 1e12:.3g} TFLOP/s\n")
+    rows: dict[tuple[str, int], list[throughput.Row]] = {}
+    results.print_heading(throughput.COLUMNS)
+    for work in works:
+        ways = work.ways if device.type == "cuda" else ON_CPU
+        for precision, mode in (way for way in ways if way[0] in precisions):
+            row = throughput.measure_work(work, precision, mode, device, product)
+            results.print_row(row.cells())
+            rows.setdefault((row.work, row.batch), []).append(row)
+            results.content["rows"].append(asdict(row))
+            results.save()
+
+    results.print()
+    results.print_heading(("work", "batch", "ratio", ""))
+    for (name, batch), measured in rows.items():
+        for label, ratio in throughput.ratios(measured):
+            results.print_row((name, str(batch), label, ratio))
+            results.content["ratios"][f"{name}, batch {batch}: {label}"] = float(ratio)
+    results.save()
+
+
+def measure_largest(results: Results, device: torch.device, _: bool) -> None:
+    results.print()
+    for precision in ("fp32", "bf16"):
+        batch = throughput.largest_batch(LARGE, precision, device)
+        results.content["largest_batch"][precision] = batch
+        results.print(f"largest batch that fits, {LARGE.name}, fast, {precision}: {batch}")
+        results.save()
+
+
+def measure_loader(results: Results, _device: torch.device, _quick: bool) -> None:
+    results.print()
+    results.print_heading(("loader, 4 frames of 320×240 sources", "clips/s", "times decoding"))
+    rates = results.content["loader"]
+    for name, rate in loader_rates():
+        rates[name] = rate
+        results.print_row((name, f"{rate:,.0f}", f"{rate / next(iter(rates.values())):.1f}"))
+        results.save()
+
+
+def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
+    start_over(device)
+    work, precision, fast = small_work(device, quick)
+    choice = choose_precision(precision, device)
+    results.content["saving"] = times = saving_times(work, choice, fast, device, results.path.parent)
+    results.print(f"\nwriting checkpoints of {work.name}, batch {work.batch}, {choice}, while training:")
+    results.print(", ".join(f"{name} {value:.2f}" for name, value in times.items()))
+    results.save()
+
+
+def measure_adaptive(results: Results, device: torch.device, quick: bool) -> None:
+    small, precision, fast = small_work(device, quick)
+    choice = choose_precision(precision, device)
+    # Work, samples a slot, rounds.
+    measured = [(replace(small, batch=4), 4, 1)] if small is TINY else [(small, 64, GROUPS), (MIDDLE, 32, 1)]
+    for work, samples_a_slot, rounds in measured:
+        start_over(device)
+        times = adaptive_times(work, choice, fast, device, samples_a_slot, rounds)
+        results.content["adaptive"][work.name] = times
+        results.print(f"\nsampling {work.name}, batch {work.batch}, {choice}, with fixed steps and adaptive:")
+        results.print(", ".join(f"{name} {value:.4g}" for name, value in times.items()))
+        results.save()
+
+
+def measure_agreement(results: Results, device: torch.device, quick: bool) -> None:
+    work, _, _ = small_work(device, quick)
+    windows, samples, network = {}, {}, None
+    results.content["agreement"] = found = {"windows": windows, "samples": samples}
+    results.print(f"\nlosses of {agreement.STEPS[device.type]} steps of {work.name}, batch {work.batch}:\n")
+    results.print_heading(LOSS_COLUMNS)
+    for name, means, trained in agreement.trainings(work, device):
+        windows[name], network = means, network or trained
+        results.print_row(loss_cells(name, windows))
+        results.save()
+
+    results.print()
+    results.print_heading(("sampling", "fast against eager", "tolerance"))
+    agree = agreement.losses_agree(windows)
+    for precision in agreement.precisions_of(device):
+        difference = agreement.sample_difference(work, network, precision, device)
+        samples[precision.name], tolerance = difference, agreement.SAMPLE_TOLERANCE[precision.name]
+        results.print_row((str(precision), f"{difference:.2g}", f"{tolerance:.2g}"))
+        agree &= difference <= tolerance
+    found["agree"] = agree
+    results.differs |= not agree
+    results.save()
+    results.print(f"\nfast and eager {'agree' if agree else 'DIFFER'}")
+
+
+MEASURES = {
+    "largest": measure_largest,
+    "loader": measure_loader,
+    "saving": measure_saving,
+    "adaptive": measure_adaptive,
+    "agreement": measure_agreement,
+}
+
+
+def measure_one_device(
+    results: Results, device: torch.device, parts: Sequence[str], precisions: Sequence[str], quick: bool
+) -> None:
+    """Measures these parts; of training and sampling, in these precisions.
+
+    Raises:
+        UserError: the device has none of the precisions.
+    """
+    where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
+    empty = {"rows": [], "ratios": {}, "largest_batch": {}, "loader": {}, "saving": {}, "adaptive": {}, "agreement": {}}
+    results.content |= where | empty
+    results.print(", ".join(where.values()))
+    works = [work for part in parts for work in (QUICK if quick else FULL).get(part, [])]
+    if works and device.type == "cpu" and "fp32" not in precisions:
+        raise UserError(f"--precisions {' '.join(precisions)}: on this device fp32 is measured")
+    if works:
+        measure_speed(results, device, works, precisions)
+    for name, measure in MEASURES.items():
+        if name in parts:
+            measure(results, device, quick)

@@ -1,0 +1,177 @@
+"""What a study compares, and the trainings that it consists of: each runs the commands that people run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from runtime.errors import UserError
+
+COMMANDS = Path(__file__).resolve().parent.parent  # the folder of our scripts
+PRECISIONS = {"fp32": "", "bf16": "--use-bf16", "fp16": "--use-amp"}
+FLOW_MATCHING = "--no-uncond --c-schedule constant --c-lambda 1"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one kind of data is trained on and sampled, as flags, and how many samples are judged."""
+
+    training: str
+    sampling: str
+    samples: int
+
+
+# By whether the data are videos, and whether there is a GPU.
+SETTINGS = {
+    (True, True): Setting(
+        "--video --clip-len 4 --image-size 32 --temporal-patch 2 --model EqM-S/4 --global-batch-size 32 --lr 5e-4"
+        " --max-steps 3000 --no-flip --warmup-steps 100 --grad-clip 1 --ema-decay 0.998 --log-every 100",
+        "--stepsize 0.015 --num-sampling-steps 40 --cfg-scale 2 --global-batch-size 120",
+        480,
+    ),
+    (True, False): Setting(
+        "--video --clip-len 4 --image-size 16 --temporal-patch 4 --model EqM-Ti/2 --global-batch-size 16 --lr 1e-3"
+        " --max-steps 1500 --no-flip --warmup-steps 100 --grad-clip 1 --ema-decay 0.995 --log-every 50",
+        "--stepsize 0.006 --num-sampling-steps 100 --cfg-scale 2 --global-batch-size 64",
+        192,
+    ),
+    (False, True): Setting(
+        "--image-size 28 --model EqM-S/4 --global-batch-size 64 --lr 5e-4 --max-steps 2500 --no-flip"
+        " --warmup-steps 100 --grad-clip 1 --ema-decay 0.998 --log-every 100",
+        "--stepsize 0.015 --num-sampling-steps 40 --cfg-scale 1.5 --global-batch-size 250",
+        1000,
+    ),
+    (False, False): Setting(
+        "--image-size 28 --model EqM-Ti/4 --global-batch-size 16 --lr 1e-3 --max-steps 1500 --no-flip"
+        " --warmup-steps 100 --grad-clip 1 --ema-decay 0.995 --log-every 50",
+        "--stepsize 0.006 --num-sampling-steps 100 --cfg-scale 1.5 --global-batch-size 64",
+        200,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variants:
+    """What a study compares: the flags of each training, and of each way to sample from it, by name."""
+
+    trainings: dict[str, str]
+    samplings: dict[str, dict[str, str]]
+
+
+def adaptive_samplings() -> dict[str, str]:
+    """Fixed numbers of steps, and norms to stop at, at the step size and the 250 steps published for B/2."""
+    common = "--stepsize 0.003 --num-sampling-steps"
+    fixed = {f"{steps} steps": f"{common} {steps}" for steps in (250, 100, 75)}
+    return fixed | {f"G = {g}": f"{common} 250 --adaptive {g}" for g in (0.8, 0.4, 0.2, 0.1)}
+
+
+STUDIES = {
+    "precision": Variants(PRECISIONS, dict.fromkeys(PRECISIONS, PRECISIONS)),
+    "objective": Variants(
+        {"Equilibrium Matching": "", "flow matching": FLOW_MATCHING},
+        {"Equilibrium Matching": {"descent": ""}, "flow matching": {"Euler": "--sampler euler"}},
+    ),
+    "adaptive": Variants({"Equilibrium Matching": ""}, {"Equilibrium Matching": adaptive_samplings()}),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is studied, on what data, and how its commands differ from those of the setting."""
+
+    name: str  # in STUDIES
+    data: Path  # a folder with train/
+    video: bool
+    output: Path  # gets everything
+    seeds: int  # trainings of each variant
+    samples: int  # of each variant and seed
+    setting: Setting
+    train_flags: str
+    sample_flags: str
+    evaluate_flags: str
+
+    @property
+    def variants(self) -> Variants:
+        return STUDIES[self.name]
+
+    def trials(self) -> list["Trial"]:
+        """Every training. Seeds vary slowest: a study that is stopped has compared all variants for some seeds."""
+        return [Trial(self, name, seed) for seed in range(self.seeds) for name in self.variants.trainings]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a variant with one seed."""
+
+    study: Study
+    training: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.training}-seed{self.seed}".replace(" ", "-")
+
+    def run(self, step: Callable[[], object]) -> None:
+        """Trains, then samples and evaluates in each way. Skips what is done. Calls `step` after each command.
+
+        Raises:
+            UserError: a command failed.
+        """
+        study, setting, variants = self.study, self.study.setting, self.study.variants
+        real, runs = study.data / "train", study.output / "runs" / self.name
+        flags = [*setting.training.split(), *study.train_flags.split(), *variants.trainings[self.training].split()]
+        where = ["--data-path", real, "--results-dir", runs, "--resume"]
+        self.call("train", "train.py", *where, "--global-seed", self.seed, "--ckpt-every", 10**6, *flags)
+        step()
+        checkpoint = max(self.run_folder.glob("checkpoints/*.pt"))
+        for name, flags in variants.samplings[self.training].items():
+            folder, report = self.samples(name), self.evaluation(name)
+            if self.seconds(name) is None:
+                drawn = ["--ckpt", checkpoint, "--folder", folder, "--num-fid-samples", study.samples]
+                method = [*setting.sampling.split(), *study.sample_flags.split(), *flags.split()]
+                self.call(f"sample-{name}", "sample_gd.py", *drawn, "--global-seed", 1000 + self.seed, *method)
+            step()
+            if not report.exists():
+                flags = ["--judge", "--output", report, *study.evaluate_flags.split()]
+                self.call(f"evaluate-{name}", "evaluate.py", real, folder, *flags)
+            step()
+
+    @property
+    def run_folder(self) -> Path:
+        return max((self.study.output / "runs" / self.name).glob("*-EqM-*"))
+
+    def samples(self, sampling: str) -> Path:
+        return self.study.output / "samples" / f"{self.name}-{sampling}".replace(" ", "-")
+
+    def evaluation(self, sampling: str) -> Path:
+        return self.study.output / "evaluations" / f"{self.name}-{sampling}.json".replace(" ", "-")
+
+    def seconds(self, sampling: str) -> float | None:
+        """How long sampling took, from the sampler's own log; None until it is done."""
+        log = self.log(f"sample-{sampling}")
+        found = re.search(r"\d+ samples in ([\d.]+) s: ", log.read_text() if log.exists() else "")
+        return float(found[1]) if found else None
+
+    def log(self, name: str) -> Path:
+        return self.study.output / "logs" / f"{self.name}-{name}.txt".replace(" ", "-")
+
+    def call(self, name: str, script: str, *flags: object) -> None:
+        """Runs one of our scripts, and keeps what it prints.
+
+        Raises:
+            UserError: it failed.
+        """
+        command = [sys.executable, str(COMMANDS / script), *map(str, flags)]
+        log = self.log(name)
+        for folder in (log.parent, self.study.output / "samples", self.study.output / "evaluations"):
+            folder.mkdir(parents=True, exist_ok=True)
+        tqdm.write(shlex.join(["python", f"EqM/{script}", *map(str, flags)]))
+        with log.open("w") as file:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        if status:
+            raise UserError(f"{script} ended with status {status}: read {log}; the same command goes on from here")

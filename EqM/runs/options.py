@@ -1,0 +1,78 @@
+"""How often a run logs, saves and shows samples, and when it ends."""
+
+import argparse
+import math
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from runtime import cli
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a step is due for. It is false if the step is due for nothing."""
+
+    log: bool
+    save: bool
+    show: bool
+    end: bool
+    stop: bool
+
+    def __bool__(self) -> bool:
+        return any(astuple(self))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How often a run logs, saves and shows samples, and when it ends.
+
+    Attributes:
+        results_dir: gets the run folders.
+        log_every, ckpt_every: steps from one to the next.
+        sample_every: steps from one preview to the next; None: no previews.
+        keep: the newest checkpoints to keep; None: all.
+        max_minutes: the first log line after so long is the last one.
+        max_bad_steps: the run ends if gradients are not finite in so many steps in a row (fp32 and bf16).
+        last_step: the run ends there.
+    """
+
+    results_dir: Path
+    log_every: int
+    ckpt_every: int
+    sample_every: int | None
+    keep: int | None
+    max_minutes: float
+    max_bad_steps: int
+    last_step: float
+
+    def due_at(self, step: int, asked: bool) -> Due:
+        """What step is due for; `asked` says that the run was asked to stop."""
+        return Due(
+            log=step == 1 or step % self.log_every == 0,
+            save=step % self.ckpt_every == 0,
+            show=self.sample_every is not None and step % self.sample_every == 0,
+            end=step >= self.last_step,
+            stop=asked,
+        )
+
+
+def add_run_args(parser: argparse._ActionsContainer) -> None:
+    """Adds where a run writes, and how often."""
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
+    parser.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
+    parser.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
+
+
+def run_options_of(args: argparse.Namespace, last_step: float) -> RunOptions:
+    """The options that the flags ask for."""
+    return RunOptions(
+        args.results_dir,
+        args.log_every,
+        args.ckpt_every,
+        args.sample_every,
+        args.keep,
+        args.max_minutes or math.inf,
+        args.max_bad_steps,
+        last_step,
+    )
