@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import Samples
 from data.contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
+from data.form import Form
 from data.packs.pack import is_pack
-from data.scan import Found, unreadable_errors
+from data.scan import unreadable_errors
 from evaluation.features import Features
 from evaluation.judge import small
 from runtime.draws import keyed_uniforms
@@ -86,11 +86,11 @@ def open_sides(comparison: Comparison) -> tuple[Side, Side, Kind]:
         ("real", comparison.real, of_real, interval, random_window),
         ("generated", comparison.generated, of_generated, 1, first_window),
     ):
-        windows = Samples(Found("", (), (), ()), size, frames, every, flip=False, seed=0)
+        form = Form(video, size, frames, every)
         if path.suffix == ".npz" and not path.is_dir():
-            content = npz_content(path, windows, video)
+            content = npz_content(path, form)
         else:
-            content = open_path(path, windows, video, None, f"--image-size {size}", window)
+            content = open_path(path, form, None, f"--image-size {size}", window)
         about = {"path": str(path), "first_file": asdict(kind), "frame_interval": every}
         if path.is_dir() and not is_pack(path):
             about["sizes"] = file_sizes(path, video)
