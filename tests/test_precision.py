@@ -9,6 +9,7 @@ from conftest import spawn
 from precision import Precision, add_precision_args, agree_on_precision, requested_precision, resolve_precision
 
 FP16 = Precision("fp16", "fp16", torch.float16)
+BF16 = Precision("bf16", "bf16", torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,28 @@ def test_the_working_copy_is_in_low_precision_and_fp32_needs_none():
     assert network.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("precision", [FP16, BF16])
+def test_autocast_computes_in_16_bits_and_keeps_float32_weights_and_gradients(precision):
+    network = torch.nn.Linear(4, 4)
+    with precision.autocast("cpu"):
+        y = network(torch.ones(2, 4))
+    assert y.dtype == precision.dtype
+    y.float().sum().backward()
+    assert (network.weight.dtype, network.weight.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_autocast_does_nothing_in_fp32():
+    with resolve_precision("bf16", "cpu").autocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
+        assert torch.nn.Linear(4, 4)(torch.ones(2, 4)).dtype == torch.float32
+
+
+def test_what_stays_in_fp32_in_a_16_bit_run_keeps_its_tf32():
+    kept = resolve_precision("bf16", "cuda", (9, 0), tf32=True).in_fp32()
+    assert (kept.dtype, kept.label) == (torch.float32, "fp32 TF32")
+    assert resolve_precision("bf16", "cuda", (9, 0)).in_fp32().label == "fp32 IEEE"
+
+
 @pytest.mark.parametrize(
     ("capability", "wanted", "said"),
     [
@@ -100,7 +123,7 @@ def test_tf32_changes_how_fp32_products_are_computed_until_the_next_choice():
 
 def test_the_scaler_is_on_for_fp16_alone():
     assert FP16.grad_scaler("cpu").is_enabled()
-    assert not Precision("bf16", "bf16", torch.bfloat16).grad_scaler("cpu").is_enabled()
+    assert not BF16.grad_scaler("cpu").is_enabled()
     assert not resolve_precision("fp32", "cpu").grad_scaler("cpu").is_enabled()
 
 

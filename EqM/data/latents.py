@@ -6,6 +6,7 @@ package (requirements-latent.txt).
 
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,9 +47,13 @@ class LatentSpace:
 
 
 class VAE:
-    """A frozen VAE on a device, in float32 or bfloat16; frames go through it in chunks that fit."""
+    """A frozen VAE on a device. Frames go through it in chunks that fit into memory.
 
-    def __init__(self, network: nn.Module, name: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    It computes in float32, or with `bf16` in bfloat16: either as a cast copy, which has bfloat16 weights, or with
+    `autocast` with float32 weights under torch.autocast. It never computes in float16: its activations overflow there.
+    """
+
+    def __init__(self, network: nn.Module, name: str, device: torch.device, bf16: bool = False, autocast: bool = False):
         config = network.config
         self.space = LatentSpace(
             name,
@@ -57,22 +62,34 @@ class VAE:
             config.latent_channels,
             2 ** (len(config.block_out_channels) - 1),
         )
-        # Not the package's own `to`, which warns of parts that this network does not have.
-        self.network = nn.Module.to(network.requires_grad_(False).eval(), device, dtype)
-        self.device, self.dtype = device, dtype
+        weights = torch.bfloat16 if bf16 and not autocast else torch.float32
+        # Not the package's own `to`: it warns about parts that this network does not have.
+        self.network = nn.Module.to(network.requires_grad_(False).eval(), device, weights)
+        self.device, self.weights, self.autocast = device, weights, bf16 and autocast
+
+    def computing(self) -> AbstractContextManager:
+        """The context in which the network is called."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def chunks(self, frames: Tensor, pixels_a_number: int) -> Iterator[Tensor]:
+        """Yields frames or latents (n, C, h, w) on the device, in the type of the weights.
+
+        Args:
+            frames: (N, C, h, w).
+            pixels_a_number: how many pixels each of the h·w positions stands for.
+        """
         size = max(1, CHUNK_PIXELS // (frames.shape[-1] * frames.shape[-2] * pixels_a_number))
-        return (chunk.to(self.device) for chunk in frames.split(size))
+        return (chunk.to(self.device).to(self.weights) for chunk in frames.split(size))
 
     @torch.no_grad()
     def moments(self, frames: Tensor) -> Tensor:
         """Mean and standard deviation of the latents of pixels in [−1, 1]: (N, 3, H, W) → (N, 2, C, h, w) float32."""
-        posteriors = [self.network.encode(chunk.to(self.dtype)).latent_dist for chunk in self.chunks(frames, 1)]
+        with self.computing():
+            posteriors = [self.network.encode(chunk).latent_dist for chunk in self.chunks(frames, 1)]
         return torch.cat([torch.stack([p.mean, p.std], dim=1) for p in posteriors]).float()
 
     def encode_moments(self, frames: np.ndarray) -> np.ndarray:
-        """`moments` of uint8 frames (N, H, W, 3), in float16, for packs."""
+        """`moments` of uint8 frames (N, H, W, 3), in float16 for packs: (N, 2, C, h, w)."""
         pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
         return self.moments(pixels).half().cpu().numpy()
 
@@ -83,21 +100,22 @@ class VAE:
             flat = self.decode(latents.transpose(1, 2).flatten(0, 1))  # (NT, 3, H, W)
             return flat.unflatten(0, (len(latents), -1)).transpose(1, 2)
         chunks = self.chunks(latents / self.space.scale, self.space.downsampling**2)
-        return torch.cat([self.network.decode(chunk.to(self.dtype)).sample.float() for chunk in chunks])
+        with self.computing():
+            return torch.cat([self.network.decode(chunk).sample.float() for chunk in chunks])
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A checksum over all weights."""
+    """A CRC-32 checksum over all weights, in hexadecimal."""
     checksum = 0
     for weight in network.state_dict().values():
         checksum = zlib.crc32(weight.detach().cpu().float().contiguous().numpy(), checksum)
     return f"{checksum:08x}"
 
 
-def load_vae(name: str, device: torch.device, bf16: bool = False) -> VAE:
-    """The published VAE "ema" or "mse", or one that diffusers saved to a folder.
+def load_vae(name: str, device: torch.device, bf16: bool = False, autocast: bool = False) -> VAE:
+    """Loads the published VAE "ema" or "mse", or one that diffusers saved to a folder.
 
-    It computes in bf16 or in float32; fp16 would overflow.
+    `bf16` and `autocast` choose how it computes, as in `VAE`.
 
     Raises:
         UserError: the package diffusers, or the weights, are missing.
@@ -114,7 +132,7 @@ def load_vae(name: str, device: torch.device, bf16: bool = False) -> VAE:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {source}, give a folder with its weights as --vae DIR: {reason}") from None
-    return VAE(network, name, device, torch.bfloat16 if bf16 else torch.float32)
+    return VAE(network, name, device, bf16, autocast)
 
 
 def batch_moments(vae: VAE, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""A small classifier that says of samples whether they show the class asked for.
+"""A small classifier that decides whether samples show the class asked for.
 
-It is trained on real samples in the command that uses it, and tested on others of them that it never saw. Class
-names of two words, as CircleRight, are judged word by word. It always names some class: of what shows
-nothing at all, too.
+The command that uses it trains it on real samples, and tests it on real samples that it never saw. Class names of two
+words, such as CircleRight, are judged word by word. The judge always names some class, even for a sample that shows
+nothing. It keeps float32 weights, and computes under autocast.
 """
 
 import re
@@ -16,18 +16,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from precision import Precision
 from runtime.errors import UserError
 
-SIDE, FRAMES = 32, 8  # pixels and frames that it sees at most
-HELD_OUT = 0.25  # of each class
+SIDE, FRAMES = 32, 8  # the most pixels and frames that it sees
+HELD_OUT = 0.25  # share of each class
 LEAST_CLIPS = 4  # of each class
 STEPS, BATCH, RATE = 600, 32, 2e-3
-SHIFT = 2  # pixels that a training picture is moved by at most, in each direction
-PARTS = ("shape", "direction")  # what the words of a name of two are
+SHIFT = 2  # the most pixels by which a training clip is moved, in each direction
+PARTS = ("shape", "direction")  # the meaning of the words in a name of two words
 
 
 def small(x: Tensor) -> Tensor:
-    """Clips (N, 3, T, H, W) uint8 as it sees them: (N, 3, t, h, w) uint8 of at most FRAMES frames and SIDE pixels."""
+    """Reduces clips (N, 3, T, H, W) uint8 to at most FRAMES frames of SIDE pixels: (N, 3, t, h, w) uint8."""
     shown = np.linspace(0, x.shape[2] - 1, min(x.shape[2], FRAMES)).round().astype(int)
     x = x[:, :, torch.from_numpy(shown)]
     if x.shape[-1] <= SIDE:
@@ -36,9 +37,10 @@ def small(x: Tensor) -> Tensor:
 
 
 def words(names: Sequence[str]) -> dict[str, list[str]]:
-    """What is judged of each class: its two words where every name has two, as CircleRight, else its name.
+    """Splits class names into the parts that are judged: one list per part, with one word per name.
 
-    The values have one word for each name.
+    If every name has two words, such as CircleRight, the parts are PARTS. Otherwise the only part is "class", and
+    its words are the names.
     """
     split = [re.findall("[A-Z][^A-Z]*", name) for name in names]
     if all(len(found) == 2 and "".join(found) == name for found, name in zip(split, names, strict=True)):
@@ -47,7 +49,11 @@ def words(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 class Network(nn.Module):
-    """Convolutions over frames and their differences side by side, and a layer for each part of a class."""
+    """Convolutions over all frames and their differences, stacked as channels, and one linear layer per part.
+
+    Args:
+        outputs: the number of words of each part.
+    """
 
     def __init__(self, frames: int, side: int, outputs: Sequence[int]):
         super().__init__()
@@ -62,14 +68,14 @@ class Network(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(128, count) for count in outputs)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Clips (N, 3, t, h, w) in [−1, 1] to the logits of each part, (N, words)."""
+        """Maps clips (N, 3, t, h, w) in [−1, 1] to the logits of each part: (N, words)."""
         features = self.body(torch.cat([x, x.diff(dim=2)], dim=2).flatten(1, 2))  # (N, 128)
         return [head(features) for head in self.heads]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Which of a set's samples show what was asked for, (N,) bool by part; of two parts "both" is the last."""
+    """Which samples of a set show what was asked for: (N,) bool by part. Two parts are followed by "both"."""
 
     right: dict[str, np.ndarray]
 
@@ -78,47 +84,55 @@ class Judged:
 
 
 class Judge:
-    """A trained network for some classes, and how it fared on real samples that it had not seen."""
+    """A trained network for some classes.
 
-    def __init__(self, network: Network, names: Sequence[str], device: torch.device):
-        self.network, self.names, self.device = network, list(names), device
+    `trained_on` counts its training samples. `held_out` says how it judged real samples that it had not seen.
+    """
+
+    def __init__(self, network: Network, names: Sequence[str], device: torch.device, precision: Precision):
+        self.network, self.names, self.device, self.precision = network, list(names), device, precision
         self.parts = words(self.names)
         self.held_out: Judged | None = None
         self.trained_on = 0
 
+    @torch.no_grad()
     def judge(self, x: Tensor, classes: Sequence[str]) -> Judged:
-        """Compares clips (N, 3, t, h, w) uint8, `small`, with the classes that they are to show."""
-        logits = [
-            [part.argmax(1).cpu() for part in self.network(to_input(batch.to(self.device)))] for batch in x.split(BATCH)
-        ]
+        """Compares clips (N, 3, t, h, w) uint8, from `small`, with the classes that they were asked to show."""
+        with self.precision.autocast(self.device.type):
+            logits = [self.network(to_input(batch.to(self.device))) for batch in x.split(BATCH)]
+        predicted = [torch.cat(part).argmax(1).cpu().numpy() for part in zip(*logits, strict=True)]  # (N,) by part
         places = [self.names.index(name) for name in classes]
         right = {}
-        for (part, of_class), predicted in zip(self.parts.items(), zip(*logits, strict=True), strict=True):
+        for (part, of_class), found in zip(self.parts.items(), predicted, strict=True):
             vocabulary = sorted(set(of_class))
-            wanted = np.array([vocabulary.index(of_class[place]) for place in places])
-            right[part] = torch.cat(predicted).numpy() == wanted
+            right[part] = found == np.array([vocabulary.index(of_class[place]) for place in places])  # (N,)
         if len(right) > 1:
             right["both"] = np.all(list(right.values()), axis=0)
         return Judged(right)
 
 
 def to_input(x: Tensor) -> Tensor:
+    """Converts uint8 pixels to the network's input in [−1, 1], of any shape."""
     return x.float() / 127.5 - 1
 
 
-def check_classes(classes: Sequence[str]) -> list[str]:
-    """The sorted names of the classes; raises UserError where there are fewer than two, or too few clips of one."""
+def learnable_classes(classes: Sequence[str]) -> list[str]:
+    """Returns the sorted names of the classes that real samples show, one class per sample.
+
+    Raises:
+        UserError: there are fewer than two classes, or too few samples of one.
+    """
     counts = Counter(classes)
     if len(counts) < 2 or not all(counts):
-        raise UserError("--judge wants REAL in two or more class folders, of which it learns the classes")
+        raise UserError("--judge learns the classes of REAL: give a REAL with two or more class folders")
     few = min(counts, key=counts.get)
     if counts[few] < LEAST_CLIPS:
-        raise UserError(f"--judge wants {LEAST_CLIPS} samples of each class or more, and {few} has {counts[few]}")
+        raise UserError(f"--judge needs {LEAST_CLIPS} or more samples of each class, and {few} has {counts[few]}")
     return sorted(counts)
 
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Which samples (N,) are held out: of each class a random HELD_OUT of them, and one at least."""
+    """Chooses the samples (N,) to hold out: the share HELD_OUT of each class at random, and at least one."""
     held, rng = np.zeros(len(labels), bool), np.random.default_rng(seed)
     for label in np.unique(labels):
         mine = rng.permutation(np.flatnonzero(labels == label))
@@ -126,13 +140,13 @@ def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
     return held
 
 
-def train_judge(x: Tensor, classes: Sequence[str], seed: int, device: torch.device) -> Judge:
-    """Trains a judge on three quarters of real clips (N, 3, t, h, w) uint8, `small`, and tests it on the others.
+def train_judge(x: Tensor, classes: Sequence[str], seed: int, device: torch.device, precision: Precision) -> Judge:
+    """Trains a judge on three quarters of real clips (N, 3, t, h, w) uint8, from `small`, and tests it on the rest.
 
     Raises:
-        UserError: fewer than two classes, or too few clips of one.
+        UserError: as `learnable_classes`.
     """
-    names = check_classes(classes)
+    names = learnable_classes(classes)
     labels = np.array([names.index(name) for name in classes])  # (N,)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -143,32 +157,40 @@ def train_judge(x: Tensor, classes: Sequence[str], seed: int, device: torch.devi
         targets = torch.tensor(
             [[vocabularies[part].index(of_class[label]) for part, of_class in parts.items()] for label in labels]
         )  # (N, parts)
-        fit(network, x[~held], targets[~held], device)
-        judge = Judge(network, names, device)
-        with torch.no_grad():
-            judge.held_out = judge.judge(x[held], [classes[i] for i in np.flatnonzero(held)])
+        fit(network, x[~held], targets[~held], device, precision)
+        judge = Judge(network, names, device, precision)
+        judge.held_out = judge.judge(x[held], [classes[i] for i in np.flatnonzero(held)])
         judge.trained_on = int((~held).sum())
     return judge
 
 
-def fit(network: Network, x: Tensor, targets: Tensor, device: torch.device) -> None:
-    """STEPS updates; pictures are shifted, and never mirrored, which would turn the direction round."""
+def fit(network: Network, x: Tensor, targets: Tensor, device: torch.device, precision: Precision) -> None:
+    """Trains for STEPS steps on clips (N, 3, t, h, w) uint8 and the places of their words (N, parts).
+
+    Clips are shifted at random. They are never mirrored: that would reverse the direction.
+    """
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    scaler = precision.grad_scaler(device.type)
     network.train()
     for _ in tqdm(range(STEPS), desc="training the judge", unit="step"):
         chosen = torch.randint(len(x), (BATCH,))
         clips, wanted = to_input(shifted(x[chosen]).to(device)), targets[chosen].to(device)
-        loss = sum(F.cross_entropy(part, wanted[:, i]) for i, part in enumerate(network(clips)))
+        with precision.autocast(device.type):
+            logits = network(clips)
+        loss = sum(F.cross_entropy(part.float(), wanted[:, i]) for i, part in enumerate(logits))
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scale = scaler.get_scale()
+        scaler.update()
+        if scaler.get_scale() >= scale:  # a lower scale means that the update was skipped
+            schedule.step()
     network.eval()
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Clips (N, 3, t, h, w) moved together by up to SHIFT pixels, their edges repeated."""
+    """Moves all clips (N, 3, t, h, w) by the same random shift of up to SHIFT pixels, and repeats their edges."""
     down, right = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
     height, width = x.shape[-2:]
     padded = F.pad(x.float().flatten(1, 2), [SHIFT] * 4, mode="replicate").byte()

@@ -1,8 +1,8 @@
 """How far two sets of features (N, D) lie apart: Fréchet and kernel distance, precision and recall.
 
-All are computed in float64, on the features' device. Each comes with every sample's part in it, to first
-order, from which `interval` resamples: resampling the samples themselves would cost a decomposition each
-time, and moves a Fréchet distance up by about its bias, since resampled sets have fewer different samples.
+All are computed in float64, on the features' device. Each comes with the part that every sample has in it, to first
+order. `Estimate.interval` resamples these parts. Resampling the samples themselves would need a decomposition each
+time. It would also raise a Fréchet distance by about its bias, since a resampled set has fewer different samples.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from torch import Tensor
 
 RESAMPLES, PERCENTILES = 1000, (2.5, 97.5)
 SUBSETS, SUBSET_SIZE, SUBSET_SEED = 100, 1000, 2020  # torch-fidelity's
-SPLITS, SPLIT_SUBSETS = 5, 10  # of real samples in halves, and subsets for each
+SPLITS, SPLIT_SUBSETS = 5, 10  # times that the real samples are halved, and subsets for each time
 LEAST_FOR_KERNEL = 20  # samples; with fewer, the interval says nothing
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019
-ROWS = 4096  # of a matrix over all pairs that are in memory at once
+ROWS = 4096  # in memory at once, of a matrix over all pairs
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of two sets, and how it would change with its samples.
+    """A metric of two sets of N and M samples, and how it depends on each sample.
 
-    To first order, weighting sample i of the first set by 1 + w_i, where the w_i add up to 0, adds
-    mean(w · of_first), and likewise for the second. Both (N,), (M,) have the mean 0.
+    Let sample i of the first set have the weight 1 + w_i, where the w_i add up to 0. To first order, this adds
+    mean(w · of_first) to the value. The same holds for the second set. `of_first` (N,) and `of_second` (M,) have the
+    mean 0.
     """
 
     value: float
@@ -33,7 +34,7 @@ class Estimate:
     of_second: Tensor
 
     def interval(self, seed: int = 0) -> tuple[float, float]:
-        """The bootstrap's percentiles: both sets resampled RESAMPLES times."""
+        """The bootstrap's PERCENTILES, from RESAMPLES resamples of both sets."""
         rng = np.random.default_rng(seed)
         deviations = sum(resampled_means(part.cpu().numpy(), rng) for part in (self.of_first, self.of_second))
         low, high = np.percentile(deviations, PERCENTILES)
@@ -41,12 +42,12 @@ class Estimate:
 
 
 def resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The means (RESAMPLES,) of values (N,) drawn with replacement."""
+    """Draws N of the values (N,) with replacement, RESAMPLES times, and returns the means: (RESAMPLES,)."""
     return np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)])
 
 
 def root(x: Tensor) -> Tensor:
-    """A matrix (min(N, D), D) of which Rᵀ·R is the covariance of samples (N, D)."""
+    """Returns R (min(N, D), D), such that Rᵀ·R is the covariance of samples (N, D)."""
     return torch.linalg.qr(x - x.mean(0), mode="r")[1] / (len(x) - 1) ** 0.5
 
 
@@ -61,12 +62,13 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
 
 
 def from_roots(first: Tensor, second: Tensor, r1: Tensor, r2: Tensor, singular: Tensor) -> float:
+    """`frechet_distance` of sets with these roots, from the singular values of R₁·R₂ᵀ."""
     means = (first.double().mean(0) - second.double().mean(0)).square().sum()
     return float(means + r1.square().sum() + r2.square().sum() - 2 * singular.sum())
 
 
 def frechet_estimate(first: Tensor, second: Tensor) -> Estimate:
-    """`frechet_distance` with the samples' parts; N, M > D.
+    """`frechet_distance` with each sample's part. Both sets need more samples than features.
 
     The derivative by Σ₂ is I − T, with T = Σ₁^½·(Σ₁^½·Σ₂·Σ₁^½)^−½·Σ₁^½ (the optimal map from the second
     distribution to the first), by μ₂ it is 2·(μ₂ − μ₁), and so for the first.
@@ -88,7 +90,7 @@ def frechet_estimate(first: Tensor, second: Tensor) -> Estimate:
 
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(xᵢ·yⱼ / D + 1)³ for all pairs: (N, M)."""
+    """(xᵢ·yⱼ / D + 1)³ for all pairs of samples (N, D) and (M, D): (N, M)."""
     k = x @ y.T / x.shape[1] + 1
     return k * k * k
 
@@ -98,8 +100,8 @@ def kernel_distance(
 ) -> float:
     """The squared maximum mean discrepancy under `kernel`, unbiased, averaged over random subsets of both sets.
 
-    Source: Bińkowski et al. 2018 (KID). The subsets are torch-fidelity's for the same seed. Where both sets
-    have `subset_size` samples, every subset is the whole, and one is enough.
+    Source: Bińkowski et al. 2018 (KID). For the same seed, the subsets are those of torch-fidelity. If both sets have
+    `subset_size` samples, every subset is the whole set, and one is enough.
     """
     first, second = first.double(), second.double()
     if len(first) == len(second) == subset_size:
@@ -119,7 +121,7 @@ def discrepancy(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_estimate(first: Tensor, second: Tensor) -> Estimate:
-    """`kernel_distance` over subsets of at most SUBSET_SIZE samples, with the samples' parts."""
+    """`kernel_distance` over subsets of at most SUBSET_SIZE samples, with each sample's part."""
     first, second = first.double(), second.double()
 
     def parts(x: Tensor, other: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def kernel_estimate(first: Tensor, second: Tensor) -> Estimate:
             2 * (kernel(rows, x).mean(1) - kernel(rows, other).mean(1))  # (rows,)
             for rows in x.split(ROWS)
         ]
-        parts = torch.cat(parts)
+        parts = torch.cat(parts)  # (N,)
         return parts - parts.mean()
 
     value = kernel_distance(first, second, min(SUBSET_SIZE, len(first), len(second)))
@@ -135,9 +137,14 @@ def kernel_estimate(first: Tensor, second: Tensor) -> Estimate:
 
 
 def within_neighbourhoods(x: Tensor, of: Tensor) -> Tensor:
-    """Which samples x (N, D) lie no further from one of the others (M, D) than its NEIGHBOURS-th nearest: (N,)."""
+    """Which samples x (N, D) lie in the neighbourhood of one of the others (M, D): (N,) bool.
+
+    The neighbourhood of a sample of `of` reaches to its NEIGHBOURS-th nearest neighbour within `of`.
+    """
     x, of = x.double(), of.double()
-    radii = [torch.cdist(rows, of).kthvalue(NEIGHBOURS + 1).values for rows in of.split(ROWS)]  # the first is itself
+    radii = [
+        torch.cdist(rows, of).kthvalue(NEIGHBOURS + 1).values for rows in of.split(ROWS)
+    ]  # + 1: the first is itself
     radii = torch.cat(radii)  # (M,)
     return torch.cat([(torch.cdist(rows, of) <= radii).any(1) for rows in x.split(ROWS)])
 
@@ -145,7 +152,7 @@ def within_neighbourhoods(x: Tensor, of: Tensor) -> Tensor:
 def precision_estimate(first: Tensor, second: Tensor) -> Estimate:
     """The share of the second set (generated) that lies within the first set's (real) neighbourhoods.
 
-    Source: Kynkäänniemi et al. 2019. The neighbourhoods are held fixed: copies of a sample would shrink them.
+    Source: Kynkäänniemi et al. 2019. The parts hold the neighbourhoods fixed: copies of a sample would shrink them.
     """
     inside = within_neighbourhoods(second, first).double()  # (M,)
     return Estimate(float(inside.mean()), torch.zeros(len(first)).double(), inside - inside.mean())
@@ -158,28 +165,28 @@ def recall_estimate(first: Tensor, second: Tensor) -> Estimate:
 
 
 def frechet_wants(samples: int, dimensions: int) -> str:
-    """Why there is no Fréchet distance, or ""."""
+    """Why so many samples of so many features have no Fréchet distance, or ""."""
     if samples > dimensions:
         return ""
-    return f"{samples} samples, and a covariance of {dimensions} features wants more than {dimensions}"
+    return f"{samples} samples, and a covariance of {dimensions} features needs more than {dimensions}"
 
 
 def kernel_wants(samples: int, dimensions: int) -> str:
-    """Why there is no kernel distance, or ""."""
-    return "" if samples >= LEAST_FOR_KERNEL else f"{samples} samples, and it wants {LEAST_FOR_KERNEL}"
+    """Why so many samples have no kernel distance, or ""."""
+    return "" if samples >= LEAST_FOR_KERNEL else f"{samples} samples, and it needs {LEAST_FOR_KERNEL}"
 
 
 def neighbours_want(samples: int, dimensions: int) -> str:
-    """Why there is no precision or recall, or ""."""
-    return "" if samples > NEIGHBOURS else f"{samples} samples, and it wants more than its {NEIGHBOURS} neighbours"
+    """Why so many samples have no precision and recall, or ""."""
+    return "" if samples > NEIGHBOURS else f"{samples} samples, and it needs more than its {NEIGHBOURS} neighbours"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of (real, generated) by name.
+    """A metric of real and generated features, (N, D) and (M, D), by name.
 
-    Its value alone, which is cheaper, and its estimate; and why (samples of the smaller set, D) are too
-    few, or "".
+    `value` alone is cheaper than `estimate`. `too_few` takes the samples of the smaller set and D; it returns why
+    they are too few, or "".
     """
 
     name: str
@@ -189,33 +196,33 @@ class Metric:
 
 
 def kernel_value(first: Tensor, second: Tensor) -> float:
-    """`kernel_distance` over few subsets."""
+    """`kernel_distance` over SPLIT_SUBSETS subsets, which is cheaper."""
     return kernel_distance(first, second, min(SUBSET_SIZE, len(first), len(second)), SPLIT_SUBSETS)
 
 
-def precision(first: Tensor, second: Tensor) -> float:
-    """As `precision_estimate`."""
+def precision_share(first: Tensor, second: Tensor) -> float:
+    """The value of `precision_estimate`."""
     return float(within_neighbourhoods(second, first).double().mean())
 
 
-def recall(first: Tensor, second: Tensor) -> float:
-    """As `recall_estimate`."""
-    return precision(second, first)
+def recall_share(first: Tensor, second: Tensor) -> float:
+    """The value of `recall_estimate`."""
+    return precision_share(second, first)
 
 
 METRICS = (
     Metric("Fréchet distance", frechet_distance, frechet_estimate, frechet_wants),
     Metric("kernel distance", kernel_value, kernel_estimate, kernel_wants),
-    Metric("precision", precision, precision_estimate, neighbours_want),
-    Metric("recall", recall, recall_estimate, neighbours_want),
+    Metric("precision", precision_share, precision_estimate, neighbours_want),
+    Metric("recall", recall_share, recall_estimate, neighbours_want),
 )
 
 
 @dataclass(frozen=True)
 class Halves:
-    """A metric at equal counts: of real against real, the floor, and of generated against the same real samples.
+    """A metric at equal counts: real against real (the floor), and generated against the same real samples.
 
-    A number for each of the splits; `samples` is the count of every set.
+    Both lists have one number per split. `samples` is the count of every set.
     """
 
     samples: int
@@ -224,14 +231,14 @@ class Halves:
 
 
 def equal_count(real: int, generated: int) -> int:
-    """How many samples the real set has twice, and the generated one at least once."""
+    """The most samples that the real set has twice, and the generated set once."""
     return min(real // 2, generated)
 
 
 def at_equal_counts(metric: Metric, real: Tensor, generated: Tensor, seed: int = 0) -> Halves:
-    """Compares random real samples with as many others, and with as many generated ones.
+    """Compares random real samples (N, D) with as many other real ones, and with as many generated ones (M, D).
 
-    Distances, and shares, depend on how many samples there are, so that only these are compared.
+    Distances and shares depend on the number of samples, so only numbers at equal counts can be compared.
     """
     samples, rng = equal_count(len(real), len(generated)), np.random.default_rng(seed)
     floor, values = [], []

@@ -1,20 +1,19 @@
-"""The two sides of a comparison: what each holds, and its features."""
+"""The two sides of a comparison, real and generated: what each holds, and the features of its samples."""
 
-import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import Samples
 from data.contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
+from data.form import Form
 from data.packs.pack import is_pack
-from data.scan import Found, unreadable_errors
+from data.scan import unreadable_errors
 from evaluation.features import Features
 from evaluation.judge import small
 from runtime.draws import keyed_uniforms
@@ -22,85 +21,131 @@ from runtime.errors import UserError
 from runtime.logs import log
 
 
-@dataclass
-class Side:
-    """One side of the comparison: where it lies, what is read, and what came out of it.
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare, and in which form.
 
-    `rows` has the features (N, D) by name, `classes` the class of each of the N samples, `clips` what the
-    judge sees (N, 3, t, h, w).
+    None for the size (pixels) or the length (frames) means that of the first generated sample, and for the interval
+    the one that matches the frame rates. `seed` decides where the window of each real clip starts.
     """
 
+    real: Path
+    generated: Path
+    image_size: int | None = None
+    clip_len: int | None = None
+    frame_interval: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side before its samples are read: its path, its content, and the class of each sample ("" for none).
+
+    `name` is "real" or "generated". `about` is the side's part of the report, as plain data.
+    """
+
+    name: str
     path: Path
     content: Content
     classes: list[str]
     about: dict
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    clips: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def open_sides(args: argparse.Namespace) -> tuple[Side, Side, Kind]:
-    """Both sides, and what their samples are once read.
+@dataclass(frozen=True)
+class SideFeatures:
+    """The N readable samples of a side: features (N, D) float64 by name, classes, and the judge's clips.
+
+    `clips` is (N, 3, t, h, w) uint8, or None without a judge. `about` is the side's, with the counts of its samples.
+    """
+
+    rows: dict[str, Tensor]
+    classes: list[str]
+    clips: Tensor | None
+    about: dict
+
+
+def open_sides(comparison: Comparison) -> tuple[Side, Side, Kind]:
+    """Opens the real side and the generated one, and says what samples of both are once they are read.
 
     Raises:
-        UserError: nothing there, two kinds, or flags that are of clips for images.
+        UserError: a side is empty, the sides are of two kinds, or the comparison asks for clips of images.
     """
-    of_generated = kind_of(args.generated)
+    of_generated = kind_of(comparison.generated)
     video = of_generated.video
-    of_real = kind_of(args.real, video)
-    if of_real.video != video:
-        kinds = ("clips", "images")[:: 1 if of_real.video else -1]
-        raise UserError(f"{args.real} holds {kinds[0]}, and {args.generated} {kinds[1]}: compare two of a kind")
-    if not video and (args.clip_len or args.frame_interval):
-        raise UserError("--clip-len and --frame-interval are of clips, and these are images: leave them out")
-    size = args.image_size or of_generated.side
-    frames = (args.clip_len or of_generated.frames) if video else 1
-    if frames > of_generated.frames:
-        raise UserError(f"--clip-len {frames}: the first generated clip has {of_generated.frames} frames")
-    interval = args.frame_interval or matching_interval(of_real, of_generated)
+    of_real = kind_of(comparison.real, video)
+    check_kinds(comparison, of_real, of_generated)
+    size = comparison.image_size or of_generated.side
+    frames = (comparison.clip_len or of_generated.frames) if video else 1
+    interval = comparison.frame_interval or matching_interval(of_real, of_generated)
 
-    def window(place: int) -> float:
-        return float(keyed_uniforms(args.seed, [(0, place)])[0, 0])
+    def random_window(place: int) -> float:
+        return float(keyed_uniforms(comparison.seed, [(0, place)])[0, 0])
 
     sides = []
-    for path, kind, every, place in ((args.real, of_real, interval, window), (args.generated, of_generated, 1, None)):
-        windows = Samples(Found("", (), (), ()), size, frames, every, flip=False, seed=0)
+    for name, path, kind, every, window in (
+        ("real", comparison.real, of_real, interval, random_window),
+        ("generated", comparison.generated, of_generated, 1, first_window),
+    ):
+        form = Form(video, size, frames, every)
         if path.suffix == ".npz" and not path.is_dir():
-            content = npz_content(path, windows, video)
+            content = npz_content(path, form)
         else:
-            content = open_path(path, windows, video, None, f"--image-size {size}", place or first_window)
+            content = open_path(path, form, None, f"--image-size {size}", window)
         about = {"path": str(path), "first_file": asdict(kind), "frame_interval": every}
         if path.is_dir() and not is_pack(path):
-            check_sizes(path, video, size, path is args.generated, about)
-        sides.append(Side(path, content, classes_asked(path, content), about))
+            about["sizes"] = file_sizes(path, video)
+            warn_of_resizing(path, about["sizes"], size, name == "generated")
+        sides.append(Side(name, path, content, classes_asked(path, content), about))
     return *sides, Kind(video, size, frames, of_generated.frames_per_second)
 
 
+def check_kinds(comparison: Comparison, of_real: Kind, of_generated: Kind) -> None:
+    """Raises UserError if the two sides cannot be compared in the form that is asked for."""
+    if of_real.video != of_generated.video:
+        kinds = ("clips", "images")[:: 1 if of_real.video else -1]
+        holds = f"{comparison.real} holds {kinds[0]}, and {comparison.generated} {kinds[1]}"
+        raise UserError(f"{holds}: compare two of a kind")
+    if not of_real.video and (comparison.clip_len or comparison.frame_interval):
+        raise UserError("--clip-len and --frame-interval are for clips, and these are images: leave them out")
+    if of_generated.video and (comparison.clip_len or 0) > of_generated.frames:
+        found = f"the first generated clip has {of_generated.frames} frames"
+        raise UserError(f"--clip-len {comparison.clip_len}: {found}")
+
+
 def matching_interval(real: Kind, generated: Kind) -> int:
-    """The frame interval at which real clips come nearest to the generated ones' frames a second."""
+    """The frame interval that brings real clips nearest to the generated clips' frames per second; 1 if unknown."""
     if not (real.frames_per_second and generated.frames_per_second):
         return 1
     return max(1, math.floor(real.frames_per_second / generated.frames_per_second + 0.5))
 
 
-def check_sizes(path: Path, video: bool, size: int, generated: bool, about: dict) -> None:
-    """Notes the sizes of a folder's files, and warns of what resizing does that a person may not expect."""
-    sizes = {f"{w}x{h}": count for (w, h), count in sorted(folder_sizes(path, video).items())}
-    about["sizes"] = sizes
-    sides = [min(map(int, name.split("x"))) for name in sizes]
-    if generated and len(sizes) > 1:
-        log.warning("%s holds %d sizes, from %s to %s: all become %d×%d", path, len(sizes), *ends(sizes), size, size)
-    if sides and min(sides) < size:
-        log.warning("%s holds files of %s pixels, which are enlarged to %d×%d", path, ends(sizes)[0], size, size)
+def file_sizes(path: Path, video: bool) -> dict[str, int]:
+    """How many files of a folder have each size, such as {"64x48": 3}."""
+    return {f"{w}x{h}": count for (w, h), count in sorted(folder_sizes(path, video).items())}
 
 
-def ends(sizes: dict[str, int]) -> tuple[str, str]:
-    ordered = sorted(sizes, key=lambda name: min(map(int, name.split("x"))))
-    return ordered[0], ordered[-1]
+def warn_of_resizing(path: Path, sizes: dict[str, int], size: int, generated: bool) -> None:
+    """Warns if files of these sizes are enlarged, or if generated files have several sizes."""
+    ordered = sorted(sizes, key=short_side)
+    if generated and len(ordered) > 1:
+        found = f"{len(ordered)} sizes, from {ordered[0]} to {ordered[-1]}"
+        log.warning("%s holds %s: all become %d×%d", path, found, size, size)
+    if ordered and short_side(ordered[0]) < size:
+        log.warning("%s holds files of %s pixels, which are enlarged to %d×%d", path, ordered[0], size, size)
 
 
-def read_batches(side: Side, batch: int, video: bool, name: str) -> Iterator[tuple[list[int], Tensor]]:
-    """Places and samples (N, 3, T, H, W) uint8 of a side, in order; what cannot be read is noted and left out."""
+def short_side(size: str) -> int:
+    """48, of "64x48"."""
+    return min(map(int, size.split("x")))
+
+
+def read_batches(
+    side: Side, batch_size: int, video: bool, unreadable: list[tuple[str, str]]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yields a side's samples in order: their places in it, and (N, 3, T, H, W) uint8.
+
+    It leaves out a sample that cannot be read, and adds its name and the reason to `unreadable`.
+    """
     content = side.content
 
     def read(place: int) -> Tensor | str:
@@ -110,11 +155,11 @@ def read_batches(side: Side, batch: int, video: bool, name: str) -> Iterator[tup
             return str(error) or type(error).__name__
 
     total = len(content.names)
-    with ThreadPoolExecutor() as pool, tqdm(total=total, desc=f"reading {name}", unit="file") as bar:
-        for start in range(0, total, batch):
-            places = range(start, min(start + batch, total))
+    with ThreadPoolExecutor() as pool, tqdm(total=total, desc=f"reading {side.name}", unit="file") as bar:
+        for start in range(0, total, batch_size):
+            places = range(start, min(start + batch_size, total))
             results = dict(zip(places, pool.map(read, places), strict=True))
-            side.unreadable += [(content.names[i], x) for i, x in results.items() if isinstance(x, str)]
+            unreadable += [(content.names[i], x) for i, x in results.items() if isinstance(x, str)]
             found = {i: x for i, x in results.items() if isinstance(x, Tensor)}
             if found:
                 x = torch.stack(list(found.values()))
@@ -123,28 +168,36 @@ def read_batches(side: Side, batch: int, video: bool, name: str) -> Iterator[tup
 
 
 @torch.no_grad()
-def measure(side: Side, features: list[Features], args: argparse.Namespace, video: bool, name: str) -> None:
-    """Fills in a side's features, and the judge's clips.
+def read_features(
+    side: Side, features: Sequence[Features], batch_size: int, video: bool, for_judge: bool
+) -> SideFeatures:
+    """Reads all samples of a side once, and computes all features of them, and the clips for a judge.
 
     Raises:
-        UserError: no file can be read, or features are not finite.
+        UserError: no sample can be read, or features are not finite.
     """
     rows: dict[str, list[Tensor]] = {each.name: [] for each in features}
-    read, clips = [], []
-    for places, x in read_batches(side, args.batch_size, video, name):
-        read += places
+    unreadable: list[tuple[str, str]] = []
+    places, clips = [], []
+    for of_batch, x in read_batches(side, batch_size, video, unreadable):
+        places += of_batch
         for each in features:
-            rows[each.name].append(each.extract(x).double())
-        if args.judge:
+            rows[each.name].append(each.extract(x).double())  # (N, D)
+        if for_judge:
             clips.append(small(x))
-    if side.unreadable:
-        log.warning("%d files in %s cannot be read, as %s: %s", len(side.unreadable), side.path, *side.unreadable[0])
-    if not read:
-        raise UserError(f"no readable file in {side.path}: {side.unreadable[0][0]}: {side.unreadable[0][1]}")
-    side.rows = {feature: torch.cat(parts) for feature, parts in rows.items()}
-    for feature, values in side.rows.items():
-        if not values.isfinite().all():
-            raise UserError(f"{feature} features of {side.path} are not finite: check --weights")
-    side.classes = [side.classes[place] for place in read]
-    side.clips = torch.cat(clips) if clips else side.clips
-    side.about |= {"samples": len(read), "unreadable": len(side.unreadable)}
+    if unreadable:
+        log.warning("%d files in %s cannot be read, as %s: %s", len(unreadable), side.path, *unreadable[0])
+    if not places:
+        raise UserError(f"no readable file in {side.path}: {unreadable[0][0]}: {unreadable[0][1]}")
+    joined = {name: torch.cat(parts) for name, parts in rows.items()}
+    for each in features:
+        check_finite(each, joined[each.name], side.path)
+    about = side.about | {"samples": len(places), "unreadable": len(unreadable)}
+    return SideFeatures(joined, [side.classes[i] for i in places], torch.cat(clips) if clips else None, about)
+
+
+def check_finite(features: Features, rows: Tensor, path: Path) -> None:
+    """Raises UserError if features (N, D) are not finite."""
+    if not rows.isfinite().all():
+        advice = "leave --use-amp out" if features.precision.name == "fp16" else "check --weights"
+        raise UserError(f"{features.name} features of {path} are not finite: {advice}")

@@ -6,7 +6,7 @@ COLUMNS = (33, 36, 36, 0)  # characters
 
 
 def lines(report: dict) -> Iterator[str]:
-    """The whole report, line by line."""
+    """Yields the lines of a whole report of EqM/evaluate.py."""
     compared = report["compared"]
     frames = f"{compared['frames']} frames of " if compared["video"] else ""
     yield f"compared as {frames}{compared['side']}×{compared['side']} pixels"
@@ -23,9 +23,9 @@ def lines(report: dict) -> Iterator[str]:
 
 
 def comparison_lines(comparison: dict) -> Iterator[str]:
-    """A heading, a line for each metric, and why metrics are left out."""
+    """Yields a heading, one line per metric, and the reasons for what is left out."""
     metrics, counts = comparison["metrics"], comparison["equal_counts"]
-    yield f"{comparison['title']}: {comparison['dimensions']} numbers a sample"
+    yield f"{comparison['title']}: {comparison['dimensions']} numbers a sample, in {comparison['precision']}"
     yield row("", "all samples [95%]", f"{counts} generated, {counts} real", f"{counts} real, {counts} real: the floor")
     reasons = []
     for metric in metrics:
@@ -40,28 +40,33 @@ def comparison_lines(comparison: dict) -> Iterator[str]:
 
 
 def judge_lines(judge: dict) -> Iterator[str]:
-    """What share shows the class asked for, by part, beside the judge's own accuracy."""
-    yield f"judge of {len(judge['classes'])} classes, trained on {judge['trained_on']} real samples"
+    """Yields the share that shows the class asked for, by part, beside the judge's own accuracy."""
+    about = f"trained on {judge['trained_on']} real samples, in {judge['precision']}"
+    yield f"judge of {len(judge['classes'])} classes, {about}"
     held_out, generated = (next(iter(judge[key].values()))["samples"] for key in ("held_out", "generated"))
     yield row("right [95%]", f"{generated} generated", f"{held_out} held-out real: its accuracy")
     for part, found in judge["generated"].items():
         shown = [f"{each['share']:.1%} {percentages(each['interval'])}" for each in (found, judge["held_out"][part])]
         yield row(part, *shown)
     if judge["without_class"]:
-        yield f"{judge['without_class']} generated samples were asked for no class of REAL, and are not judged"
+        yield f"not judged: {judge['without_class']} generated samples, which were asked for no class of REAL"
 
 
 def row(*cells: str) -> str:
+    """Joins cells to a line, each as wide as its column."""
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, COLUMNS, strict=False)).rstrip()
 
 
 def interval(ends: tuple[float, float]) -> str:
+    """An interval with four digits."""
     return f"[{ends[0]:.4g}, {ends[1]:.4g}]"
 
 
 def percentages(ends: tuple[float, float]) -> str:
+    """An interval of shares."""
     return f"[{ends[0]:.1%}, {ends[1]:.1%}]"
 
 
 def spread(values: list[float]) -> str:
+    """The mean, with the least and the largest value."""
     return f"{sum(values) / len(values):.4g} ({min(values):.4g} to {max(values):.4g})"
