@@ -12,7 +12,7 @@ from measuring.agreement import LOSS_COLUMNS, loss_cells
 from measuring.loader_rates import loader_rates
 from measuring.results import Results
 from measuring.saving_times import saving_times
-from measuring.throughput import PRODUCT_SIDE, choose_precision
+from measuring.throughput import PRODUCT_SIDE, set_precision
 from measuring.workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, SMALL, TINY, Work, start_over
 from runtime.errors import UserError
 from runtime.logs import device_name
@@ -71,7 +71,7 @@ def measure_loader(results: Results) -> None:
 def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
     start_over(device)
     work, precision, fast = small_work(device, quick)
-    choice = choose_precision(precision, device)
+    choice = set_precision(precision, device)
     results.content["saving"] = times = saving_times(work, choice, fast, device, results.path.parent)
     results.print(f"\nwriting checkpoints of {work.name}, batch {work.batch}, {choice}, while training:")
     results.print(", ".join(f"{name} {value:.2f}" for name, value in times.items()))
@@ -80,7 +80,7 @@ def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
 
 def measure_adaptive(results: Results, device: torch.device, quick: bool) -> None:
     small, precision, fast = small_work(device, quick)
-    choice = choose_precision(precision, device)
+    choice = set_precision(precision, device)
     # Work, samples a slot, rounds.
     measured = [(replace(small, batch=4), 4, 1)] if small is TINY else [(small, 64, GROUPS), (MIDDLE, 32, 1)]
     for work, samples_a_slot, rounds in measured:

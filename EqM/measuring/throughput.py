@@ -54,14 +54,16 @@ def forward_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision called fp32, tf32, bf16 or fp16."""
-    return agree_on_precision("fp32" if name == "tf32" else name, device.type, tf32=name == "tf32")
+def set_precision(name: str, device: torch.device) -> Precision:
+    """The precision called fp32, tf32, bf16 or fp16. Sets also how this process computes float32 products."""
+    precision = agree_on_precision("fp32" if name == "tf32" else name, device.type, tf32=name == "tf32")
+    precision.set_fp32_mode()
+    return precision
 
 
 def measure_work(work: Work, precision: str, mode: str, device: torch.device, product: float) -> Row:
     start_over(device)
-    choice, fast = choose_precision(precision, device), mode == "fast"
+    choice, fast = set_precision(precision, device), mode == "fast"
     call = (Training if work.kind == "train" else Sampling)(work, choice, fast, device)
     for _ in range(5):  # the graph is recorded at the fourth
         call()
@@ -86,7 +88,7 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
     """The memory reserved for some fast steps, in 10⁹ bytes; None if they do not fit."""
     start_over(device)
     try:
-        call = Training(work, choose_precision(precision, device), True, device)
+        call = Training(work, set_precision(precision, device), True, device)
         for _ in range(5):
             call()
         synchronize(device)
