@@ -105,7 +105,7 @@ def flag_readers(path: Path) -> Iterator[str]:
 def test_flags_stay_at_the_door():
     rooms = [path for name, path in modules(CODE).items() if floor_of(name) < COMMANDS]
     found = [breach for path in rooms for breach in flag_readers(path)]
-    # A published checkpoint holds an argparse.Namespace, which loading must allow.
+    # A published checkpoint holds flags, so that loading must allow their type.
     assert found == [
         "checkpoint.py: with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():"
     ]
