@@ -131,6 +131,7 @@ def test_the_legend_lies_within_the_picture_whatever_the_names(count):
     box = figure.legends[0].get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.width
     assert figure.axes[0].get_window_extent().height > 200
+    assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())
     shown = list(legend_names(figure))
     assert shown[:2] == names[:2]
     assert all(len(name) <= LONGEST_NAME + 1 for name in shown)

@@ -192,7 +192,9 @@ def add_legend(figure: "Figure", names: Sequence[str]) -> None:
     columns = max(1, min(len(shown), int(figure.get_figwidth() / entry)))
     figure.set_figheight(figure.get_figheight() + NAME_HEIGHT * math.ceil(len(shown) / columns))
     handles = [Line2D([], [], color=colour, linewidth=2.5) for _, colour in coloured(names)]
-    legend = figure.legend(handles, shown, loc="outside upper center", ncols=columns, frameon=False)
+    # matplotlib before 3.10 skips a label that starts with _: the names are put in afterwards.
+    numbers = [str(i) for i in range(len(shown))]
+    legend = figure.legend(handles, numbers, loc="outside upper center", ncols=columns, frameon=False)
     for text, name in zip(legend.get_texts(), shown, strict=True):
         text.set_parse_math(False)  # a name with two $ is no formula
         text.set_text(name)
