@@ -17,7 +17,7 @@ from evaluation.metrics import PERCENTILES, RESAMPLES, SPLITS
 from evaluation.report import check_judged, compare_features, judge_samples
 from evaluation.sides import Comparison, open_sides, read_features
 from evaluation.table import lines
-from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from precision import add_precision_args, agree_on_precision, log_precision, requested_of
 from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.files import check_writable, write_whole
@@ -73,7 +73,8 @@ def main() -> None:
     device = distributed.start()
     if distributed.is_group():
         raise UserError("one process does all the work: start EqM/evaluate.py with python, or --nproc_per_node=1")
-    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
+    precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
+    precision.set_fp32_mode()
     start_log()
     log_precision(precision)
     check_writable("--output", args.output)

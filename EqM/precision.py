@@ -60,6 +60,11 @@ class Precision:
         """Returns the precision of what stays in float32 in such a run: fp32, with the same `tf32`."""
         return replace(self, name="fp32", dtype=torch.float32)
 
+    def set_fp32_mode(self) -> None:
+        """Sets how this process computes all float32 products: IEEE or TF32."""
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = self.tf32
+
     def as_dict(self) -> dict:
         """The precision as plain data, for configs and reports."""
         return {"name": self.name, "requested": self.requested, "reason": self.reason, "tf32": self.tf32}
@@ -89,7 +94,7 @@ def add_precision_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tf32", action="store_true", help="fp32 products in TF32: faster, with 10 bits; else IEEE")
 
 
-def requested_precision(args: argparse.Namespace) -> str:
+def requested_of(args: argparse.Namespace) -> str:
     """Returns "fp32", "fp16" or "bf16", as the flags ask."""
     return "fp16" if args.use_amp else "bf16" if args.use_bf16 else "fp32"
 
@@ -129,16 +134,11 @@ def resolve_precision(
 def agree_on_precision(
     requested: str, device_type: str, capability: tuple[int, int] | None = None, tf32: bool = False
 ) -> Precision:
-    """Like `resolve_precision`, for all ranks together: if one rank cannot do it, all fall back to fp32.
-
-    It also sets torch's global mode of float32 products: IEEE or TF32.
-    """
+    """Like `resolve_precision`, for all ranks together: if one rank cannot do it, all fall back to fp32."""
     choices = distributed.gather(resolve_precision(requested, device_type, capability, tf32))
     rank, choice = min(enumerate(choices), key=lambda pair: (pair[1].name == requested, pair[1].tf32))
     if choice.reason and len(choices) > 1:
         choice = replace(choice, reason=f"rank {rank}: {choice.reason}")
-    torch.set_float32_matmul_precision("high" if choice.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = choice.tf32
     return choice
 
 

@@ -29,7 +29,9 @@ def parse_args() -> argparse.Namespace:
         "--image-size", type=cli.side, help=f"height and width, pixels; default {PIXEL_SIZE}, with a VAE {IMAGE_SIZE}"
     )
     parser.add_argument("--vae", default="none", metavar="{none,ema,mse,DIR}", help="pack latents of this VAE")
-    parser.add_argument("--num-workers", type=cli.positive_int, help="processes a rank; default all cores")
+    parser.add_argument(
+        "--num-workers", type=cli.positive_int, help="processes a rank (threads if a GPU encodes); default all cores"
+    )
     return parser.parse_args()
 
 

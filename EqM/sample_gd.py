@@ -15,7 +15,7 @@ from tqdm import tqdm
 from compiled import add_compile_arg, fast_of
 from data.latents import VAE
 from drawing.plots import INSTALL, can_plot, check_plots
-from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from precision import add_precision_args, agree_on_precision, log_precision, requested_of
 from runs.load_network import add_checkpoint_args, checkpoint_request_of, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
@@ -95,7 +95,8 @@ def main() -> None:
     start_log()
     if args.adaptive and not can_plot():
         log.warning("matplotlib is missing, so the plot of evaluations is left out: %s", INSTALL)
-    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
+    precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
+    precision.set_fp32_mode()
     batches = batches_of_rank(args.num_fid_samples, args.global_batch_size)
 
     # Network

@@ -25,7 +25,7 @@ from data.latents import VAE, encode
 from data.scan import unreadable_errors
 from drawing.plots import Histogram, check_plots, write_plots
 from models import EqM, sample_energy
-from precision import add_precision_args, agree_on_precision, log_precision, requested_precision
+from precision import add_precision_args, agree_on_precision, log_precision, requested_of
 from runs.load_network import add_checkpoint_args, checkpoint_request_of, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
@@ -206,7 +206,8 @@ def main() -> None:
     # Process
     device = distributed.start()
     start_log()
-    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
+    precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
+    precision.set_fp32_mode()
 
     # Network
     network, config, vae = open_network(checkpoint_request_of(args), device, precision)

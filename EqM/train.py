@@ -29,7 +29,7 @@ from precision import (
     agree_on_precision,
     log_precision,
     make_deterministic,
-    requested_precision,
+    requested_of,
 )
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
@@ -288,7 +288,8 @@ def main() -> None:
     device = distributed.start()
     if args.deterministic:
         make_deterministic()
-    precision = agree_on_precision(requested_precision(args), device.type, tf32=args.tf32)
+    precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
+    precision.set_fp32_mode()
 
     # Start: a new run, or one that goes on with its own settings
     pack = find_pack(args.data_path)

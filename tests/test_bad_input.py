@@ -243,7 +243,7 @@ def test_training_refuses_data_that_it_cannot_use(run, shapes, tmp_path, make):
 @pytest.mark.parametrize("make", [missing, a_file, empty, no_videos, splits, a_file_without_a_class])
 def test_the_listing_refuses_data_without_files_or_classes(run, shapes, tmp_path, make):
     words = make(tmp_path / "data", shapes)
-    assert_refused(run("check_data.py", tmp_path / "data", "--video"), "data.py", *words)
+    assert_refused(run("check_data.py", tmp_path / "data", "--video"), "check_data.py", *words)
 
 
 @pytest.mark.parametrize("script", ["train.py", "check_data.py"])

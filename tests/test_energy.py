@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import benchmark
 from compiled import compile_network
 from conftest import SMALL, make_pack, run_script, spawn
 from energy import energy
 from measuring import throughput
-from measuring.workloads import QUICK, QUICK_BY_NAME, Training
+from measuring.workloads import TINY, Training
 from models import EqM, sample_energy
 from objective import Objective
 from precision import Precision
@@ -391,12 +390,9 @@ def test_a_checkpoint_from_before_these_flags_means_their_defaults(checkpoint, s
     assert_refused(run, "old.pt", "path Linear", "VP")
 
 
-def test_an_energy_is_measured_where_it_is_asked_for_and_trains(monkeypatch):
-    (work,) = QUICK_BY_NAME["energy"]
-    for flags, parts in ((["--quick", "--only", "energy"], ["energy"]), (["--quick"], [*QUICK, "adaptive"])):
-        monkeypatch.setattr("sys.argv", ["benchmark.py", *flags])
-        assert benchmark.choose_parts(benchmark.parse_args(), CPU) == parts
-    step = Training(replace(work, batch=2), PRECISIONS[0], False, CPU)
+def test_the_benchmark_trains_an_energy_and_counts_its_products():
+    work = replace(TINY, batch=2, energy="dot")
+    step = Training(work, PRECISIONS[0], False, CPU)
     assert step.state.working.energy == "dot"
     assert step()[0].isfinite()
     # An inner gradient takes as many products as the forward pass.

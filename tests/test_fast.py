@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import benchmark
 from compiled import Graphed
-from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
+from conftest import ROOT, SMALL, run_command, run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
-from measuring.workloads import start_over
+from measuring import agreement
+from measuring.workloads import TINY, start_over
 from models import EqM
 from precision import Precision
 from runtime.draws import sample_noise
@@ -178,13 +181,14 @@ def test_compiled_samples_are_the_eager_ones(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_network_that_cannot_be_compiled_trains_eagerly_and_says_why_once(shapes, tmp_path, monkeypatch, processes):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    for name, compiled in (("fast", ["--compile"]), ("eager", [])):
+    for name, compiled in (("eager", []), ("fast", ["--compile"])):
+        if compiled or processes == 1:  # where one process says nothing of it, eager ranks need not be asked
+            monkeypatch.setenv("CXX", "no-such-compiler")
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
         (tmp_path / name).mkdir()
         arguments = ["train.py", "--data-path", shapes, *TRAIN, *compiled]
         cwd = tmp_path / name
-        run = run_script(*arguments, cwd=cwd) if processes == 1 else run_torchrun(processes, *arguments, cwd=cwd)
+        run = run_script(*arguments, cwd=cwd) if processes == 1 else run_ranks(processes, *arguments, cwd=cwd)
         assert run.returncode == 0, run.stderr
         warnings = [line for line in run.stdout.splitlines() if "WARNING" in line]
         assert len(warnings) == len(compiled)
@@ -414,18 +418,17 @@ def gpu_stream():
 
 
 @pytest.mark.slow
-def test_the_comparison_of_fast_and_eager_passes(tmp_path):
-    command = [sys.executable, ROOT / "EqM" / "compare.py", "--steps", 10, "--sampling-steps", 3]
-    run = run_command(*command, cwd=tmp_path)
+def test_the_benchmark_finds_that_fast_and_eager_agree(tmp_path):
+    run = run_python("benchmark.py", "--quick", "--only", "agreement", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "fast and eager agree" in run.stdout
 
 
-@pytest.mark.parametrize("wrong", ["training", "sampling"])
-def test_the_comparison_finds_a_fast_path_that_differs(monkeypatch, capsys, wrong):
-    def step(state: TrainingState, recipe: Recipe, batch: int, fast: bool) -> object:
+@pytest.mark.parametrize("wrong", ["nothing", "training", "sampling"])
+def test_the_benchmark_finds_a_fast_path_that_differs_and_exits_with_1(monkeypatch, tmp_path, capsys, wrong):
+    def step(state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool) -> object:
         recipe = replace(recipe, lr=recipe.lr * 100) if fast and wrong == "training" else recipe
-        return training_step(state, recipe, batch, fast=False)
+        return training_step(state, recipe, batch, seed, fast=False)
 
     def field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> object:
         seconds_per_frame = 0.5 if fast and wrong == "sampling" else seconds_per_frame
@@ -433,9 +436,19 @@ def test_the_comparison_finds_a_fast_path_that_differs(monkeypatch, capsys, wron
 
     monkeypatch.setattr("measuring.workloads.training_step", step)
     monkeypatch.setattr("measuring.workloads.conditioned_field", field)
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--steps", "10", "--sampling-steps", "3"])
-    assert compare.main() == 1
-    assert "fast and eager DIFFER" in capsys.readouterr().out
+    monkeypatch.setattr("measuring.device_tables.TINY", replace(TINY, batch=4))
+    monkeypatch.setattr("measuring.agreement.STEPS", {"cpu": 10})
+    monkeypatch.setattr("measuring.agreement.SAMPLING_STEPS", {"cpu": 3})
+    monkeypatch.setattr(benchmark, "start_log", lambda level: None)
+    path = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "agreement", "--output", str(path)])
+    with nullcontext() if wrong == "nothing" else pytest.raises(SystemExit, match="^1$"):
+        benchmark.main()
+    assert f"fast and eager {'agree' if wrong == 'nothing' else 'DIFFER'}" in capsys.readouterr().out
+    found = json.loads(path.read_text())["agreement"]
+    assert found["agree"] == (wrong == "nothing")
+    assert agreement.losses_agree(found["windows"]) == (wrong != "training")
+    assert (found["samples"]["fp32"] < 1e-4) == (wrong != "sampling")
 
 
 @pytest.mark.parametrize("flags", [["--only", "tiny"], ["--quick", "--only", "guide"], ["--only", "largest"]], ids=str)

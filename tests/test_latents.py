@@ -200,7 +200,7 @@ def test_without_diffusers_or_weights_one_line_says_what_to_do(tmp_path):
     hidden = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'EqM')!r}); sys.argv[0] = 'train.py'\n"
         "sys.modules['diffusers'] = None\n"
-        "import cli, train; cli.run(train.main, '')"
+        "import train; from runtime import cli; cli.run(train.main, '')"
     )
     flags = ["--data-path", tmp_path, "--vae", "ema"]
     run = run_command(sys.executable, "-c", hidden, *flags, cwd=tmp_path)

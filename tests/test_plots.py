@@ -103,6 +103,15 @@ def test_bins_of_whole_numbers_hold_as_many_of_them_each(counts, width):
     assert shares["a"].sum() == 100
 
 
+def test_an_axis_of_whole_numbers_has_no_others():
+    for counts in ([60, 60], [59, 60], [59, 61], list(range(1, 300, 7))):
+        figure = figure_of([Histogram({"a": counts}, "evaluations", whole_numbers=True)])
+        figure.draw_without_rendering()
+        labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        assert labels
+        assert not any("." in label for label in labels)
+
+
 def test_plots_stand_in_columns_under_one_legend():
     plots = [Lines({"a": [(0, float(i)), (1, 5.0)]}, "step", str(i)) for i in range(3)]
     figure = figure_of(plots, columns=2)
@@ -190,6 +199,19 @@ def test_a_command_that_draws_says_first_that_matplotlib_is_missing(tmp_path, mo
     said = f"{name}.py: error: {what} needs matplotlib: pip install -r requirements-plot.txt\n"
     assert capsys.readouterr() == ("", said)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "train"]
+
+
+def test_adaptive_samples_need_no_matplotlib_and_their_plot_is_left_out(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "matplotlib.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    flags = ["--ckpt", checkpoint, "--num-fid-samples", 1, "--num-sampling-steps", 2, "--adaptive", 1]
+    run = run_command(sys.executable, ROOT / "EqM" / "sample_gd.py", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = "matplotlib is missing, so the plot of evaluations is left out: pip install -r requirements-plot.txt"
+    assert said in run.stdout.splitlines()[0]
+    assert (tmp_path / "samples" / "samples.csv").exists()
+    assert not (tmp_path / "samples-evaluations.png").exists()
 
 
 def test_no_command_imports_matplotlib_before_it_draws(tmp_path):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from conftest import spawn
-from precision import Precision, add_precision_args, agree_on_precision, requested_precision, resolve_precision
+from precision import Precision, add_precision_args, agree_on_precision, requested_of, resolve_precision
 
 FP16 = Precision("fp16", "fp16", torch.float16)
 BF16 = Precision("bf16", "bf16", torch.bfloat16)
@@ -59,9 +59,9 @@ def test_an_unknown_name_is_a_value_error():
 def test_flags_choose_the_precision_and_exclude_each_other(capsys):
     parser = argparse.ArgumentParser()
     add_precision_args(parser)
-    assert requested_precision(parser.parse_args([])) == "fp32"
-    assert requested_precision(parser.parse_args(["--use-amp"])) == "fp16"
-    assert requested_precision(parser.parse_args(["--use-bf16"])) == "bf16"
+    assert requested_of(parser.parse_args([])) == "fp32"
+    assert requested_of(parser.parse_args(["--use-amp"])) == "fp16"
+    assert requested_of(parser.parse_args(["--use-bf16"])) == "bf16"
     with pytest.raises(SystemExit):
         parser.parse_args(["--use-amp", "--use-bf16"])
     assert "not allowed with" in capsys.readouterr().err
@@ -114,9 +114,9 @@ def test_what_fp32_means_is_said(capability, wanted, said):
 def test_tf32_changes_how_fp32_products_are_computed_until_the_next_choice():
     before = torch.get_float32_matmul_precision()
     try:
-        agree_on_precision("fp32", "cuda", (9, 0), tf32=True)
+        agree_on_precision("fp32", "cuda", (9, 0), tf32=True).set_fp32_mode()
         assert torch.get_float32_matmul_precision() == "high"
-        agree_on_precision("fp32", "cuda", (9, 0))
+        agree_on_precision("fp32", "cuda", (9, 0)).set_fp32_mode()
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)

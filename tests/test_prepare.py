@@ -152,10 +152,13 @@ def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_pat
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # A test run in the background ignores Ctrl-C, and what it starts would too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(arguments, preexec_fn=heed, **pipes) as process:
+    with subprocess.Popen(arguments, preexec_fn=heed, start_new_session=True, **pipes) as process:
         wait_for_shards(tmp_path / "a", 3)
         workers = children(process.pid)
-        process.send_signal(how)
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # Ctrl-C reaches every process
+        else:
+            process.send_signal(how)
         errors = process.communicate(timeout=30)[1]
     assert process.returncode == (130 if how == signal.SIGINT else -how), errors
     assert "Traceback" not in errors

@@ -13,20 +13,21 @@ from PIL import Image
 
 from conftest import run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
-from models import EqM
+from models import EqM, NetworkSettings
 from objective import Objective
 from runs.checkpoint import save_checkpoint
-from runtime import distributed
+from runs.config import Config
+from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.draws import sample_noise
 from runtime.errors import UserError
 from sampling import outputs
 from sampling.descent import Finished
-from sampling.method import Method
+from sampling.method import Method, add_method_args, check_method, method_of
 from sampling.outputs import Output, Writer
-from sampling.plan import Plan
+from sampling.plan import Plan, PlanRequest, make_plan
 from sampling.sampler import Sampler
-from sampling.starts import Starts
+from sampling.starts import StartRequest, Starts
 
 STEPS = ["--num-sampling-steps", 3]
 CPU = torch.device("cpu")
@@ -199,6 +200,41 @@ def test_the_field_is_that_of_the_method_and_the_sum(cfg_scale, guided, terms):
         )
         field = Sampler(method, network, plan, 0.12, batch=2).field(y)
         torch.testing.assert_close(field(x), by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [
+        ("", Method()),
+        (
+            "--sampler gd --stepsize 0.1 --mu 0.5 --num-sampling-steps 7 --adaptive 2 --cfg-scale 3 --cfg-channels 3",
+            Method("gd", 0.1, 0.5, 7, 2.0, 3.0, 3),
+        ),
+        ("--sampler euler", Method("euler")),
+    ],
+)
+def test_the_flags_choose_the_method(flags, method):
+    parser = cli.ArgumentParser("")
+    add_method_args(parser)
+    args = parser.parse_args(flags.split())
+    check_method(args)
+    assert method_of(args) == method
+
+
+def test_steps_over_time_do_not_stop_by_themselves():
+    parser = cli.ArgumentParser("")
+    add_method_args(parser)
+    with pytest.raises(UserError, match="--adaptive .* --sampler euler"):
+        check_method(parser.parse_args(["--sampler", "euler", "--adaptive", "1"]))
+
+
+def test_a_network_that_sees_gamma_is_sampled_over_time_alone():
+    settings = NetworkSettings("EqM-Ti/4", 8, 3, 2, uncond=False)
+    config, request = Config(settings, ("a", "b"), None, {}), PlanRequest(StartRequest(0, 2))
+    with pytest.raises(UserError, match="--no-uncond.*add --sampler euler"):
+        make_plan(request, Method("gd"), config, (3, 8, 8), None)
+    plan = make_plan(request, Method("euler"), config, (3, 8, 8), None)
+    assert [plan.caption(i) for i in range(3)] == ["a", "b", "a"]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import score
 from conftest import make_pack, run_python, run_ranks, run_script
 from data.latents import to_unit_range
 from data.video import probe_video, read_frames, write_video
+from models import NetworkSettings, sample_energy
 from runs.checkpoint import save_checkpoint
 from runs.config import config_of
 from runtime import distributed
@@ -135,6 +136,20 @@ def test_norm_and_energy_of_a_known_field():
     x = torch.tensor([[2.0, 2.0], [1.0, 5.0]]).view(2, 2, 1, 1)
     found = scores_at(towards_two, x, torch.zeros(2).long(), torch.zeros(2))
     torch.testing.assert_close(found, torch.tensor([[0, 0], [5**0.5, -(1 * 1 - 5 * 3) / 2]]))
+
+
+@torch.no_grad()
+def test_a_network_that_was_trained_with_an_energy_is_scored_by_it():
+    torch.manual_seed(0)
+    network = NetworkSettings("EqM-Ti/4", (2, 8, 8), 3, 2, energy="l2").build().eval()
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    x, y, seconds = torch.randn(2, 3, 2, 8, 8), torch.tensor([0, 2]), torch.tensor([0.1, 0.2])
+    found = scores_at(network, x, y, seconds)
+    field = network(x, torch.ones(2), y, seconds)
+    torch.testing.assert_close(found[:, 0], field.square().flatten(1).mean(1).sqrt())
+    torch.testing.assert_close(found[:, 1], sample_energy(network, x, y, seconds))
+    assert (found[:, 1] > 0).all(), "-E is half a square; read off the field it would be another number"
 
 
 def test_a_pack_has_the_scores_of_its_files(both, lively_checkpoint, shapes, tmp_path):

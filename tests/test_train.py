@@ -299,11 +299,11 @@ def test_an_error_of_one_rank_ends_the_others_without_a_traceback(shapes, tmp_pa
     script = tmp_path / "one_rank_fails.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'EqM')!r})\n"
-        "import torch, cli, distributed\n"
+        "import torch\nfrom runtime import cli, distributed, errors\n"
         "def main():\n"
         "    distributed.start()\n"
         "    if distributed.rank() == int(sys.argv[1]):\n"
-        "        raise cli.UserError('this rank alone failed')\n"
+        "        raise errors.UserError('this rank alone failed')\n"
         "    distributed.mean(torch.zeros(1))\n"
         "cli.run(main, '')\n"
     )
@@ -316,7 +316,7 @@ def test_an_error_of_one_rank_ends_the_others_without_a_traceback(shapes, tmp_pa
 
 def test_memory_is_the_process_s_own_not_that_of_the_one_that_started_it(tmp_path):
     """As getrusage has it on Linux: tests that compare such figures could not fail."""
-    script = "import runs; print(runs.process_memory_gb())"
+    script = "from runs import record; print(record.process_memory_gb())"
     start = f"import subprocess, sys; held = b'x' * 2 * 10**9; subprocess.run([sys.executable, '-c', {script!r}])"
     run = run_command("env", f"PYTHONPATH={ROOT / 'EqM'}", sys.executable, "-c", start, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -24,7 +24,7 @@ from test_video import H264, LEVELS, encode, encode_kind, grey
 
 REPORT_MEMORY = """
 import sys
-from runs.folder import process_memory_gb
+from runs.record import process_memory_gb
 from data.video import UnreadableVideo, probe_video
 before = process_memory_gb()
 try:

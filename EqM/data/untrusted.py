@@ -3,6 +3,7 @@
 import ctypes
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import av
@@ -28,13 +29,6 @@ MAX_ALLOCATION = 2**27
 VIDEO_FORMATS = "avi,matroska,mov,asf,flv,mpeg,mpegts,ogg"
 # What files of torchvision's IMG_EXTENSIONS hold in practice. Pillow hands others, as EPS, to programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-
-# PyAV does not have this function, but the library that it brings does; where that is built in otherwise, this
-# one limit is missing.
-limit_allocations = getattr(ctypes.CDLL(av.frame.__file__), "av_max_alloc", None)
-if limit_allocations:
-    limit_allocations.argtypes, limit_allocations.restype = [ctypes.c_size_t], None
-    limit_allocations(MAX_ALLOCATION)
 
 
 class UnreadableVideo(Exception):
@@ -62,6 +56,18 @@ def refuse_what_is_no_file(path: str | Path) -> None:
         raise ValueError("it is a directory, a pipe or a device, not a file")
 
 
+@cache
+def limit_ffmpeg_memory() -> None:
+    """Limits what FFmpeg may allocate at once, in this whole process, to MAX_ALLOCATION bytes.
+
+    PyAV does not have this function, but the library inside it does. A PyAV that is built in another way goes without.
+    """
+    limit = getattr(ctypes.CDLL(av.frame.__file__), "av_max_alloc", None)
+    if limit:
+        limit.argtypes, limit.restype = [ctypes.c_size_t], None
+        limit(MAX_ALLOCATION)
+
+
 def open_video(path: Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
     """Opens a file's first video stream, to decode in one thread.
 
@@ -69,6 +75,7 @@ def open_video(path: Path) -> tuple[av.container.InputContainer, av.video.stream
         UnreadableVideo: it is no file, has too many streams, or holds no video of a known codec.
         av.error.FFmpegError: it cannot be opened.
     """
+    limit_ffmpeg_memory()  # no reader can forget it
     try:
         refuse_what_is_no_file(path)
     except ValueError as error:

@@ -113,7 +113,8 @@ class Histogram:
             width = math.ceil((high - low + 1) / MAX_BINS)
             edges = np.arange(low - 0.5, high + width, width)
         else:
-            edges = np.histogram_bin_edges(together, MAX_BINS)
+            # Few values in many bins would show single values, not how they are spread.
+            edges = np.histogram_bin_edges(together, min(MAX_BINS, 2 * math.isqrt(len(together)) + 1))
         shares = {n: np.histogram(values, edges)[0] / max(len(values), 1) * 100 for n, values in finite.items()}
         return shares, edges
 
@@ -139,7 +140,8 @@ def round_numbers(whole: bool = False) -> "MaxNLocator":
     """Where an axis has numbers: at most seven round ones, whole ones if asked."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(7, steps=[1, 2, 5, 10], integer=whole)
+    # One tick is enough: an axis from 59.5 to 60.5 shows 60, not 59.8 and 60.2.
+    return MaxNLocator(7, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1 if whole else 2)
 
 
 def label_log_axis(axis: "Axis") -> None:

@@ -1,1 +1,1 @@
-"""How fast it is: workloads with random inputs, and what is measured of them."""
+"""The benchmark: workloads with random inputs, their speed and memory, and whether ways to compute them agree."""

@@ -1,8 +1,8 @@
-"""What samples that stop by themselves save of the time of fixed steps, for the benchmark.
+"""How much time adaptive sampling saves against fixed steps.
 
-The network is evaluated in full, but has not been trained, and its field's norms need not fall. So what it
-returns counts nothing, and samples follow the field m − x of a quadratic energy, whose minimum m is the
-further away the higher the class, and the evaluations the more.
+The network is evaluated in full, but its result is multiplied by 0: it has not been trained, and the norms of its
+field need not fall. Samples follow the field m − x of a quadratic energy instead. Its minimum m depends on the class:
+a higher class starts further away and takes more evaluations.
 """
 
 import statistics
@@ -30,7 +30,7 @@ FEWEST = 20
 
 
 class Descents:
-    """The same samples, by fixed steps and adaptive, on a network of which nothing counts but the time.
+    """The same samples by fixed steps and adaptively, on a network that only takes time.
 
     Args:
         number: of samples, a multiple of the work's batch.
@@ -58,7 +58,7 @@ class Descents:
         )
 
     def field(self, recorded: bool) -> Callable[[Tensor], Field]:
-        """From classes (N,) to the field of a batch."""
+        """A function of classes (N,) that returns the field of a batch."""
         conditioned = conditioned_field(self.network, self.batch, 0.1, self.fast, recorded)
         conditioned(torch.arange(NUM_CLASSES))
 
@@ -91,7 +91,7 @@ class Descents:
         return iter(lambda: list(islice(finished, self.batch)), [])
 
     def warm_up(self) -> None:
-        """Compiles, and records the graphs, which happens at the fourth call."""
+        """Compiles, and records the graphs: that happens at the fourth call."""
         field, x = self.fixed_field(self.labels(range(self.batch))), self.starts(range(self.batch)).to(self.device)
         for _ in range(5):
             field(x)
@@ -102,10 +102,10 @@ class Descents:
 def adaptive_times(
     work: Work, precision: Precision, fast: bool, device: torch.device, samples_a_slot: int, rounds: int
 ) -> dict[str, float]:
-    """Seconds for the same samples with fixed steps and adaptive, each the median of some rounds, and what is saved.
+    """Seconds for the same samples by fixed steps and adaptively, each the median of these rounds, and what is saved.
 
-    The ideal saving is that of the evaluations. Where slots are kept that no sample is left for, as on a
-    GPU, it is the nearer the more samples a slot has.
+    The ideal share saved is the share of evaluations saved. A GPU keeps slots when no sample is left for them, so it
+    comes closer to the ideal with more samples for each slot.
     """
     number = samples_a_slot * work.batch
     descents = Descents(work, precision, fast, device, number)
@@ -123,9 +123,9 @@ def adaptive_times(
 
 
 def known_minima(axes: int) -> Tensor:
-    """By class the minimum m of its energy, whose field is m − x: (classes, 1, …), for samples of so many axes."""
+    """The minimum m of each class's energy, whose field is m − x: (classes, 1, …), for samples with this many axes."""
     evaluations = torch.linspace(FEWEST, DESCENT.cap, NUM_CLASSES)  # (classes,)
-    # Each step takes 1 − η of the distance, which is the norm; the start, standard normal noise, is 1 from 0.
+    # A step leaves 1 − η of the distance, which is the field's norm. The start is standard normal noise, at 1 from 0.
     distances = DESCENT.threshold * (1 - DESCENT.stepsize) ** (1 - evaluations)  # (classes,)
     return (distances.square() - 1).clamp(min=0).sqrt().view(-1, *[1] * axes)
 

@@ -67,10 +67,15 @@ def trainings(work: Work, device: torch.device) -> Iterator[tuple[str, list[floa
     ways = [(precision, fast, 0) for precision in choices for fast in (False, True)]
     ways.insert(1, (choices[0], False, 1))
     for precision, fast, seed in ways:
-        start_over(device)
-        step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))
         name = f"{precision} {'fast' if fast else 'eager'}" + (", other random numbers" if seed else "")
-        yield name, window_losses(step, STEPS[device.type]), step.state.ema
+        yield name, *train(work, precision, fast, device, seed)
+
+
+def train(work: Work, precision: Precision, fast: bool, device: torch.device, seed: int) -> tuple[list[float], EqM]:
+    """Window losses (WINDOWS,) of one training, and the averaged network."""
+    start_over(device)
+    step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))
+    return window_losses(step, STEPS[device.type]), step.state.ema
 
 
 def sample_difference(work: Work, network: EqM, precision: Precision, device: torch.device) -> float:

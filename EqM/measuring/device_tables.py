@@ -12,14 +12,14 @@ from measuring.agreement import LOSS_COLUMNS, loss_cells
 from measuring.loader_rates import loader_rates
 from measuring.results import Results
 from measuring.saving_times import saving_times
-from measuring.throughput import PRODUCT_SIDE, choose_precision
+from measuring.throughput import PRODUCT_SIDE, set_precision
 from measuring.workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, SMALL, TINY, Work, start_over
 from runtime.errors import UserError
 from runtime.logs import device_name
 
 
 def small_work(device: torch.device, quick: bool) -> tuple[Work, str, bool]:
-    """What single numbers are measured with: a network, its precision, and whether it runs fast."""
+    """A small network to measure single numbers with, its precision, and whether it runs fast."""
     fast = device.type == "cuda"
     return (SMALL, "bf16", fast) if fast and not quick else (TINY, "fp32", fast)
 
@@ -49,7 +49,7 @@ def measure_speed(results: Results, device: torch.device, works: list[Work], pre
     results.save()
 
 
-def measure_largest(results: Results, device: torch.device, _: bool) -> None:
+def measure_largest(results: Results, device: torch.device) -> None:
     results.print()
     for precision in ("fp32", "bf16"):
         batch = throughput.largest_batch(LARGE, precision, device)
@@ -58,7 +58,7 @@ def measure_largest(results: Results, device: torch.device, _: bool) -> None:
         results.save()
 
 
-def measure_loader(results: Results, _device: torch.device, _quick: bool) -> None:
+def measure_loader(results: Results) -> None:
     results.print()
     results.print_heading(("loader, 4 frames of 320×240 sources", "clips/s", "times decoding"))
     rates = results.content["loader"]
@@ -71,7 +71,7 @@ def measure_loader(results: Results, _device: torch.device, _quick: bool) -> Non
 def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
     start_over(device)
     work, precision, fast = small_work(device, quick)
-    choice = choose_precision(precision, device)
+    choice = set_precision(precision, device)
     results.content["saving"] = times = saving_times(work, choice, fast, device, results.path.parent)
     results.print(f"\nwriting checkpoints of {work.name}, batch {work.batch}, {choice}, while training:")
     results.print(", ".join(f"{name} {value:.2f}" for name, value in times.items()))
@@ -80,7 +80,7 @@ def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
 
 def measure_adaptive(results: Results, device: torch.device, quick: bool) -> None:
     small, precision, fast = small_work(device, quick)
-    choice = choose_precision(precision, device)
+    choice = set_precision(precision, device)
     # Work, samples a slot, rounds.
     measured = [(replace(small, batch=4), 4, 1)] if small is TINY else [(small, 64, GROUPS), (MIDDLE, 32, 1)]
     for work, samples_a_slot, rounds in measured:
@@ -117,22 +117,13 @@ def measure_agreement(results: Results, device: torch.device, quick: bool) -> No
     results.print(f"\nfast and eager {'agree' if agree else 'DIFFER'}")
 
 
-MEASURES = {
-    "largest": measure_largest,
-    "loader": measure_loader,
-    "saving": measure_saving,
-    "adaptive": measure_adaptive,
-    "agreement": measure_agreement,
-}
-
-
 def measure_one_device(
     results: Results, device: torch.device, parts: Sequence[str], precisions: Sequence[str], quick: bool
 ) -> None:
-    """Measures these parts; of training and sampling, in these precisions.
+    """Measures these parts, and the speed of training and sampling in these precisions alone.
 
     Raises:
-        UserError: the device has none of the precisions.
+        UserError: speed is wanted, and this device is measured in none of these precisions.
     """
     where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
     empty = {"rows": [], "ratios": {}, "largest_batch": {}, "loader": {}, "saving": {}, "adaptive": {}, "agreement": {}}
@@ -143,6 +134,13 @@ def measure_one_device(
         raise UserError(f"--precisions {' '.join(precisions)}: on this device fp32 is measured")
     if works:
         measure_speed(results, device, works, precisions)
-    for name, measure in MEASURES.items():
-        if name in parts:
-            measure(results, device, quick)
+    if "largest" in parts:
+        measure_largest(results, device)
+    if "loader" in parts:
+        measure_loader(results)
+    if "saving" in parts:
+        measure_saving(results, device, quick)
+    if "adaptive" in parts:
+        measure_adaptive(results, device, quick)
+    if "agreement" in parts:
+        measure_agreement(results, device, quick)

@@ -38,7 +38,7 @@ def write_sources(folder: Path, videos: int) -> None:
 
 
 def write_vae(folder: Path) -> bool:
-    """A small random VAE of the geometry of the Stable Diffusion VAE; False without diffusers."""
+    """Writes a small random VAE with the shapes of the Stable Diffusion VAE; returns False without diffusers."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -49,7 +49,7 @@ def write_vae(folder: Path) -> bool:
 
 
 def clips_per_second(data: Path, image_size: int, workers: int) -> float:
-    """The loader's rate on a folder of videos or a pack, with workers that have started."""
+    """The loader's rate on a folder of videos or a pack, after its workers have started."""
     form, pack = Form(True, image_size, CLIP_LEN, FRAME_INTERVAL, flip=True), find_pack(data)
     source = open_source(data, form, pack, packed_space(pack) if pack else None, None)
     stream = EpochStream(len(source.found), BATCH, 10**6, seed=0, first=0, rank=0, ranks=1)
@@ -64,7 +64,7 @@ def clips_per_second(data: Path, image_size: int, workers: int) -> float:
 
 
 def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
-    """Names and clips a second, one after another."""
+    """Yields names and clips a second, each as soon as it is measured."""
     prepare = Path(__file__).resolve().parents[1] / "prepare.py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -79,7 +79,7 @@ def measure_scaling(
                     where["device"] = f"{others[-1]} × {where['device']}"
                     results.content |= where | {"scaling": [], "losses": {"windows": windows}}
                     results.print(", ".join(where.values()) + "\n")
-                    if parts != ["losses"]:
+                    if set(parts) & set(known):
                         results.print_heading(COLUMNS)
                 case {"part": part, "share": share, "seconds": seconds, "gigabytes": gigabytes}:
                     if ranks == 1:

@@ -1,4 +1,4 @@
-"""What writing checkpoints in the background costs the training step, for the benchmark."""
+"""By how much a training step slows down while a checkpoint is written in the background."""
 
 import tempfile
 import time
@@ -11,12 +11,12 @@ from measuring.workloads import Training, Work
 from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 
-STEPS_AHEAD = 4  # that the host gives to the device before it waits
+STEPS_AHEAD = 4  # steps that the host gives to the device before it waits
 USUAL_SECONDS = 2.0
 
 
 def seconds_a_step(step: Training, goes_on: Callable[[], bool]) -> float:
-    """The mean over all steps until `goes_on` says no."""
+    """The mean over all steps until `goes_on` returns False."""
     start, steps = time.perf_counter(), 0
     while goes_on():
         for _ in range(STEPS_AHEAD):
@@ -28,7 +28,7 @@ def seconds_a_step(step: Training, goes_on: Callable[[], bool]) -> float:
 
 
 def saving_times(work: Work, precision: Precision, fast: bool, device: torch.device, folder: Path) -> dict[str, float]:
-    """A step's milliseconds as usual and while a checkpoint is written to `folder`, its size, and how long it takes."""
+    """Milliseconds a step, as usual and while a checkpoint is written to `folder`; its seconds and megabytes."""
     step = Training(work, precision, fast, device)
     for _ in range(5):  # the graph is recorded at the fourth
         step()

@@ -1,4 +1,4 @@
-"""How fast networks train and sample in each precision, and how large a batch fits, for the benchmark."""
+"""How fast networks train and sample in each precision, and how large a batch fits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from measuring.workloads import Sampling, Training, Work, seconds_a_call, start_
 from precision import Precision, agree_on_precision
 from runtime.errors import is_out_of_memory
 
-PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the bf16 matrix product whose speed is called the ceiling
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square bf16 matrices whose product is the ceiling of speed
 COLUMNS = ("work", "batch", "precision", "mode", "ms a step", "samples/s", "tokens/s", "GB", "TFLOP/s", "of product")
 
 
@@ -54,14 +54,16 @@ def forward_flops(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision called fp32, tf32, bf16 or fp16."""
-    return agree_on_precision("fp32" if name == "tf32" else name, device.type, tf32=name == "tf32")
+def set_precision(name: str, device: torch.device) -> Precision:
+    """The precision called fp32, tf32, bf16 or fp16. Sets also how this process computes float32 products."""
+    precision = agree_on_precision("fp32" if name == "tf32" else name, device.type, tf32=name == "tf32")
+    precision.set_fp32_mode()
+    return precision
 
 
 def measure_work(work: Work, precision: str, mode: str, device: torch.device, product: float) -> Row:
     start_over(device)
-    choice, fast = choose_precision(precision, device), mode == "fast"
+    choice, fast = set_precision(precision, device), mode == "fast"
     call = (Training if work.kind == "train" else Sampling)(work, choice, fast, device)
     for _ in range(5):  # the graph is recorded at the fourth
         call()
@@ -86,7 +88,7 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
     """The memory reserved for some fast steps, in 10⁹ bytes; None if they do not fit."""
     start_over(device)
     try:
-        call = Training(work, choose_precision(precision, device), True, device)
+        call = Training(work, set_precision(precision, device), True, device)
         for _ in range(5):
             call()
         synchronize(device)
@@ -98,7 +100,7 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
 
 
 def largest_batch(work: Work, precision: str, device: torch.device) -> int:
-    """The largest batch that fits, to a sixteenth, or 0: memory grows linearly, so that two sizes foretell it."""
+    """The largest batch that fits, to a sixteenth, or 0. Memory grows linearly, so two sizes predict it."""
     small, double = (fits(replace(work, batch=size), precision, device) for size in (work.batch, 2 * work.batch))
     batch = 2 * work.batch
     if small and double:
@@ -110,7 +112,7 @@ def largest_batch(work: Work, precision: str, device: torch.device) -> int:
 
 
 def ratios(rows: list[Row]) -> list[tuple[str, str]]:
-    """What the rows of one work say of one another."""
+    """Labels and ratios, one for each pair of rows of the same work that was measured."""
     found = {(row.precision, row.mode): row for row in rows}
     pairs = [
         ("speed, bf16 over fp32 IEEE", ("bf16", "fast"), ("fp32 IEEE", "fast"), "ms"),

@@ -77,14 +77,15 @@ QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frame
 
 
 def part_of_rank(batch: int) -> slice:
-    """Where this rank's samples lie among those of all ranks, so many of each."""
+    """Where this rank's samples lie among those of all ranks, if each has `batch` of them."""
     return slice(distributed.rank() * batch, (distributed.rank() + 1) * batch)
 
 
 class Training:
-    """Training on always the same random batch; each call is a step, and returns loss and gradient norm, (2,).
+    """Training on one random batch, the same at every step; a call is a step and returns loss and gradient norm, (2,).
 
-    The batch is a rank's. The ranks' batches are parts of one, which is the same however many share it.
+    The work's batch is that of each rank. It is a part of the global batch, which does not depend on how many ranks
+    share it.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Training:
     ):
         self.state = TrainingState(work.build(device), precision, device)
         self.state.working.grad_checkpoint = work.grad_checkpoint
-        # Before compiling, which may draw random numbers too, and others for another share of the batch.
+        # Before compiling: that may draw random numbers too, and how many depends on the rank's share.
         samples, mine = work.batch * distributed.world_size(), part_of_rank(work.batch)
         self.x = torch.randn(samples, *self.state.network.input_shape, device=device)[mine].clone()
         self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
@@ -134,7 +135,7 @@ class Sampling:
         return self.x
 
 
-GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median of three groups of calls of so long
+GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median over groups of calls; a group takes this long
 
 
 def start_over(device: torch.device) -> None:
@@ -151,9 +152,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
-    """The median over groups of calls, which follow one another without waiting for the device.
+    """The median over groups of calls; within a group the host does not wait for the device.
 
-    Every rank must call it: all make as many calls, and begin to measure together.
+    All ranks must call it together, and all make the same number of calls.
     """
 
     def group(size: int) -> float:

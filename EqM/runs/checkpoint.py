@@ -76,7 +76,7 @@ def is_sealed(path: Path) -> bool:
 def load_file(path: Path) -> dict:
     """The contents of a checkpoint file on the CPU: ours, a published one or a bare state dict.
 
-    Published checkpoints carry an argparse.Namespace, the one type allowed beside plain data.
+    Published checkpoints hold the flags of argparse. No other type is allowed beside plain data.
 
     Raises:
         UserError: no such file, cut short, changed, or not a checkpoint.

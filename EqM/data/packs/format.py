@@ -1,4 +1,4 @@
-"""What a pack is made from and how, where its parts lie, and the JSON files that it is described in."""
+"""The settings of a pack: what it is made from and how, and where its parts lie."""
 
 import shlex
 from dataclasses import asdict, dataclass
@@ -10,18 +10,25 @@ from runtime.errors import UserError
 from runtime.files import checked, parse_json
 
 FORMAT, VERSION = "EqM pack", 2
-# Packing loses one shard a process where it is interrupted, and a damaged one is made anew as a whole.
+# An interruption costs one shard a process, and damage costs a whole shard.
 SHARD_BYTES, MIN_SHARDS = 2**28, 64
-FRAMES_OF_A_VIDEO = 200  # for the size of shards, which is fixed before any video is opened
+FRAMES_OF_A_VIDEO = 200  # assumed, since the size of shards is fixed before any video is opened
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a pack is made from and how: the same settings give the same shards.
+    """What a pack is made from and how. The same settings give the same shards.
 
-    `source` is where the files lay when the pack was begun. `vae` is empty for pixels; for latents
-    it has `name`, `fingerprint`, `scale`, `channels` and `side`, the latents' height and width.
-    `names_crc32` is over all files' names and classes.
+    Attributes:
+        source: where the files were when the pack was begun.
+        video: made from videos, not images.
+        image_size: height and width of a frame, pixels.
+        values: "pixels" or "latents".
+        vae: for latents `name`, `fingerprint`, `scale`, `channels` and `side`, the latents' height and width;
+            empty for pixels.
+        classes: names of the classes.
+        files: how many files.
+        names_crc32: checksum over the names and classes of all files.
     """
 
     format: str
@@ -37,6 +44,7 @@ class Settings:
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
+        """(H, W, 3), or (2, 2, C, h, w) for latents: as it is and mirrored, mean and standard deviation."""
         if self.values == "pixels":
             return self.image_size, self.image_size, 3
         return 2, 2, self.vae["channels"], self.vae["side"], self.vae["side"]
@@ -51,7 +59,7 @@ class Settings:
 
     @property
     def items_per_shard(self) -> int:
-        """Files of a shard: few enough that any number of processes finds work in a small set too."""
+        """Files of a shard. There are few, so that many processes find work in a small set too."""
         item_bytes = self.frame_bytes * (FRAMES_OF_A_VIDEO if self.video else 1)
         return max(1, min(SHARD_BYTES // item_bytes, -(-self.files // MIN_SHARDS)))
 
@@ -60,26 +68,26 @@ class Settings:
         return -(-self.files // self.items_per_shard)
 
     def identity(self) -> dict:
-        """What the shards follow from: all but the place of the source, which may be moved."""
+        """All that decides the shards, which is all but the place of the source: it may be moved."""
         return {name: value for name, value in asdict(self).items() if name != "source"}
 
     def command(self, folder: Path) -> str:
-        """The command line that makes, goes on with, or mends a pack of these settings."""
+        """The command line that makes, continues or mends a pack of these settings."""
         words = ["python", "EqM/prepare.py", self.source, str(folder)]
         words += ["--video"] * self.video + ["--image-size", str(self.image_size)]
         return shlex.join(words + (["--vae", self.vae["name"]] if self.vae else []))
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """A shard's frames; its items lie beside it, as .json."""
+    """The file of a shard's frames. Its record has the same name, but .json."""
     return folder / f"shard-{number:05d}.bin"
 
 
 def read_settings(folder: Path) -> Settings | None:
-    """The settings of a pack, whole or half-made; None for a folder of anything else.
+    """The settings of a pack, whole or half-made. None if the folder holds something else.
 
     Raises:
-        UserError: a pack with damaged settings, or of another version.
+        UserError: the pack has damaged settings, or is of another version.
     """
     path = folder / "settings.json"
     problem = f"{path} is missing, damaged or may not be read: make the pack again, in a new folder"
@@ -88,7 +96,7 @@ def read_settings(folder: Path) -> Settings | None:
     except (OSError, ValueError):
         contents = None
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        # Other programs have files of that name too.
+        # Other programs write files of that name too, but no shards.
         if shard_path(folder, 0).is_file():
             raise UserError(problem)
         return None

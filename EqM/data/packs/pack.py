@@ -1,14 +1,14 @@
-"""Packs: a data set decoded once, as memory-mapped shards of frames. EqM/prepare.py makes them.
+"""Reads packs: data sets decoded once, as memory-mapped shards of frames. EqM/prepare.py makes them.
 
 A pack is a folder of
 
-    settings.json     what it is made from and how; there from the start
+    settings.json     what it is made from and how; written first
     shard-00000.bin   the frames of some items, one after another
-    shard-00000.json  those items, and the shard's size and checksum; a shard counts when this is there
-    index.json        all of it in one file; written last, and the pack is whole when this is there
+    shard-00000.json  the shard's record: its items, size and checksum; a shard without a record does not count
+    index.json        all records in one file; written last, so a pack with an index is whole
 
-A frame is (H, W, 3) uint8 pixels, or (2, 2, C, h, w) float16 latents: as it is and mirrored, and
-of each the mean and the standard deviation. Every .json file has a checksum of what it says.
+A frame is (H, W, 3) uint8 pixels, or (2, 2, C, h, w) float16 latents. The first axis of latents is the frame as it
+is and mirrored, the second is mean and standard deviation. Every .json file has a checksum of its contents.
 """
 
 import os
@@ -29,7 +29,7 @@ MAX_MAPPED = 256  # shards that a process holds open; each takes a file descript
 
 
 def read_index(folder: Path, settings: Settings) -> dict | None:
-    """The index of a whole pack; None where it is missing, damaged, of another pack or may not be read."""
+    """The index of a whole pack. None if it is missing, damaged, unreadable or of another pack."""
     try:
         index = read_json(folder / "index.json")
     except (OSError, ValueError):
@@ -38,10 +38,15 @@ def read_index(folder: Path, settings: Settings) -> dict | None:
 
 
 class Pack:
-    """A whole pack, to read. Its shards are opened when they are first used, in each process for itself.
+    """A whole pack, to read. Each process opens a shard when it first uses it.
 
-    Per item, in the order of the source's files: `labels` (N,) int64, `lengths` (N,) int64 in frames,
-    `rates` (N,) float64 in frames a second, 0 for images.
+    Attributes, with one value an item in the order of the source's files:
+        paths: the file, relative to the source.
+        labels: its class index, (N,) int64.
+        lengths: its frames, (N,) int64.
+        rates: its frames a second, 0 for an image, (N,) float64.
+        shards: the shard that holds it, (N,) int64.
+        first_frames: the place of its first frame in that shard, (N,) int64.
     """
 
     def __init__(self, folder: Path, settings: Settings, index: dict):
@@ -67,10 +72,10 @@ class Pack:
         self.shard_frames = lru_cache(MAX_MAPPED)(self.map_shard)
 
     def map_shard(self, number: int) -> np.ndarray:
-        """All frames of a shard, (frames, *frame_shape), which stay in the file until they are read."""
+        """All frames of a shard, (frames, *frame_shape). They stay in the file until they are read."""
         frames = self.shard_records[number]["bytes"] // self.settings.frame_bytes
         shape = (frames, *self.settings.frame_shape)
-        # A plain array on the same memory: np.memmap's own slices take several times as long.
+        # A plain array on the same memory, since slices of np.memmap take several times as long.
         return np.asarray(np.memmap(shard_path(self.folder, number), self.settings.dtype, "r", shape=shape))
 
     def num_bytes(self) -> int:
@@ -78,7 +83,7 @@ class Pack:
         return sum(record["bytes"] for record in self.shard_records)
 
     def describe(self) -> str:
-        """A line for people: what the numbers are, how much it is, and what it was made from."""
+        """One line for people: the kind of values, the size, and the source."""
         settings = self.settings
         kind = f"{settings.image_size}×{settings.image_size} pixels"
         if settings.values == "latents":
@@ -88,7 +93,7 @@ class Pack:
         return f"a pack of {kind}: {self.lengths.sum():,} frames, {size}, made from {settings.source}"
 
     def found(self) -> Found:
-        """What `data.scan` says of files, of the items of the pack."""
+        """The items of the pack, in the form that `data.scan` gives for files."""
         source, video = self.settings.source, self.settings.video
         paths = Names(os.path.join(source, path) for path in self.paths)  # noqa: PTH118
         pairs = zip(self.lengths.tolist(), self.rates.tolist(), strict=True)
@@ -98,10 +103,10 @@ class Pack:
 
 
 def is_pack(folder: Path) -> bool:
-    """True for a whole pack, False for any folder that is none.
+    """True for a whole pack, False for any other folder.
 
     Raises:
-        UserError: a half-made pack, one with damaged settings, or of another version.
+        UserError: the pack is half-made, has damaged settings, or is of another version.
     """
     settings = read_settings(folder)
     if settings and not (folder / "index.json").exists():
@@ -110,10 +115,10 @@ def is_pack(folder: Path) -> bool:
 
 
 def read_pack(folder: Path) -> Pack:
-    """A pack whose index is whole; its shards are not looked at.
+    """Reads a pack's index. Does not check the shards.
 
     Raises:
-        UserError: no pack, half-made, damaged, or of another version.
+        UserError: there is no pack, or it is half-made, damaged, or of another version.
     """
     settings = read_settings(folder) if is_pack(folder) else None
     if not settings:
@@ -128,10 +133,10 @@ def read_pack(folder: Path) -> Pack:
 
 
 def open_pack(folder: Path, show_progress: bool = True) -> Pack:
-    """A pack to train from: every shard is there and, where its time has changed, has its checksum.
+    """Reads a pack to train from, and checks its shards. Computes the checksum of a shard if its time has changed.
 
     Raises:
-        UserError: as `read_pack`, and for a shard that is missing, truncated or changed.
+        UserError: as `read_pack`; or a shard is missing, truncated or changed.
     """
     pack = read_pack(folder)
     damage = find_damage(folder, dict(enumerate(pack.shard_records)), show_progress)
@@ -148,10 +153,9 @@ def open_pack(folder: Path, show_progress: bool = True) -> Pack:
 def find_damage(
     folder: Path, records: dict[int, dict], show_progress: bool, trust_times: bool = True
 ) -> dict[int, str]:
-    """What is wrong with shards, by number, from what was recorded when they were written.
+    """Compares shards with their records, and says what is wrong with the damaged ones, by number.
 
-    The checksum is computed, on all cores, where a shard's time is not the recorded one, or for all
-    without `trust_times`.
+    Computes checksums, on all cores, of the shards whose time is not the recorded one. Without `trust_times`, of all.
     """
     damage, suspects = {}, []
     for number, record in records.items():
@@ -181,7 +185,7 @@ def find_damage(
 
 
 def try_checksum(path: Path) -> int | str:
-    """`file_checksum`, or why there is none."""
+    """`file_checksum`, or why the file cannot be read."""
     try:
         return file_checksum(path)
     except OSError as error:

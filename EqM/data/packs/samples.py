@@ -1,4 +1,4 @@
-"""Batches from a pack: the samples that the files would give, gathered without decoding."""
+"""Batches from a pack. They equal those from files, but nothing is decoded."""
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from runtime.draws import keyed_uniforms
 
 
 class PackedSamples(Dataset):
-    """`Samples` of a pack, a whole batch at a time: the same keys give the same windows, flips and pixels.
+    """`Samples` of a pack, a whole batch at a time. The same keys give the same windows, flips and pixels.
 
-    What takes the host long is left to the device: `x` is as the pack has it, (N, T, H, W, 3) uint8,
-    or of latents (N, T, 2, C, h, w) float16, and `flip` (N,) says which pixels are still to be
-    mirrored. `unpack` does both.
+    The slow work is left to the device. `x` is as the pack has it: pixels (N, T, H, W, 3) uint8, or latents
+    (N, T, 2, C, h, w) float16. `flip` (N,) marks the pixels that are still to be mirrored. `unpack` transposes
+    and mirrors.
     """
 
     def __init__(self, pack: Pack, form: Form, seed: int):
@@ -45,7 +45,7 @@ class PackedSamples(Dataset):
         }
 
     def gather(self, indices: np.ndarray, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        """The frames at places (N, T) of items (N,), shard by shard; of latents, the mirrored copies where flipped."""
+        """The frames at places (N, T) of items (N,), shard by shard; for flipped latents, the mirrored copies."""
         shape = self.pack.settings.frame_shape if self.pixels else self.pack.settings.frame_shape[1:]
         x = np.empty((*places.shape, *shape), self.pack.settings.dtype)
         rows, shards = places + self.pack.first_frames[indices][:, None], self.pack.shards[indices]
@@ -56,10 +56,10 @@ class PackedSamples(Dataset):
 
 
 def unpack(x: Tensor, flip: Tensor, video: bool) -> Tensor:
-    """A batch of `PackedSamples` in the form of the files', on any device.
+    """Gives a batch of `PackedSamples` the layout of `Samples`, on any device.
 
-    Pixels (N, T, H, W, 3) become (N, 3, T, H, W) uint8, latents (N, T, 2, C, h, w) become
-    (N, 2, C, T, h, w) float16; images lose T.
+    Pixels (N, T, H, W, 3) become (N, 3, T, H, W) uint8. Latents (N, T, 2, C, h, w) become (N, 2, C, T, h, w)
+    float16. Images lose T.
     """
     if x.dtype == torch.uint8:
         x = x.permute(0, 4, 1, 2, 3)  # (N, 3, T, H, W)

@@ -1,0 +1,181 @@
+"""The private parts of torch that compiled.py uses still do what it needs them for."""
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import compiled
+from compiled import (
+    copy_all,
+    data_parallel,
+    eager_with_a_warning,
+    forget_compiled,
+    forget_failures,
+    forget_half_step,
+    free_from_capture,
+    keep_energy_whole_under_ddp,
+    skip_update_if,
+    warn_of_later_failures,
+)
+from models import EqM
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
+
+
+def new_network() -> EqM:
+    torch.manual_seed(0)
+    return EqM(8, 4, 3, hidden_size=32, depth=1, num_heads=2, num_classes=4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_optimizer_skips_a_bad_update(device: str, dtype: torch.dtype) -> None:
+    weights = nn.Parameter(torch.ones(8, device=device))
+    lr = torch.tensor(0.1, device=device)
+    optimizer = torch.optim.AdamW([weights], lr, fused=True, capturable=device == "cuda")
+    weights.grad = torch.ones(8, device=device, dtype=dtype).float()
+    optimizer.step()
+    before = (
+        weights.detach().clone(),
+        optimizer.state[weights]["exp_avg"].clone(),
+        optimizer.state[weights]["step"].clone(),
+    )
+    for bad in (True, False):
+        weights.grad = torch.full_like(weights, float("nan")) if bad else torch.ones_like(weights)
+        skip_update_if(torch.tensor(bad, device=device), optimizer)
+        optimizer.step()
+        state = optimizer.state[weights]
+        same = [torch.equal(a, b) for a, b in zip(before, (weights, state["exp_avg"], state["step"]), strict=True)]
+        assert same == [bad] * 3
+
+
+def test_a_scaler_forgets_a_step_that_broke_off() -> None:
+    weights = nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([weights], 0.1), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(weights.sum()).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="already been called"):
+        scaler.unscale_(optimizer)
+    forget_half_step(scaler)
+    weights.grad = None
+    scaler.scale(weights.sum()).backward()
+    scaler.unscale_(optimizer)
+    assert weights.grad.tolist() == [1.0, 1.0]
+    forget_half_step(torch.amp.GradScaler("cpu", enabled=False))  # it has begun nothing
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_tensors_are_copied_at_once(device: str) -> None:
+    sources = [torch.randn(n, device=device, dtype=torch.bfloat16) for n in (1, 5, 7)]
+    targets = [torch.zeros(n, device=device) for n in (1, 5, 7)]
+    copy_all(targets, sources)
+    assert all(torch.equal(target, source.float()) for target, source in zip(targets, sources, strict=True))
+
+
+def test_a_parallel_network_does_not_time_itself(tmp_path) -> None:
+    network = nn.Linear(2, 2)
+    assert data_parallel(network) is network
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = data_parallel(network)
+        for _ in range(110):  # of its own accord it times the first ten, and then every 100th
+            parallel(torch.ones(1, 2)).sum().backward()
+        assert parallel._get_ddp_logging_data()["iteration"] == 10
+    finally:
+        dist.destroy_process_group()
+
+
+def test_dynamo_has_the_setting_that_cuts_graphs_under_ddp() -> None:
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        keep_energy_whole_under_ddp()
+        assert torch._dynamo.config.optimize_ddp is False
+
+
+class Broken(nn.Module):
+    """A part that the compiler takes only for two samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and len(x) != 2:
+            torch._dynamo.graph_break("not for so many samples")
+        return x + 1
+
+
+def test_a_compilation_that_fails_later_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="EqM")
+    network = new_network()
+    network.blocks = nn.ModuleList([Broken()])
+    forget_compiled()
+    network.blocks[0].compile(dynamic=False, fullgraph=True, backend="eager")
+    warn_of_later_failures(network)
+    assert network.blocks[0](torch.zeros(2, 3)).tolist() == [[1.0] * 3] * 2
+    assert not caplog.records
+    for _ in range(2):
+        assert network.blocks[0](torch.zeros(5, 3)).tolist() == [[1.0] * 3] * 5
+    (record,) = caplog.records
+    assert "runs eagerly: it cannot be compiled again: " in record.message
+
+
+def test_an_error_of_the_function_itself_is_not_taken_for_the_compilers() -> None:
+    def wrong(x: Tensor) -> Tensor:
+        raise ValueError("wrong shape")
+
+    with pytest.raises(ValueError, match="wrong shape"):
+        eager_with_a_warning(wrong, lambda x: x)(torch.zeros(1))
+
+
+def test_compiled_code_is_forgotten() -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        calls.append(graph)
+        return graph.forward
+
+    function = torch.compile(lambda x: x * 2, backend=backend)
+    function(torch.ones(3))
+    function(torch.ones(3))
+    assert len(calls) == 1
+    forget_compiled()
+    function(torch.ones(3))
+    assert len(calls) == 2
+
+
+@pytest.mark.slow
+def test_a_smaller_memory_budget_keeps_fewer_activations() -> None:
+    kept = []
+    for budget in (1.0, 0.3):
+        forget_compiled()
+        forget_failures(budget)
+        block = new_network().blocks[0]
+        block.compile(dynamic=False)
+        sizes = []
+        x, modulation = torch.randn(4, 4, 32, requires_grad=True), torch.randn(4, 192, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            block(x, modulation)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0]
+    forget_failures(compiled.MEMORY_BUDGET)
+
+
+def test_a_new_compilation_is_tried_after_one_that_failed() -> None:
+    torch.compiler.set_stance("force_eager")
+    forget_failures(1.0)
+    seen = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: seen.append(graph) or graph.forward)(torch.ones(2))
+    assert seen
+
+
+@on_gpu
+def test_a_generator_is_free_again_after_a_capture_that_broke_off() -> None:
+    generator = torch.Generator("cuda")
+    state, graph = generator.get_state(), torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with pytest.raises(RuntimeError), torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # noqa: PT012
+        torch.randn(1, device="cuda", generator=generator).item()
+    free_from_capture(generator, state)
+    first = torch.randn(4, device="cuda", generator=generator)
+    generator.set_state(state)
+    assert torch.equal(first, torch.randn(4, device="cuda", generator=generator))
