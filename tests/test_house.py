@@ -128,10 +128,13 @@ def test_private_parts_of_torch_stand_in_one_file():
 
 
 def test_readme_lists_the_rooms_that_there_are():
-    listed = set(re.findall(r"^EqM/(\S+?)/? ", (ROOT / "README.md").read_text(), re.MULTILINE))
+    lines = (ROOT / "README.md").read_text().split("\nEqM/\n")[1].split("\ndatasets/")[0].splitlines()
+    listed = {name for line in lines for name in re.split(r"  +", line.strip())[0].replace("/", "").split()}
     rooms = {path.name for path in CODE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    files = {path.name for path in CODE.glob("*.py")}
-    assert listed == rooms | files
+    assert listed == rooms | {path.name for path in CODE.glob("*.py")}
+    # The order of the list is the order of the floors.
+    floors = [floor_of(name.removesuffix(".py")) for name in (line.split()[0].strip("/") for line in lines)]
+    assert floors == sorted(floors)
 
 
 def test_every_room_says_what_it_is_for():
