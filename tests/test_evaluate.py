@@ -9,12 +9,18 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
 from conftest import ROOT, make_pack, run_command, run_python, run_ranks, run_script
 from data.video import probe_video, read_frames, write_video
+from evaluation.features import Features, pixel_features
+from evaluation.sides import check_finite
+from precision import Precision
 from runtime.errors import UserError
+
+FP32 = Precision("fp32", "fp32", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +225,16 @@ def test_what_cannot_be_compared_is_a_reason(many_shapes, samples, tmp_path, mon
         with pytest.raises(UserError, match=problem) as error:
             evaluate.main()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [(Precision("fp16", "fp16", torch.float16), "leave --use-amp out"), (FP32, "check --weights")],
+)
+def test_features_that_are_not_finite_are_an_error_with_advice(precision, advice):
+    features = Features("inception", "Inception features", pixel_features, precision)
+    with pytest.raises(UserError, match=f"inception features of samples are not finite: {advice}"):
+        check_finite(features, torch.tensor([[1.0, torch.inf]]), Path("samples"))
 
 
 def test_several_processes_are_refused_in_one_line(many_shapes, samples, tmp_path):

@@ -1,7 +1,5 @@
 """The judge of classes, on moving shapes as they are rendered."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -88,6 +86,7 @@ def test_it_trains_and_judges_under_autocast_and_keeps_float32_weights(monkeypat
     assert all(weight.isfinite().all() for weight in weights)
 
 
+@pytest.mark.filterwarnings("error")
 def test_fp16_trains_with_a_gradient_scaler_that_skips_updates_which_overflow(monkeypatch):
     """The schedule waits with the optimizer, or torch would warn that it went first."""
     monkeypatch.setattr(judge, "STEPS", 6)
@@ -101,9 +100,7 @@ def test_fp16_trains_with_a_gradient_scaler_that_skips_updates_which_overflow(mo
         return scaler
 
     monkeypatch.setattr(Precision, "grad_scaler", too_large)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trained = train_judge(*rendered(4, 0), 1, CPU, Precision("fp16", "fp16", torch.float16))
+    trained = train_judge(*rendered(4, 0), 1, CPU, Precision("fp16", "fp16", torch.float16))
     assert scales[0].is_enabled()
     assert scales[0].get_scale() < 2.0**40
     assert all(weight.isfinite().all() for weight in trained.network.parameters())

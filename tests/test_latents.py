@@ -168,7 +168,7 @@ def test_samples_of_latents_are_not_decoded_by_another_vae(latent_run, tmp_path,
 
 
 def test_a_run_on_latents_does_not_go_on_with_pixels(latent_run, shapes, tmp_path):
-    flags = [*SMALL, "--max-steps", 5, "--ckpt", checkpoint(latent_run)]
+    flags = [*SMALL, "--vae", "none", "--max-steps", 5, "--ckpt", checkpoint(latent_run)]
     run = run_script("train.py", "--data-path", shapes, *flags, cwd=tmp_path)
     assert run.returncode == 1
     assert "was trained with input_size (4, 8, 8), and this run has (4, 16, 16)" in run.stderr

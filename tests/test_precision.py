@@ -86,6 +86,7 @@ def test_autocast_computes_in_16_bits_and_keeps_float32_weights_and_gradients(pr
     assert (network.weight.dtype, network.weight.grad.dtype) == (torch.float32, torch.float32)
 
 
+@pytest.mark.filterwarnings("error")
 def test_autocast_does_nothing_in_fp32():
     with resolve_precision("bf16", "cpu").autocast("cpu"):
         assert not torch.is_autocast_enabled("cpu")
