@@ -49,13 +49,13 @@ def run_command(
     )
 
 
-def run_python(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> with plain python, from its start."""
+def run_python(script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script>, or one of a whole path, with plain python from its start."""
     return run_command(sys.executable, ROOT / "EqM" / script, *arguments, cwd=cwd)
 
 
-def run_script(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> in a process that has imported torch already; see warm_python.py for what that cannot show."""
+def run_script(script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """As `run_python`, in a process that has imported torch already; warm_python.py says what that cannot show."""
     environment = environment_of()
     if not WARM.fits(environment):
         return run_python(script, *arguments, cwd=cwd)

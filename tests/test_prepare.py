@@ -16,13 +16,14 @@ import pytest
 from tqdm import tqdm
 
 from cli import UserError
-from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
+from conftest import ROOT, WARM, BlockMeans, environment_of, item_frames, make_pack, run_command, run_ranks, run_script
 from data import scan
 from make_moving_shapes import write_avi
 from pack import is_pack, open_pack
 from packing import pack_shard, pack_shards
 from prepare import finish, make_plan, missing_shards
 from video import probe_video, read_frames
+from warm_python import WarmProcess
 
 PREPARE = ROOT / "EqM" / "prepare.py"
 OPTIONS = ("--video", "--image-size", 16)
@@ -109,15 +110,26 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_path, how):
-    source = long_clips
-    command = [sys.executable, PREPARE, source, tmp_path / "a", *OPTIONS]
-    arguments = [str(part) for part in command]
+def start_python(arguments: list) -> subprocess.Popen:
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # A test run in the background ignores Ctrl-C, and what it starts would too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(arguments, preexec_fn=heed, **pipes) as process:
+    return subprocess.Popen([sys.executable, str(PREPARE), *map(str, arguments)], preexec_fn=heed, **pipes)
+
+
+def start_prepare(arguments: list, folder: Path) -> WarmProcess | subprocess.Popen:
+    """As `start_python`, in a process that has imported torch already."""
+    environment = environment_of()
+    if not WARM.fits(environment):
+        return start_python(arguments)
+    return WARM.start(PREPARE, *arguments, cwd=folder, environment=environment)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_path, how):
+    source = long_clips
+    arguments = [source, tmp_path / "a", *OPTIONS]
+    with start_python(arguments) if how == signal.SIGINT else start_prepare(arguments, tmp_path) as process:
         wait_for_shards(tmp_path / "a", 3)
         workers = children(process.pid)
         process.send_signal(how)
@@ -132,7 +144,7 @@ def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_pat
         is_pack(tmp_path / "a")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("shard-*.json")}
     assert 3 <= len(done) < 30
-    result = run_command(*command, cwd=tmp_path)
+    result = run_script("prepare.py", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"packed {30 - len(done)} clips" in result.stdout
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in done.items())
