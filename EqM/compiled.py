@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models import EqM
 from runtime import distributed
-from runtime.errors import is_out_of_memory
+from runtime.errors import first_line, is_out_of_memory
 from runtime.logs import log
 
 # The share of a block's activations that it keeps for the backward pass. Below 1 the compiler computes GELU and
@@ -118,16 +118,11 @@ def attempt(function: Callable[[], None], consequence: str, together: bool) -> b
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        problem = reason(error)
+        problem = f"{type(error).__name__}: {first_line(error)}"
     problems = [problem for problem in (distributed.gather(problem) if together else [problem]) if problem]
     if problems:
         log.warning("%s: %s", consequence, problems[0])
     return not problems
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, after its type."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 class Graphed:
@@ -249,7 +244,7 @@ def eager_with_a_warning(compiled: Callable[..., Tensor], eager: Callable[..., T
             return compiled(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             failed = True
-            log.warning("a part of the network runs eagerly: it cannot be compiled again: %s", reason(error))
+            log.warning("a part of the network runs eagerly: it cannot be compiled again: %s", first_line(error))
             return eager(*inputs)
 
     return call

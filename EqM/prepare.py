@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.form import Form
 from data.latents import IMAGE_SIZE, PIXEL_SIZE, load_vae
 from data.packs.pack import Pack
-from data.packs.plan import finish, keep_others_out, make_plan, missing_shards
+from data.packs.plan import finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from runtime import cli, distributed
 
@@ -53,8 +53,8 @@ def main() -> None:
     device = distributed.start()
     vae = load_vae(args.vae, device) if args.vae != "none" else None
     form = Form(args.video, args.image_size or (IMAGE_SIZE if vae else PIXEL_SIZE))
-    plan = distributed.on_main(lambda: make_plan(args.source, args.pack, form, vae and vae.space))
-    distributed.on_main(lambda: keep_others_out(plan.folder))
+    plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space))
+    distributed.on_main(lambda: lock_pack(plan.folder))
     missing = distributed.on_main(lambda: missing_shards(plan))
 
     mine = missing[distributed.rank() :: distributed.world_size()]

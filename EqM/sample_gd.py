@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from compiled import add_compile_arg, fast_of
+from compiled import add_compile_arg, fast_of, freeze_garbage_collector
 from data.latents import VAE
 from drawing.plots import INSTALL, can_plot, check_plots
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
@@ -20,7 +20,7 @@ from runs.load_network import add_checkpoint_args, checkpoint_request_of, open_n
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.logs import log, start_log
-from sampling.adaptive import summary
+from sampling.adaptive import evaluations_summary
 from sampling.method import Method, add_method_args, check_method, method_of
 from sampling.outputs import Output, SampleLog, Writer, decode, to_frames, write_npz, write_sheet, write_table
 from sampling.plan import Plan, add_plan_args, check_plan_args, make_plan, plan_request_of
@@ -79,7 +79,7 @@ def write_about(output: Output, plan: Plan, method: Method, samples: SampleLog, 
         log.info("norms and energies by step: %s, %s, %s", *write_trace(output.folder, samples.traces))
     if method.threshold is not None:
         counts = [count for count, _ in samples.descents.values()]
-        log.info(summary(counts, method.steps))
+        log.info(evaluations_summary(counts, method.steps))
         if can_plot():
             log.info("evaluations of all samples: %s", write_evaluations(output.folder, counts))
 
@@ -116,7 +116,10 @@ def main() -> None:
     start = time.perf_counter()
     seconds_per_frame = 1 / frames_per_second if frames_per_second else 0.0
     size = max(map(len, batches), default=1)
-    sampler = Sampler(method, network, plan, seconds_per_frame, size, fast_of(args, device.type))
+    fast = fast_of(args, device.type)
+    sampler = Sampler(method, network, plan, seconds_per_frame, size, fast)
+    if fast:
+        freeze_garbage_collector()
     own = write_samples(sampler, batches, args.trace, vae, output)
     samples = SampleLog.of_all(distributed.gather(own))
     seconds = time.perf_counter() - start

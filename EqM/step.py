@@ -93,10 +93,10 @@ class TrainingState:
         self.network = network.to(device)
         self.working = precision.working_copy(self.network)
         self.ema = copy.deepcopy(self.network).eval()
-        self.ema_weights = flatten(trained(self.ema))  # (P,)
+        self.ema_weights = flatten(trainable(self.ema))  # (P,)
         self.ema.requires_grad_(False)
-        self.weights = nn.Parameter(flatten(trained(self.network)))  # (P,)
-        self.working_weights = self.weights if self.working is network else flatten(trained(self.working))  # (P,)
+        self.weights = nn.Parameter(flatten(trainable(self.network)))  # (P,)
+        self.working_weights = self.weights if self.working is network else flatten(trainable(self.working))  # (P,)
         self.parallel = data_parallel(self.working)
         self.lr = torch.zeros((), device=device)
         capturable = device.type == "cuda"
@@ -154,7 +154,7 @@ class TrainingState:
 
     def take_gradients(self) -> Tensor:
         """The gradients of the working copy, moved into one float32 tensor, (P,)."""
-        weights = trained(self.working)
+        weights = trainable(self.working)
         flat = torch.empty_like(self.weights)
         gradients, gaps = pieces(flat, weights)
         copy_all(gradients, [weight.grad for weight in weights])
@@ -237,7 +237,7 @@ class TrainingState:
             )
 
 
-def trained(network: nn.Module) -> list[nn.Parameter]:
+def trainable(network: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in network.parameters() if weight.requires_grad]
 
 

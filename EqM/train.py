@@ -37,7 +37,7 @@ from runs.config import Config, check_resumable, config_of
 from runs.folder import write_config
 from runs.options import RunOptions, add_run_args, run_options_of
 from runs.record import Metrics
-from runs.resume import add_start_args, asked_of, find_start, is_finished, launcher, log_changes, new_folder
+from runs.resume import add_resume_args, asked_of, find_start, is_finished, launcher, log_changes, new_folder
 from runs.signals import EXIT_STATUS, StopSignals
 from runs.trackers import add_tracker_args, start_trackers, trackers_of
 from runtime import cli, distributed
@@ -82,7 +82,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add_run_args(run)
     add_preview_args(run)
     add_tracker_args(run)
-    add_start_args(run)
+    add_resume_args(run)
     return parser.parse_args(), parser.new_run_defaults()
 
 
@@ -258,7 +258,7 @@ def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device,
     return open_source(args.data_path, form, pack, space, vae)
 
 
-def config_of_run(args: argparse.Namespace, source: Source, precision: Precision, batch: int) -> Config:
+def make_config(args: argparse.Namespace, source: Source, precision: Precision, batch: int) -> Config:
     """What the run's checkpoints say of it."""
     form, found = source.form, source.found
     network = network_of(args, form, source.space, check_classes(found, args.num_classes))
@@ -302,7 +302,7 @@ def main() -> None:
     # Data, and the network for them
     batch = batch_of(args, device.type)
     source = open_data(args, pack, device, precision)
-    config = config_of_run(args, source, precision, batch)
+    config = make_config(args, source, precision, batch)
     last_sample = sample_limit(args.epochs, args.max_steps, len(source.found))
     if saved:
         check_resumable(before, config, start.checkpoint)

@@ -14,7 +14,7 @@ import torch
 from data.form import Form
 from data.latents import LatentSpace
 from data.packs.pack import Pack, open_pack
-from data.packs.plan import finish, make_plan, missing_shards
+from data.packs.plan import finish, missing_shards, plan_pack
 from data.packs.samples import PackedSamples
 from data.packs.writer import pack_shard
 from warm_python import WarmPython
@@ -49,13 +49,13 @@ def run_command(
     )
 
 
-def run_python(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> with plain python, from its start."""
+def run_python(script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs EqM/<script>, or one of a whole path, with plain python from its start."""
     return run_command(sys.executable, ROOT / "EqM" / script, *arguments, cwd=cwd)
 
 
-def run_script(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs EqM/<script> in a process that has imported torch already; see warm_python.py for what that cannot show."""
+def run_script(script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """As `run_python`, in a process that has imported torch already; warm_python.py says what that cannot show."""
     environment = environment_of()
     if not WARM.fits(environment):
         return run_python(script, *arguments, cwd=cwd)
@@ -139,7 +139,7 @@ class BlockMeans:
 
 def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 16, vae: object = None) -> Pack:
     """Packs in this process, and opens the pack."""
-    plan = make_plan(source, folder, Form(video, image_size), vae and vae.space)
+    plan = plan_pack(source, folder, Form(video, image_size), vae and vae.space)
     for number in missing_shards(plan):
         pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
     finish(plan)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime.draws import sample_noise
-from sampling.adaptive import Descent, Slots, summary
+from sampling.adaptive import Descent, Slots, evaluations_summary
 from sampling.descent import (
     Finished,
     Watch,
@@ -304,7 +304,7 @@ def test_starts_are_not_written_to():
 
 
 def test_the_summary_says_how_evaluations_are_distributed_and_what_was_saved():
-    assert summary([90, 110, 200, 250, 100], 250) == (
+    assert evaluations_summary([90, 110, 200, 250, 100], 250) == (
         "evaluations a sample: mean 150, median 110, from 90 to 250; 1 of 5 came to the cap of 250;"
         " 40% fewer than fixed steps"
     )

@@ -4,7 +4,6 @@ import pickle
 import shlex
 import shutil
 import subprocess
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_script
+from conftest import ROOT, BlockMeans, item_frames, make_pack, run_script
 from data.batches import EpochStream, make_loader
 from data.clips import Samples
 from data.form import Form
@@ -340,11 +339,23 @@ def test_a_shard_whose_record_is_damaged_is_made_anew(copied, shapes, how):
     assert json.loads((copied / "shard-00003.json").read_text())["items"] == json.loads(whole)["items"]
 
 
+WITHOUT_PRIVILEGES = """
+import ctypes, runpy, sys
+header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capget(header, capabilities) == 0
+for kind in (0, 1):  # in effect, and permitted, which access() goes by
+    capabilities[kind] &= ~0b110  # the two by which permissions are passed over
+assert ctypes.CDLL(None).capset(header, capabilities) == 0
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def without_privileges(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """Runs a script for whom permissions count, which for root they do not."""
-    drop = "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) for capability in (1, 2)];"
-    drop += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    return run_command(sys.executable, "-c", drop, ROOT / "EqM" / script, *arguments, cwd=cwd)
+    (cwd / "without_privileges.py").write_text(WITHOUT_PRIVILEGES)
+    return run_script(cwd / "without_privileges.py", ROOT / "EqM" / script, *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize(

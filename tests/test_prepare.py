@@ -19,7 +19,7 @@ from tqdm import tqdm
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
 from data.form import Form
 from data.packs.pack import is_pack, open_pack
-from data.packs.plan import finish, make_plan, missing_shards
+from data.packs.plan import finish, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from data.scan import scan
 from data.video import probe_video, read_frames
@@ -88,7 +88,7 @@ def test_latents_are_encoded_in_the_workers_or_in_the_main_process(shapes, tmp_p
         processes.put(os.getpid())
         return BlockMeans.encode_moments(frames)
 
-    plan = make_plan(shapes, tmp_path / "a", FORM, BlockMeans.space)
+    plan = plan_pack(shapes, tmp_path / "a", FORM, BlockMeans.space)
     with tqdm(total=16, file=io.StringIO()) as bar:
         pack_shards(plan, missing_shards(plan), 2, encode, encode_in_main, bar)
     assert bar.n == 16
@@ -113,7 +113,7 @@ def test_ctrl_c_ends_packing_in_the_middle_of_a_shard(shapes, tmp_path, monkeypa
         time.sleep(0.02)
         return BlockMeans.encode_moments(frames)
 
-    plan = make_plan(shapes, tmp_path / "pack", FORM, BlockMeans.space)
+    plan = plan_pack(shapes, tmp_path / "pack", FORM, BlockMeans.space)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, encode, encode_in_main, tqdm(disable=True))
@@ -144,11 +144,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_path, how):
-    source = long_clips
-    command = [sys.executable, PREPARE, source, tmp_path / "a", *OPTIONS]
-    arguments = [str(part) for part in command]
+def start_python(arguments: list) -> subprocess.Popen:
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # A test run in the background ignores Ctrl-C, and what it starts would too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -171,7 +167,7 @@ def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_pat
         is_pack(tmp_path / "a")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("shard-*.json")}
     assert 3 <= len(done) < 30
-    result = run_command(*command, cwd=tmp_path)
+    result = run_script("prepare.py", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"packed {30 - len(done)} clips" in result.stdout
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in done.items())
@@ -264,9 +260,9 @@ def test_what_a_killed_run_left_is_not_taken_for_shards_and_is_removed(shapes, t
     for name in names:
         shutil.copy(tmp_path / "whole" / name, tmp_path / "pack" / f"{name}.4711.tmp")
         if name == "settings.json":
-            assert missing_shards(make_plan(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
+            assert missing_shards(plan_pack(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
     (tmp_path / "pack" / "mine.tmp").write_text("notes")
-    assert missing_shards(make_plan(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
+    assert missing_shards(plan_pack(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
     with pytest.raises(UserError, match="half-made"):
         is_pack(tmp_path / "pack")
     make_pack(shapes, tmp_path / "pack")
@@ -355,7 +351,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path):
 
 @pytest.mark.parametrize("encode_in_main", [False, True])
 def test_a_disk_that_is_full_when_the_shard_is_flushed_leaves_no_shard(shapes, tmp_path, monkeypatch, encode_in_main):
-    plan = make_plan(shapes, tmp_path / "pack", FORM, BlockMeans.space)
+    plan = plan_pack(shapes, tmp_path / "pack", FORM, BlockMeans.space)
 
     def full(descriptor):
         raise OSError(28, os.strerror(28))
@@ -445,7 +441,7 @@ def test_two_workers_are_faster_than_one(tmp_path):
     source = noise_clips(tmp_path / "train", 64, frames=100, side=96)
     seconds = {1: 1e9, 2: 1e9}
     for workers in 4 * (1, 2):  # other work on the machine slows either down, so that the best times count
-        plan = make_plan(source, tmp_path / "pack", Form(video=True, image_size=64), None)
+        plan = plan_pack(source, tmp_path / "pack", Form(video=True, image_size=64), None)
         start = time.perf_counter()
         pack_shards(plan, missing_shards(plan), workers, None, False, tqdm(disable=True))
         seconds[workers] = min(seconds[workers], time.perf_counter() - start)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FRAME_SIDE = 64  # pixels that a frame is magnified to, at least
-MAX_FRAMES = 8  # frames of a clip that the sheet shows, evenly spread
+SHEET_FRAMES = 8  # frames of a clip that the sheet shows, evenly spread
 MAX_WIDTH = 1200  # pixels
 MARGIN, CAPTION_HEIGHT = 8, 16  # pixels
 
@@ -56,7 +56,7 @@ def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.nd
 
 def filmstrip(clip: np.ndarray) -> np.ndarray:
     """(T, h, w, 3) → some of its frames side by side, whole pixels magnified so that small ones can be seen."""
-    shown = np.linspace(0, len(clip) - 1, min(len(clip), MAX_FRAMES)).round().astype(int)
+    shown = np.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().astype(int)
     zoom = max(1, -(-FRAME_SIDE // clip.shape[1]))
     frames = clip[shown].repeat(zoom, axis=1).repeat(zoom, axis=2)
     return np.concatenate(list(np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)), axis=1)

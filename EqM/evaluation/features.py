@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.contents import Kind
 from precision import Precision
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 PIXEL_FEATURES = 64  # few, so that some hundred samples are enough for a covariance
 PIXEL_SIDE = 64  # larger frames are averaged down to this side before the projection
@@ -207,7 +207,3 @@ def weights_file(name: str, weights: Path | None, wanted: str) -> Path:
 
 def missing(name: str, packages: str) -> UserError:
     return UserError(f"--features {name} needs the {packages}: {REQUIREMENTS}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -68,10 +68,12 @@ def trainings(work: Work, device: torch.device) -> Iterator[tuple[str, list[floa
     ways.insert(1, (choices[0], False, 1))
     for precision, fast, seed in ways:
         name = f"{precision} {'fast' if fast else 'eager'}" + (", other random numbers" if seed else "")
-        yield name, *train(work, precision, fast, device, seed)
+        yield name, *train_windows(work, precision, fast, device, seed)
 
 
-def train(work: Work, precision: Precision, fast: bool, device: torch.device, seed: int) -> tuple[list[float], EqM]:
+def train_windows(
+    work: Work, precision: Precision, fast: bool, device: torch.device, seed: int
+) -> tuple[list[float], EqM]:
     """Window losses (WINDOWS,) of one training, and the averaged network."""
     start_over(device)
     step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))

@@ -30,7 +30,7 @@ def measure_speed(results: Results, device: torch.device, works: list[Work], pre
     side = PRODUCT_SIDE[device.type]
     results.print(f"a dense bf16 product of side {side} runs at {product / 1e12:.3g} TFLOP/s\n")
     rows: dict[tuple[str, int], list[throughput.Row]] = {}
-    results.print_heading(throughput.COLUMNS)
+    results.print_heading(throughput.SPEED_COLUMNS)
     for work in works:
         ways = work.ways if device.type == "cuda" else ON_CPU
         for precision, mode in (way for way in ways if way[0] in precisions):

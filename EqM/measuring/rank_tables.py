@@ -14,7 +14,7 @@ import torch
 from measuring.agreement import LOSS_COLUMNS, RANK_STEPS, differences, loss_cells, losses_agree, rank_losses
 from measuring.launches import tell
 from measuring.results import Results
-from measuring.scaling_times import COLUMNS, Scaled, Share, measure_share, scaling_rows
+from measuring.scaling_times import SCALING_COLUMNS, Scaled, Share, measure_share, scaling_rows
 from measuring.workloads import Work
 from precision import agree_on_precision
 from runtime import distributed
@@ -80,7 +80,7 @@ def measure_scaling(
                     results.content |= where | {"scaling": [], "losses": {"windows": windows}}
                     results.print(", ".join(where.values()) + "\n")
                     if set(parts) & set(known):
-                        results.print_heading(COLUMNS)
+                        results.print_heading(SCALING_COLUMNS)
                 case {"part": part, "share": share, "seconds": seconds, "gigabytes": gigabytes}:
                     if ranks == 1:
                         alone[part][Share(*share)] = seconds

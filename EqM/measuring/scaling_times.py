@@ -11,7 +11,17 @@ from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work
 from precision import Precision
 from runtime import distributed
 
-COLUMNS = ("work", "scaling", "ranks", "batch a rank", "ms a step", "samples/s", "efficiency", "communication", "GB")
+SCALING_COLUMNS = (
+    "work",
+    "scaling",
+    "ranks",
+    "batch a rank",
+    "ms a step",
+    "samples/s",
+    "efficiency",
+    "communication",
+    "GB",
+)
 
 
 class Share(NamedTuple):

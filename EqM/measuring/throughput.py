@@ -11,7 +11,18 @@ from precision import Precision, agree_on_precision
 from runtime.errors import is_out_of_memory
 
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square bf16 matrices whose product is the ceiling of speed
-COLUMNS = ("work", "batch", "precision", "mode", "ms a step", "samples/s", "tokens/s", "GB", "TFLOP/s", "of product")
+SPEED_COLUMNS = (
+    "work",
+    "batch",
+    "precision",
+    "mode",
+    "ms a step",
+    "samples/s",
+    "tokens/s",
+    "GB",
+    "TFLOP/s",
+    "of product",
+)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Asked:
     given: dict
 
 
-def add_start_args(parser: argparse._ActionsContainer) -> None:
+def add_resume_args(parser: argparse._ActionsContainer) -> None:
     """Adds --ckpt and --resume."""
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
@@ -102,7 +102,7 @@ def find_start(asked: Asked) -> Start:
                 notes.append(f"no run in {asked.results_dir} has the given settings: this one is new")
         if not folder:
             return Start(checkpoint=asked.checkpoint, notes=notes)
-        keep_others_out(folder)
+        lock_run(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
         for leftover in leftovers(folder / "checkpoints", "*.pt"):
             leftover.unlink()
@@ -134,7 +134,7 @@ def config_of_run(folder: Path) -> Config | None:
         return config_of(load_checkpoint(checkpoint)["config"], checkpoint) if checkpoint else None
 
 
-def keep_others_out(folder: Path) -> None:
+def lock_run(folder: Path) -> None:
     """Locks a run's folder until this process ends.
 
     Raises:
@@ -154,7 +154,7 @@ def new_folder(results_dir: Path, model: str, path_type: str) -> Path:
         UserError: it cannot be written.
     """
     folder = create_run_folder(results_dir, model, path_type)
-    keep_others_out(folder)
+    lock_run(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from drawing.pictures import gif
 from runtime import distributed
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.logs import log
 
 
@@ -150,7 +150,7 @@ class Trackers:
                 self.working[name] = KINDS[name](folder, step, config)
             except Exception as error:  # of the package's own kinds
                 advice = "; WANDB_MODE=offline logs to a file" if name == "wandb" else ""
-                raise UserError(f"--{name} cannot start: {first_line(error)}{advice}") from None
+                raise UserError(f"--{name} cannot start: {first_line(error).rstrip('.')}{advice}") from None
 
     def log(self, row: dict) -> None:
         """Sends a line of metrics."""
@@ -169,12 +169,8 @@ class Trackers:
             try:
                 call(tracker)
             except Exception as error:  # no chart is worth the run
-                log.error("--%s has failed, and gets nothing more: %s", name, first_line(error))
+                log.error("--%s has failed, and gets nothing more: %s", name, first_line(error).rstrip("."))
                 del self.working[name]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def start_trackers(names: Sequence[str], folder: Path, step: int, config: dict) -> Trackers:

@@ -29,3 +29,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def is_lost_process(error: Exception) -> bool:
     """True where an exchange with other ranks failed, mostly because one has gone."""
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST_PROCESS_WORDS)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -100,7 +100,7 @@ def read_json(path: Path) -> dict:
         OSError: it is missing or may not be read.
         ValueError: it is damaged.
     """
-    return checked(parse_json(path))
+    return without_checksum(parse_json(path))
 
 
 def parse_json(path: Path) -> object:
@@ -111,7 +111,7 @@ def parse_json(path: Path) -> object:
         raise ValueError("nested too deep") from error
 
 
-def checked(contents: object) -> dict:
+def without_checksum(contents: object) -> dict:
     """Takes the checksum off what a file of `write_json` holds; raises ValueError where it is not right."""
     if not isinstance(contents, dict):
         raise ValueError("no JSON object")

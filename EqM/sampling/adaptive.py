@@ -213,7 +213,7 @@ class Slots:
                 setattr(self, name, getattr(self, name)[kept])
 
 
-def summary(evaluations: Sequence[int], cap: int) -> str:
+def evaluations_summary(evaluations: Sequence[int], cap: int) -> str:
     """One line: how the evaluations of samples are distributed, and what stopping saved of `cap` for each."""
     mean, median = statistics.mean(evaluations), statistics.median(evaluations)
     capped = sum(count == cap for count in evaluations)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import checked, parse_json
+from runtime.files import parse_json, without_checksum
 
 FORMAT, VERSION = "EqM pack", 2
 # An interruption costs one shard a process, and damage costs a whole shard.
@@ -106,6 +106,6 @@ def read_settings(folder: Path) -> Settings | None:
             f"{folder} is a pack of version {version}, and this is version {VERSION}: make it again, in a new folder"
         )
     try:
-        return Settings(**checked(contents))
+        return Settings(**without_checksum(contents))
     except (ValueError, TypeError):
         raise UserError(problem) from None

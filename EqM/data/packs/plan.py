@@ -17,11 +17,11 @@ from data.scan import check_readable, find_files
 from runtime.errors import UserError
 from runtime.files import leftovers, lock, read_json, write_json
 
-PARTS = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
+PACK_FILES = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """What to pack, the same on every rank: files as (path, class index), in the order of the shards."""
 
     folder: Path
@@ -54,7 +54,7 @@ def name_in(source: Path, path: str) -> str:
     return str(Path(path).relative_to(root))
 
 
-def make_plan(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> Plan:
+def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> PackPlan:
     """Finds the files, and makes the folder and its settings if they are not there yet.
 
     Args:
@@ -88,7 +88,7 @@ def make_plan(source: Path, folder: Path, form: Form, space: LatentSpace | None)
                 raise UserError(f"{folder} holds something else than a pack: give another folder")
             write_json(folder / "settings.json", asdict(settings))
     check_same(folder, (found or settings).identity(), settings.identity())
-    return Plan(folder, settings, source, samples)
+    return PackPlan(folder, settings, source, samples)
 
 
 def vae_settings(space: LatentSpace, image_size: int) -> dict:
@@ -109,7 +109,7 @@ def check_same(folder: Path, found: dict, wanted: dict) -> None:
             raise UserError(f"{folder} was made with {key} {found[key]}, and this run has {value}: give a new folder")
 
 
-def keep_others_out(folder: Path) -> None:
+def lock_pack(folder: Path) -> None:
     """Locks a folder until this process and its workers end.
 
     Raises:
@@ -121,7 +121,7 @@ def keep_others_out(folder: Path) -> None:
         raise UserError(f"another run is packing into {folder}: let it end, then run the same command again")
 
 
-def read_shard_records(plan: Plan) -> dict[int, dict]:
+def read_shard_records(plan: PackPlan) -> dict[int, dict]:
     """The record beside each shard, by the shard's number. Leaves out records that are missing or damaged."""
     records = {}
     for number in range(plan.settings.num_shards):
@@ -130,7 +130,7 @@ def read_shard_records(plan: Plan) -> dict[int, dict]:
     return records
 
 
-def missing_shards(plan: Plan) -> list[int]:
+def missing_shards(plan: PackPlan) -> list[int]:
     """The numbers of the shards that are missing or damaged. Reads every byte of a whole pack."""
     whole = (plan.folder / "index.json").is_file()
     records = read_shard_records(plan)
@@ -140,7 +140,7 @@ def missing_shards(plan: Plan) -> list[int]:
     return sorted(damage.keys() | set(range(plan.settings.num_shards)) - records.keys())
 
 
-def build_index(plan: Plan, records: dict[int, dict]) -> dict:
+def build_index(plan: PackPlan, records: dict[int, dict]) -> dict:
     """The index of a pack, from the records of all its shards.
 
     Raises:
@@ -159,7 +159,7 @@ def build_index(plan: Plan, records: dict[int, dict]) -> dict:
     return index
 
 
-def finish(plan: Plan) -> Pack:
+def finish(plan: PackPlan) -> Pack:
     """Makes a pack whole once every shard is written: writes its index and removes what killed runs left.
 
     Raises:
@@ -179,7 +179,7 @@ def finish(plan: Plan) -> Pack:
         # A whole pack is left alone: it may lie on a read-only disk.
         if read_index(plan.folder, plan.settings) != index:
             write_json(plan.folder / "index.json", index)
-        for names in PARTS:
+        for names in PACK_FILES:
             for left in leftovers(plan.folder, names):
                 left.unlink()
     return pack

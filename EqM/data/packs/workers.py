@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.packs.plan import Plan
+from data.packs.plan import PackPlan
 from data.packs.writer import Encode, pack_shard
 from runtime.errors import UserError
 
@@ -29,7 +29,7 @@ _pack: Callable[[int], None]  # in a worker process: packs one shard
 
 
 def pack_shards(
-    plan: Plan, shards: list[int], num_workers: int, encode: Encode | None, encode_in_main: bool, bar: tqdm
+    plan: PackPlan, shards: list[int], num_workers: int, encode: Encode | None, encode_in_main: bool, bar: tqdm
 ) -> None:
     """Packs shards in worker processes. With `encode_in_main`, threads of this process decode and take turns to encode.
 
@@ -42,7 +42,7 @@ def pack_shards(
     pack_in(plan, shards, min(num_workers, len(shards)), encode, bar)
 
 
-def pack_in_processes(plan: Plan, shards: list[int], num_workers: int, encode: Encode | None, bar: tqdm) -> None:
+def pack_in_processes(plan: PackPlan, shards: list[int], num_workers: int, encode: Encode | None, bar: tqdm) -> None:
     done, (stopped, stop) = FORK.Value("q"), FORK.Pipe(duplex=False)
     pool = ProcessPoolExecutor(num_workers, FORK, start_worker, (plan, encode, done, stopped))
     try:
@@ -54,7 +54,7 @@ def pack_in_processes(plan: Plan, shards: list[int], num_workers: int, encode: E
         ) from None
 
 
-def pack_in_threads(plan: Plan, shards: list[int], num_workers: int, encode: Encode, bar: tqdm) -> None:
+def pack_in_threads(plan: PackPlan, shards: list[int], num_workers: int, encode: Encode, bar: tqdm) -> None:
     done, stopped, turn = FORK.Value("q"), threading.Event(), threading.Lock()
     # Each thread has its own current stream. The VAE's weights came through this thread's.
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
@@ -98,7 +98,7 @@ def count(done: Synchronized) -> None:
         done.value += 1
 
 
-def start_worker(plan: Plan, encode: Encode | None, done: Synchronized, stopped: connection.Connection) -> None:
+def start_worker(plan: PackPlan, encode: Encode | None, done: Synchronized, stopped: connection.Connection) -> None:
     """Prepares a new worker process."""
     global _pack
     _pack = partial(pack_shard, plan, encode=encode, item_done=partial(count, done))

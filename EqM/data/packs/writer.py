@@ -10,7 +10,7 @@ import numpy as np
 
 from data.clips import read_image
 from data.packs.format import Settings, shard_path
-from data.packs.plan import Plan, disk_errors, name_in
+from data.packs.plan import PackPlan, disk_errors, name_in
 from data.scan import unreadable_errors
 from data.video import iterate_frames, probe_video
 from runtime.files import write_json, write_whole
@@ -28,7 +28,7 @@ def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.n
     return info.frames_per_second, iterate_frames(path, info, size)
 
 
-def pack_shard(plan: Plan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> None:
+def pack_shard(plan: PackPlan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> None:
     """Writes one shard and its record, whole or not at all. The record names the files that cannot be read.
 
     Raises:
@@ -41,7 +41,7 @@ def pack_shard(plan: Plan, number: int, encode: Encode | None, item_done: Callab
         write_json(path.with_suffix(".json"), record | {"mtime_ns": path.stat().st_mtime_ns})
 
 
-def write_frames(path: Path, plan: Plan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> dict:
+def write_frames(path: Path, plan: PackPlan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> dict:
     """Decodes a shard's files into one file, and returns the shard's record without the file's time."""
     settings = plan.settings
     with path.open("wb") as file:

@@ -1,0 +1,119 @@
+"""A run that goes on has the settings of its checkpoint, and --resume finds the run that has the given settings."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import run_script
+from models import NetworkSettings
+from objective import Objective
+from runs.config import OLD_MEANINGS, Config, config_of
+from runs.resume import TELLING, Asked, find_start
+from runtime import cli
+from runtime.errors import UserError
+from test_old_files import GOLDEN, OLD, RUN, checkpoint  # noqa: F401
+
+CONFIG = Config(
+    network=NetworkSettings("EqM-Ti/4", (4, 16, 16), 3, num_classes=2, temporal_patch=2),
+    classes=("A", "B"),
+    frames_per_second=10.0,
+    precision={"name": "fp32"},
+    global_batch_size=12,
+    flags={"lr": 0.5, "no_flip": True, "frame_interval": 7},
+)
+TWO = replace(CONFIG, objective=Objective(scale=2.0))
+ENERGY = replace(CONFIG, network=replace(CONFIG.network, energy="dot"))
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Three runs of one model, the last two of them with other settings, and their configs alone."""
+    for number, config in enumerate((CONFIG, TWO, ENERGY)):
+        folder = tmp_path / f"{number:03d}-EqM-Ti-4-Linear-velocity-None"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config.as_dict()))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        ({}, 2),
+        ({"ebm": "none"}, 1),
+        ({"ebm": "none", "c_lambda": 4.0}, 0),
+        ({"model": "EqM-Ti/4", "c_lambda": 2.0, "clip_len": 4, "video": True}, 1),
+    ],
+)
+def test_resume_takes_the_newest_run_that_has_the_given_settings(results, given, number):
+    start = find_start(Asked(results, resume=True, checkpoint=None, given=given))
+    assert start.folder.name.startswith(f"{number:03d}-")
+    assert start.config == (CONFIG, TWO, ENERGY)[number]
+
+
+@pytest.mark.parametrize("given", [{"c_lambda": 3.0}, {"model": "EqM-Ti/2"}, {"ebm": "l2"}, {"image_size": 32}])
+def test_resume_starts_a_new_run_if_none_has_the_given_settings_and_says_so(results, given):
+    start = find_start(Asked(results, resume=True, checkpoint=None, given=given))
+    assert start.folder is None
+    assert start.notes == [f"no run in {results} has the given settings: this one is new"]
+
+
+def test_a_config_goes_through_json_and_back_unchanged():
+    assert config_of(json.loads(json.dumps(TWO.as_dict())), "config.json") == TWO
+
+
+def test_a_key_that_an_old_config_lacks_has_its_old_meaning():
+    old = CONFIG.as_dict()
+    del old["objective"], old["vae"], old["global_batch_size"], old["processes"], old["args"]
+    del old["network"]["uncond"], old["network"]["energy"]
+    config = config_of(old, "old.pt")
+    kept = config.kept_flags()
+    assert OLD_MEANINGS.items() <= kept.items()
+    assert (kept["uncond"], kept["ebm"], kept["path_type"], kept["vae"]) == (True, "none", "Linear", "none")
+    assert (kept["c_schedule"], kept["c_a"], kept["c_lambda"], kept["disp"]) == ("truncated", 0.8, 4.0, False)
+    assert config.form.frame_interval == 1
+
+
+@pytest.mark.parametrize("wrong", [{}, {"network": {"model": "EqM-Ti/4"}}, {**CONFIG.as_dict(), "classes": None}])
+def test_a_config_that_is_none_is_refused_in_one_line(wrong):
+    with pytest.raises(UserError, match="other.pt holds a config of another program or version"):
+        config_of(wrong, "other.pt")
+
+
+def test_what_is_given_wins_over_what_is_kept_and_that_over_the_defaults():
+    defaults = {"lr": 1e-4, "model": "EqM-XL/2", "clip_len": 16, "c_b": None}
+    given = {"lr": None, "model": None, "clip_len": 8, "c_b": None, "log_every": 5}
+    kept = CONFIG.kept_flags()
+    assert cli.settled(given, kept, defaults) == {
+        "lr": 0.5, "model": "EqM-Ti/4", "clip_len": 8, "c_b": None, "log_every": 5
+    }  # fmt: skip
+    assert cli.settled(given, {}, defaults)["model"] == "EqM-XL/2"
+
+
+def test_every_flag_that_tells_runs_apart_is_one_that_checkpoints_keep():
+    assert set(TELLING) <= CONFIG.kept_flags().keys()
+
+
+def test_an_old_run_goes_on_with_its_own_settings_whatever_today_s_defaults_are(checkpoint, tmp_path):  # noqa: F811
+    command = ["--data-path", OLD / "pack", "--resume", "--max-steps", 15, "--log-every", 1]
+    result = run_script("train.py", *command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / RUN / "metrics.jsonl").read_text().splitlines()]
+    found = [[row["step"], row["loss"], row["grad_norm"]] for row in rows]
+    np.testing.assert_allclose(found, GOLDEN["resumed"], rtol=1e-5)
+    config = torch.load(tmp_path / RUN / "checkpoints" / "0000015.pt", weights_only=True)["config"]
+    assert (config["args"]["lr"], config["args"]["warmup_steps"], config["global_batch_size"]) == (1e-3, 5, 4)
+
+
+def test_a_checkpoint_goes_on_in_a_new_folder_with_its_own_settings(checkpoint, tmp_path):  # noqa: F811
+    command = ["--data-path", OLD / "pack", "--ckpt", checkpoint, "--max-steps", 11]
+    result = run_script("train.py", *command, "--lr", 0.5, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "--lr was 0.001 and is 0.5" in result.stdout
+    assert (tmp_path / "results" / "001-EqM-Ti-8-Linear-velocity-None" / "checkpoints" / "0000011.pt").is_file()
+    refused = run_script("train.py", *command, "--c-lambda", 2, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "was trained with the objective's scale 4.0, and this run has 2.0" in refused.stderr
