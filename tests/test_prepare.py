@@ -144,7 +144,11 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def start_python(arguments: list) -> subprocess.Popen:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_goes_on_with_the_missing_shards(long_clips, tmp_path, how):
+    source = long_clips
+    command = [sys.executable, PREPARE, source, tmp_path / "a", *OPTIONS]
+    arguments = [str(part) for part in command]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     # A test run in the background ignores Ctrl-C, and what it starts would too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -167,7 +171,7 @@ def start_python(arguments: list) -> subprocess.Popen:
         is_pack(tmp_path / "a")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("shard-*.json")}
     assert 3 <= len(done) < 30
-    result = run_script("prepare.py", *arguments, cwd=tmp_path)
+    result = run_command(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"packed {30 - len(done)} clips" in result.stdout
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in done.items())
