@@ -142,3 +142,16 @@ def sincos_positions(hidden_size: int, rows: int, columns: int) -> Tensor:
 
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
+
+
+def check_sizes(
+    input_size: tuple[int, int, int], temporal_patch: int, patch_size: int, hidden_size: int, num_heads: int
+) -> None:
+    """Raises ValueError if a size does not divide another; the text names both numbers."""
+    frames, height, width = input_size
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
+    if frames % temporal_patch:
+        raise ValueError(f"clip length {frames} is not a multiple of the temporal patch {temporal_patch}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"width {hidden_size} is not a multiple of 4 and of its {num_heads} heads")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from energy import ENERGIES, energy, energy_gradient
-from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, sincos_positions
+from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes, sincos_positions
 from runtime.errors import UserError
 
 # Shortest and longest period, in seconds, of the sinusoids that encode a token's time. The shortest is below the step
@@ -205,19 +205,6 @@ class EqM(nn.Module):
         x = patches.view(-1, frames, rows, columns, pt, p, p, self.out_channels)
         x = x[..., : self.in_channels].permute(0, 7, 1, 4, 2, 5, 3, 6)  # (N, C, T', pt, h', p, w', p)
         return x.reshape(x.shape[0], self.in_channels, frames * pt, rows * p, columns * p)
-
-
-def check_sizes(
-    input_size: tuple[int, int, int], temporal_patch: int, patch_size: int, hidden_size: int, num_heads: int
-) -> None:
-    """Raises ValueError if a size does not divide another; the text names both numbers."""
-    frames, height, width = input_size
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
-    if frames % temporal_patch:
-        raise ValueError(f"clip length {frames} is not a multiple of the temporal patch {temporal_patch}")
-    if hidden_size % num_heads or hidden_size % 4:
-        raise ValueError(f"width {hidden_size} is not a multiple of 4 and of its {num_heads} heads")
 
 
 EqM_sizes = {

@@ -16,11 +16,20 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from compiled import add_compile_arg, fast_of, freeze_garbage_collector
-from data.batches import TrainingBatches
+from data.batches import TrainingBatches, add_batch_args, batch_of, sample_limit
 from data.form import Form
 from data.latents import LatentSpace
 from data.packs.pack import Pack
-from data.source import Source, check_classes, check_pack, find_pack, form_of, open_source, open_space
+from data.source import (
+    Source,
+    add_data_args,
+    check_classes,
+    check_pack,
+    find_pack,
+    form_of,
+    open_source,
+    open_space,
+)
 from models import EqM_models, NetworkSettings
 from objective import add_objective_args, objective_of
 from precision import (
@@ -44,10 +53,8 @@ from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
 from sampling.previews import Previews, add_preview_args, preview_method_of
-from step import TrainingState, add_recipe_args, recipe_of, training_step
-
-DEFAULT_BATCH = {"cuda": 256, "cpu": 8}
-DEFAULT_EPOCHS, NO_EPOCH_LIMIT = 80, 10**9
+from state import TrainingState
+from step import add_recipe_args, recipe_of, training_step
 
 
 def parse_args() -> tuple[argparse.Namespace, dict]:
@@ -63,16 +70,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add_objective_args(parser)
     training = parser.add_argument_group("training")
     add_recipe_args(training)
-    batch = f"over all ranks; default {DEFAULT_BATCH['cuda']}, on a CPU {DEFAULT_BATCH['cpu']}"
-    cli.add_kept(training, "--global-batch-size", type=cli.positive_int, help=batch)
-    cli.add_kept(training, "--global-seed", 0, type=cli.non_negative_int, help="of all random choices")
-    epochs = f"default {DEFAULT_EPOCHS}; with --max-steps no limit"
-    training.add_argument("--epochs", type=cli.positive_int, help=epochs)
-    steps = "stop at this step, counted from the start of the first run"
-    training.add_argument("--max-steps", type=cli.positive_int, help=steps)
-    training.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
-    bad = "stop if gradients are not finite in so many steps in a row (fp32, bf16)"
-    training.add_argument("--max-bad-steps", type=cli.positive_int, default=20, help=bad)
+    add_batch_args(training)
     add_precision_args(parser)
     speed = parser.add_argument_group("speed and memory")
     add_compile_arg(speed)
@@ -84,41 +82,6 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add_tracker_args(run)
     add_resume_args(run)
     return parser.parse_args(), parser.new_run_defaults()
-
-
-def add_data_args(parser: argparse.ArgumentParser) -> None:
-    """Adds what a run trains on, and in what form."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-path", type=Path, required=True, help="class folders, videos with a CSV, or a pack")
-    cli.add_kept(data, "--video", False, action="store_true", help="train on clips of videos, not on images")
-    cli.add_kept(data, "--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
-    vae = "none (pixels), ema, mse, or a folder: train on its latents; default none, or what a pack holds"
-    cli.add_kept(data, "--vae", metavar="NAME", help=vae)
-    cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")
-    cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="frames of the video from one to the next")
-    flip = "no mirrored samples: for classes that tell left from right"
-    cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
-    workers = "loading processes of a rank; default 4, on a CPU and for a pack 0"
-    data.add_argument("--num-workers", type=cli.non_negative_int, help=workers)
-
-
-def batch_of(args: argparse.Namespace, device_type: str) -> int:
-    """Samples of a step over all ranks.
-
-    Raises:
-        UserError: the ranks, or the micro-batches of a rank, do not divide it.
-    """
-    size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
-    if size % ranks:
-        raise UserError(f"--global-batch-size {size} is not a multiple of the {ranks} processes")
-    if size // ranks % (args.micro_batch_size or 1):
-        raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide a rank's {size // ranks} samples")
-    return size
-
-
-def sample_limit(epochs: int | None, max_steps: int | None, items: int) -> int:
-    """The number of samples to draw at most, from the start of the first run."""
-    return (epochs or (NO_EPOCH_LIMIT if max_steps else DEFAULT_EPOCHS)) * items
 
 
 def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, num_classes: int) -> NetworkSettings:
@@ -332,9 +295,10 @@ def main() -> None:
         batches = TrainingBatches(source, args.global_seed, state.samples, last_sample, batch, args.num_workers, device)
         options = run_options_of(args, min(args.max_steps or math.inf, state.step + len(batches)))
         trackers = start_trackers(tracker_names, folder, state.step, config.as_dict())
-        vae = source.decoder(device, precision) if args.sample_every else None
         at_once = args.micro_batch_size or batch // distributed.world_size()
-        previews = Previews(preview_method_of(args), at_once, state, config, vae, folder, trackers)
+        method = preview_method_of(args)
+        vae = source.decoder(device, precision) if method else None
+        previews = Previews(method, at_once, state, config, vae, folder, trackers)
         fast = fast_of(args, device.type)
         step = training_step(state, recipe_of(args, config.objective), at_once, args.global_seed, fast)
         if fast:

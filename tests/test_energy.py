@@ -24,7 +24,8 @@ from runs.config import check_resumable, config_of
 from runtime.draws import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
-from step import Recipe, TrainingState, network_loss, training_step
+from state import TrainingState
+from step import Recipe, network_loss, training_step
 
 CPU = torch.device("cpu")
 KINDS = ["dot", "l2"]

@@ -26,7 +26,8 @@ from runtime.draws import sample_noise
 from sampling.adaptive import Descent, Slots
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
-from step import Recipe, TrainingState, training_step
+from state import TrainingState
+from step import Recipe, training_step
 
 CPU = torch.device("cpu")
 PRECISIONS = {

@@ -16,6 +16,7 @@ FLOORS = (
     {"runtime", "energy", "layers"},
     {"drawing", "models", "objective", "precision"},
     {"compiled", "data"},
+    {"state"},
     {"runs", "step", "evaluation"},
     {"sampling"},
     {"measuring"},

@@ -26,7 +26,7 @@ from runtime.draws import sample_noise
 from sampling.method import Method
 from sampling.previews import SAMPLES, Previews, add_preview_args, preview_method_of
 from sampling.starts import Starts
-from step import TrainingState
+from state import TrainingState
 from test_survive import start_script, wait_for_step
 from test_train import NAME, assert_same, load, metrics, trained
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
-from data.batches import TrainingBatches
+from data.batches import TrainingBatches, sample_limit
 from data.clips import Samples
 from data.form import Form
 from data.latents import to_unit_range
@@ -33,8 +33,9 @@ from runs.signals import StopSignals
 from runs.trackers import Trackers
 from runtime.draws import seed_draws
 from sampling.previews import Previews
-from step import Recipe, TrainingState, draw_random_numbers, training_step
-from train import sample_limit, train
+from state import TrainingState
+from step import Recipe, draw_random_numbers, training_step
+from train import train
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 

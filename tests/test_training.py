@@ -12,7 +12,8 @@ from precision import Precision, resolve_precision
 from runtime import distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
-from step import Recipe, TrainingState, draw_random_numbers, train_step
+from state import TrainingState
+from step import Recipe, draw_random_numbers, train_step
 
 CPU = torch.device("cpu")
 FP32, FP16 = resolve_precision("fp32", "cpu"), Precision("fp16", "fp16", torch.float16)

@@ -1,5 +1,6 @@
 """Training batches, in an order and with random choices that follow from (seed, samples drawn before) alone."""
 
+import argparse
 import signal
 import time
 from collections.abc import Iterator
@@ -15,13 +16,44 @@ from data.clips import MAX_TRIES
 from data.found import Found
 from data.scan import MAX_UNREADABLE
 from data.source import Source
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.logs import log
 from runtime.transfers import to_device
 
-DEFAULT_WORKERS = {"cuda": 4, "cpu": 0}
+DEFAULT_BATCH, DEFAULT_WORKERS = {"cuda": 256, "cpu": 8}, {"cuda": 4, "cpu": 0}
+DEFAULT_EPOCHS, NO_EPOCH_LIMIT = 80, 10**9
 MAX_AHEAD = 3  # batches that the host copies before the device needs them; each takes memory
+
+
+def add_batch_args(group: argparse._ActionsContainer) -> None:
+    """Adds the size of a batch, the seed, and how many batches there are."""
+    batch = f"over all ranks; default {DEFAULT_BATCH['cuda']}, on a CPU {DEFAULT_BATCH['cpu']}"
+    cli.add_kept(group, "--global-batch-size", type=cli.positive_int, help=batch)
+    cli.add_kept(group, "--global-seed", 0, type=cli.non_negative_int, help="of all random choices")
+    epochs = f"default {DEFAULT_EPOCHS}; with --max-steps no limit"
+    group.add_argument("--epochs", type=cli.positive_int, help=epochs)
+    steps = "stop at this step, counted from the start of the first run"
+    group.add_argument("--max-steps", type=cli.positive_int, help=steps)
+
+
+def batch_of(args: argparse.Namespace, device_type: str) -> int:
+    """Samples of a step over all ranks.
+
+    Raises:
+        UserError: the ranks, or the micro-batches of a rank, do not divide it.
+    """
+    size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
+    if size % ranks:
+        raise UserError(f"--global-batch-size {size} is not a multiple of the {ranks} processes")
+    if size // ranks % (args.micro_batch_size or 1):
+        raise UserError(f"--micro-batch-size {args.micro_batch_size} does not divide a rank's {size // ranks} samples")
+    return size
+
+
+def sample_limit(epochs: int | None, max_steps: int | None, items: int) -> int:
+    """The number of samples to draw at most, from the start of the first run."""
+    return (epochs or (NO_EPOCH_LIMIT if max_steps else DEFAULT_EPOCHS)) * items
 
 
 class TrainingBatches:

@@ -16,7 +16,7 @@ from data.packs.pack import Pack, is_pack, open_pack
 from data.packs.samples import PackedSamples, unpack
 from data.scan import scan_for_training
 from precision import Precision
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import log
@@ -91,6 +91,22 @@ class Source:
         if not self.pack:
             return f"{self.found.root}, latents of {self.space.name}" if self.space else self.found.root
         return f"{self.found.root}, a pack of {self.pack.settings.values}"
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Adds what a run trains on, and in what form."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-path", type=Path, required=True, help="class folders, videos with a CSV, or a pack")
+    cli.add_kept(data, "--video", False, action="store_true", help="train on clips of videos, not on images")
+    cli.add_kept(data, "--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
+    vae = "none (pixels), ema, mse, or a folder: train on its latents; default none, or what a pack holds"
+    cli.add_kept(data, "--vae", metavar="NAME", help=vae)
+    cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")
+    cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="frames of the video from one to the next")
+    flip = "no mirrored samples: for classes that tell left from right"
+    cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
+    workers = "loading processes of a rank; default 4, on a CPU and for a pack 0"
+    data.add_argument("--num-workers", type=cli.non_negative_int, help=workers)
 
 
 def find_pack(path: Path) -> Pack | None:

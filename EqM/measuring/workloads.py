@@ -15,7 +15,8 @@ from precision import Precision
 from runtime import distributed
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
-from step import Recipe, TrainingState, training_step
+from state import TrainingState
+from step import Recipe, training_step
 
 NUM_CLASSES = 101
 GUIDANCE, STEPSIZE = 1.5, 0.0017

@@ -57,11 +57,14 @@ class RunOptions:
 
 
 def add_run_args(parser: argparse._ActionsContainer) -> None:
-    """Adds where a run writes, and how often."""
+    """Adds where a run writes, how often, and what ends it early."""
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
     parser.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     parser.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
     parser.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
+    parser.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
+    bad = "stop if gradients are not finite in so many steps in a row (fp32, bf16)"
+    parser.add_argument("--max-bad-steps", type=cli.positive_int, default=20, help=bad)
 
 
 def run_options_of(args: argparse.Namespace, last_step: float) -> RunOptions:

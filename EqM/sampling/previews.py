@@ -33,7 +33,7 @@ from sampling.outputs import Output, decode, to_frames
 from sampling.plan import Plan
 from sampling.sampler import Sampler
 from sampling.starts import Starts
-from step import TrainingState
+from state import TrainingState
 
 SAMPLES = 16
 # The default of sample_gd.py. With the same settings it makes the same samples from the checkpoint of the step.
