@@ -83,7 +83,7 @@ def follow(
             pending = {pool.submit(pack, number) for number in shards}
             while pending:
                 finished, pending = wait(pending, REFRESH_S, FIRST_COMPLETED)
-                bar.update(done.value - bar.n)
+                bar.update(done.get_obj().value - bar.n)  # a killed worker may have left it locked
                 for future in finished:
                     future.result()
         except BaseException:
@@ -104,8 +104,14 @@ def start_worker(plan: PackPlan, encode: Encode | None, done: Synchronized, stop
     _pack = partial(pack_shard, plan, encode=encode, item_done=partial(count, done))
     torch.set_num_threads(1)  # there are as many workers as cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one stops the others
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=end_with_main, args=(stopped,), daemon=True).start()
+
+
+def leave(*_: object) -> None:
+    """Unwinds the main thread, once: a second SIGTERM does not interrupt the clearing up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def pack_in_worker(number: int) -> None:
