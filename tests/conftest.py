@@ -13,9 +13,9 @@ import torch
 
 from data.form import Form
 from data.latents import LatentSpace
+from data.packs.dataset import PackedSamples
 from data.packs.pack import Pack, open_pack
-from data.packs.plan import finish, missing_shards, plan_pack
-from data.packs.samples import PackedSamples
+from data.packs.packing import finish, missing_shards, plan_pack
 from data.packs.writer import pack_shard
 from warm_python import WarmPython
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
 from data.form import Form
 from data.packs.pack import is_pack, open_pack
-from data.packs.plan import finish, missing_shards, plan_pack
+from data.packs.packing import finish, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from data.scan import scan
 from data.video import probe_video, read_frames

@@ -21,9 +21,9 @@ from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 from runs.resume import Asked, find_start, newest_good
 from runs.signals import ONE_REQUEST_S
-from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.files import lock
+from runtime.random_numbers import seed_draws
 from step import train_step
 from test_train import assert_same, load, metrics
 from test_training import FP16, FP32, RECIPE, new_state, same, weights

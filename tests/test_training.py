@@ -10,8 +10,8 @@ from conftest import spawn
 from models import EqM
 from precision import Precision, resolve_precision
 from runtime import distributed
-from runtime.draws import seed_draws
 from runtime.errors import UserError
+from runtime.random_numbers import seed_draws
 from state import TrainingState
 from step import Recipe, draw_random_numbers, train_step
 

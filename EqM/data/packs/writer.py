@@ -10,7 +10,7 @@ import numpy as np
 
 from data.clips import read_image
 from data.packs.format import Settings, shard_path
-from data.packs.plan import PackPlan, disk_errors, name_in
+from data.packs.packing import PackPlan, disk_errors, name_in
 from data.scan import unreadable_errors
 from data.video import iterate_frames, probe_video
 from runtime.files import write_json, write_whole
