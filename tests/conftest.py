@@ -141,7 +141,7 @@ def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 
     """Packs in this process, and opens the pack."""
     plan = plan_pack(source, folder, Form(video, image_size), vae and vae.space)
     for number in missing_shards(plan):
-        pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
+        pack_shard(plan, number, vae and vae.encode_moments, lambda items: None)
     finish(plan)
     return open_pack(folder, show_progress=False)
 

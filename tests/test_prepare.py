@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,22 @@ def test_ctrl_c_ends_packing_in_the_middle_of_a_shard(shapes, tmp_path, monkeypa
     assert calls.stat().st_size < 100  # of 512
     assert not multiprocessing.active_children()
     assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
+
+
+def test_ctrl_c_that_comes_while_processes_start_is_not_lost(shapes, tmp_path, monkeypatch):
+    class Executor(ProcessPoolExecutor):
+        def submit(self, *arguments):
+            with suppress(KeyboardInterrupt):  # so does Python while it forks
+                signal.raise_signal(signal.SIGINT)
+            return super().submit(*arguments)
+
+    monkeypatch.setattr("data.packs.workers.ProcessPoolExecutor", Executor)
+    plan = make_plan(shapes, tmp_path / "pack", FORM, None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+    assert not multiprocessing.active_children()
 
 
 def test_a_size_that_the_vae_cannot_halve_is_refused(shapes, tmp_path):
