@@ -135,7 +135,7 @@ def test_ctrl_c_that_comes_while_processes_start_is_not_lost(shapes, tmp_path, m
             return super().submit(*arguments)
 
     monkeypatch.setattr("data.packs.workers.ProcessPoolExecutor", Executor)
-    plan = make_plan(shapes, tmp_path / "pack", FORM, None)
+    plan = plan_pack(shapes, tmp_path / "pack", FORM, None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
