@@ -240,8 +240,8 @@ def shard_step(rank: int, folder: Path, ranks: int, kind: str, fast: bool) -> No
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert (compiled == 1) == fast
     for number in range(2):  # a weight without a gradient would stop the second
-        step(x, torch.arange(4), torch.full((4,), 0.1))
-        state.advance(1)
+        seed_draws(state.generator, 0, number, rank)
+        step.launch(x, torch.arange(4), torch.full((4,), 0.1))
         if number == 0:
             gradient = state.state_dict()["opt"]["exp_avg"] * 10
             torch.save(gradient.clone(), folder / f"{ranks}-{rank}.pt")
