@@ -21,6 +21,7 @@ from objective import Objective
 from precision import Precision
 from runs.checkpoint import save_checkpoint
 from runs.config import check_resumable, config_of
+from runtime.random_numbers import seed_draws
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
 from state import TrainingState
