@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.found import Found
+from data.file_list import Found
 from data.packs.pack import is_pack, open_pack
 from data.scan import scan
 from runtime import cli

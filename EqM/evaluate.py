@@ -15,8 +15,8 @@ from pathlib import Path
 from evaluation.features import FEATURES, WITH_WEIGHTS, open_features
 from evaluation.metrics import PERCENTILES, RESAMPLES, SPLITS
 from evaluation.report import check_judged, compare_features, judge_samples
+from evaluation.report_text import lines
 from evaluation.sides import Comparison, open_sides, read_features
-from evaluation.table import lines
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
 from runtime import cli, distributed
 from runtime.errors import UserError

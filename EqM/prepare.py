@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.form import Form
 from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, load_vae
 from data.packs.pack import Pack
-from data.packs.plan import finish, lock_pack, missing_shards, plan_pack
+from data.packs.packing import finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from runtime import cli, distributed
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compiled import Graphed, compile_network, skip_update_if
 from objective import Objective, drop_labels
 from runtime import cli, distributed
-from runtime.draws import seed_draws
+from runtime.random_numbers import seed_draws
 from state import TrainingState
 
 

@@ -44,9 +44,9 @@ from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
 from runs.folder import write_config
-from runs.options import RunOptions, add_run_args, run_options_of
 from runs.record import Metrics
 from runs.resume import add_resume_args, asked_of, find_start, is_finished, launcher, log_changes, new_folder
+from runs.schedule import RunOptions, add_run_args, run_options_of
 from runs.signals import EXIT_STATUS, StopSignals
 from runs.trackers import add_tracker_args, start_trackers, trackers_of
 from runtime import cli, distributed

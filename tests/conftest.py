@@ -13,11 +13,11 @@ import torch
 
 from data.form import Form
 from data.latents import LatentSpace
+from data.packs.dataset import PackedSamples
 from data.packs.pack import Pack, open_pack
-from data.packs.plan import finish, missing_shards, plan_pack
-from data.packs.samples import PackedSamples
+from data.packs.packing import finish, missing_shards, plan_pack
 from data.packs.writer import pack_shard
-from warm_python import WarmPython
+from warm_python import FREE, WarmPython
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--video", "--clip-len", "4", "--image-size", "16", "--model", "EqM-Ti/4"]
@@ -27,6 +27,7 @@ WARM = WarmPython()
 # on a machine that others use as well they wait ten times as long as they work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+ENVIRONMENT = dict(os.environ)
 
 
 def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
@@ -86,6 +87,14 @@ def spawn(function: Callable[..., object], arguments: tuple, processes: int, fol
     assert run.returncode == 0, run.stderr
 
 
+@pytest.fixture(autouse=True)
+def environment_of_the_start() -> None:
+    """Forgets what packages set when an earlier test first used them: no process but this one would have it."""
+    for name in os.environ.keys() - ENVIRONMENT.keys() - FREE:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in FREE})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def end_of_warm_python() -> Iterator[None]:
     """Ends the server of warm processes."""
@@ -141,7 +150,7 @@ def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 
     """Packs in this process, and opens the pack."""
     plan = plan_pack(source, folder, Form(video, image_size), vae and vae.space)
     for number in missing_shards(plan):
-        pack_shard(plan, number, vae and vae.encode_moments, lambda: None)
+        pack_shard(plan, number, vae and vae.encode_moments, lambda items: None)
     finish(plan)
     return open_pack(folder, show_progress=False)
 

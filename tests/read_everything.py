@@ -18,7 +18,7 @@ from data.form import Form
 from data.scan import scan_for_training
 from data.video import UnreadableVideo
 from runs.record import process_memory_gb
-from runtime.draws import keyed_uniforms
+from runtime.random_numbers import keyed_uniforms
 
 BATCH = 50
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from runtime.draws import sample_noise
+from runtime.random_numbers import sample_noise
 from sampling.adaptive import Descent, Slots, evaluations_summary
 from sampling.descent import (
     Finished,

@@ -13,8 +13,8 @@ from check_data import summary
 from conftest import run_python
 from data.batches import EpochStream, UnreadableLog, make_loader
 from data.clips import Samples
+from data.file_list import Found, Item
 from data.form import Form
-from data.found import Found, Item
 from data.latents import to_pixels, to_unit_range
 from data.scan import find_files, scan, scan_for_training
 from data.video import VideoInfo, write_video

@@ -22,7 +22,7 @@ from measuring import agreement
 from measuring.workloads import TINY, start_over
 from models import EqM
 from precision import Precision
-from runtime.draws import sample_noise
+from runtime.random_numbers import sample_noise
 from sampling.adaptive import Descent, Slots
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field

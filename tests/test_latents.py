@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, run_command, run_script
+from data.file_list import Found
 from data.form import Form
-from data.found import Found
 from data.latents import batch_moments, draw, load_vae
 from data.source import Source
 from drawing.pictures import read_png

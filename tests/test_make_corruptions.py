@@ -2,20 +2,24 @@
 
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, run_command
+from conftest import run_python, run_script
 from data.video import iterate_frames, probe_video, write_video
 from make_corruptions import shuffled_order
 
 
-def spoil(source: Path, destination: Path, *flags: object) -> subprocess.CompletedProcess:
-    script = ROOT / "EqM" / "make_corruptions.py"
-    return run_command(sys.executable, script, source, destination, *flags, cwd=destination.parent)
+def spoil(
+    source: Path,
+    destination: Path,
+    *flags: object,
+    start: Callable[..., subprocess.CompletedProcess] = run_script,
+) -> subprocess.CompletedProcess:
+    return start("make_corruptions.py", source, destination, *flags, cwd=destination.parent)
 
 
 def frames_of(path: Path, size: int = 16) -> np.ndarray:
@@ -23,7 +27,7 @@ def frames_of(path: Path, size: int = 16) -> np.ndarray:
 
 
 def test_clips_become_noise_other_orders_and_still_pictures_of_exactly_their_pixels(shapes, tmp_path):
-    result = spoil(shapes, tmp_path / "spoiled", "--image-size", 16)
+    result = spoil(shapes, tmp_path / "spoiled", "--image-size", 16, start=run_python)
     assert result.returncode == 0, result.stderr
     clips = sorted(shapes.glob("*/*.avi"))
     for kind in ("noise", "shuffled", "frozen"):

@@ -1,10 +1,10 @@
-import argparse
 import math
 
 import pytest
 import torch
 
 from objective import PATHS, SCHEDULES, Objective, add_objective_args, crowding, drop_labels, objective_of
+from runtime import cli
 from runtime.errors import UserError
 
 # E[c²] = λ²·(a + (1 − a)/3) at the defaults a = 0.8, λ = 4.
@@ -154,9 +154,12 @@ def test_the_dispersive_term_is_that_of_all_pairs_and_drives_samples_apart():
 
 
 def parsed(*flags: str) -> Objective:
-    parser = argparse.ArgumentParser()
+    parser = cli.ArgumentParser("")
     add_objective_args(parser)
-    return objective_of(parser.parse_args(flags))
+    args = parser.parse_args(flags)
+    for name, value in cli.settled(vars(args), {}, parser.new_run_defaults()).items():
+        setattr(args, name, value)
+    return objective_of(args)
 
 
 def test_flags_make_the_objective_and_none_the_default():

@@ -17,9 +17,9 @@ from conftest import ROOT, BlockMeans, item_frames, make_pack, run_script
 from data.batches import EpochStream, make_loader
 from data.clips import Samples
 from data.form import Form
+from data.packs.dataset import PackedSamples, unpack
 from data.packs.format import shard_path
 from data.packs.pack import is_pack, open_pack, read_pack
-from data.packs.samples import PackedSamples, unpack
 from data.scan import scan
 from data.source import Source, packed_space
 from data.video import write_video

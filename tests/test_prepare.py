@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
 from data.form import Form
 from data.packs.pack import is_pack, open_pack
-from data.packs.plan import finish, missing_shards, plan_pack
+from data.packs.packing import finish, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from data.scan import scan
 from data.video import probe_video, read_frames
@@ -103,12 +105,14 @@ def test_latents_are_encoded_in_the_workers_or_in_the_main_process(shapes, tmp_p
 def test_ctrl_c_ends_packing_in_the_middle_of_a_shard(shapes, tmp_path, monkeypatch, encode_in_main):
     monkeypatch.setattr("data.packs.format.MIN_SHARDS", 2)
     monkeypatch.setattr("data.packs.writer.CHUNK_FRAMES", 1)
-    main, begun = os.getpid(), multiprocessing.Value("q")
+    main, calls = os.getpid(), tmp_path / "calls"
 
     def encode(frames):
-        with begun.get_lock():
-            begun.value += 1
-            if begun.value == 5:
+        with calls.open("a") as file:  # no lock, which a process that ends could leave locked
+            file.write(".")
+        if calls.stat().st_size >= 5:
+            with suppress(FileExistsError):
+                (tmp_path / "once").mkdir()
                 os.kill(main, signal.SIGINT)
         time.sleep(0.02)
         return BlockMeans.encode_moments(frames)
@@ -118,9 +122,25 @@ def test_ctrl_c_ends_packing_in_the_middle_of_a_shard(shapes, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, encode, encode_in_main, tqdm(disable=True))
     signal.signal(signal.SIGINT, before)
-    assert begun.value < 100  # of 512
+    assert calls.stat().st_size < 100  # of 512
     assert not multiprocessing.active_children()
     assert [path.name for path in (tmp_path / "pack").iterdir()] == ["settings.json"]
+
+
+def test_ctrl_c_that_comes_while_processes_start_is_not_lost(shapes, tmp_path, monkeypatch):
+    class Executor(ProcessPoolExecutor):
+        def submit(self, *arguments):
+            with suppress(KeyboardInterrupt):  # so does Python while it forks
+                signal.raise_signal(signal.SIGINT)
+            return super().submit(*arguments)
+
+    monkeypatch.setattr("data.packs.workers.ProcessPoolExecutor", Executor)
+    plan = plan_pack(shapes, tmp_path / "pack", FORM, None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
+    assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+    assert not multiprocessing.active_children()
 
 
 def test_a_size_that_the_vae_cannot_halve_is_refused(shapes, tmp_path):

@@ -22,7 +22,7 @@ from runs.record import Metrics
 from runs.signals import StopSignals
 from runs.trackers import Trackers
 from runtime import cli
-from runtime.draws import sample_noise
+from runtime.random_numbers import sample_noise
 from sampling.method import Method
 from sampling.previews import SAMPLES, Previews, add_preview_args, preview_method_of
 from sampling.starts import Starts

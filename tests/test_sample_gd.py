@@ -19,8 +19,8 @@ from runs.checkpoint import save_checkpoint
 from runs.config import Config
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
-from runtime.draws import sample_noise
 from runtime.errors import UserError
+from runtime.random_numbers import sample_noise
 from sampling import outputs
 from sampling.descent import Finished
 from sampling.method import Method, add_method_args, check_method, method_of

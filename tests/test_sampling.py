@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.draws import sample_noise
+from runtime.random_numbers import sample_noise
 from sampling.descent import Field, gradient_descent, integrate
 from sampling.fields import Composition
 

@@ -18,8 +18,8 @@ from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
 from models import NetworkSettings
 from runs.checkpoint import save_checkpoint
 from runs.config import Config
-from runtime.draws import sample_noise
 from runtime.errors import UserError
+from runtime.random_numbers import sample_noise
 from sampling.descent import gradient_descent
 from sampling.starts import INIT_NOISE, StartRequest, Starts, choose_starts
 

@@ -21,12 +21,12 @@ from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 from runs.resume import Asked, find_start, newest_good
 from runs.signals import ONE_REQUEST_S
-from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.files import lock
+from runtime.random_numbers import seed_draws
 from step import train_step
 from test_train import assert_same, load, metrics
-from test_training import FP16, FP32, RECIPE, new_state, same, weights
+from test_training import BF16, FP16, FP32, RECIPE, new_state, same, weights
 from warm_python import WarmProcess
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
@@ -428,6 +428,7 @@ BAD = {
     "noise in fp32": (FP32, float("nan")),
     "overflow in fp16": (FP16, 1e6),
     "infinity in fp32": (FP32, float("inf")),
+    "noise in bf16": (BF16, float("nan")),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import EqM
-from runtime.draws import sample_noise
+from runtime.random_numbers import sample_noise
 from sampling.descent import value_norms
 from sampling.method import Method
 from sampling.plan import Plan

@@ -27,11 +27,11 @@ from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, config_of
 from runs.folder import create_run_folder
-from runs.options import RunOptions
 from runs.record import Metrics
+from runs.schedule import RunOptions
 from runs.signals import StopSignals
 from runs.trackers import Trackers
-from runtime.draws import seed_draws
+from runtime.random_numbers import seed_draws
 from sampling.previews import Previews
 from state import TrainingState
 from step import Recipe, draw_random_numbers, training_step

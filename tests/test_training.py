@@ -10,8 +10,8 @@ from conftest import spawn
 from models import EqM
 from precision import Precision, resolve_precision
 from runtime import distributed
-from runtime.draws import seed_draws
 from runtime.errors import UserError
+from runtime.random_numbers import seed_draws
 from state import TrainingState
 from step import Recipe, draw_random_numbers, train_step
 
@@ -20,19 +20,23 @@ FP32, FP16 = resolve_precision("fp32", "cpu"), Precision("fp16", "fp16", torch.f
 RECIPE = Recipe(lr=1e-3, warmup_steps=0, grad_clip=0.0, ema_decay=0.999)
 
 
-def new_state(precision: Precision = FP32) -> TrainingState:
+def new_state(precision: Precision = FP32, device: torch.device = CPU) -> TrainingState:
     torch.manual_seed(0)
     network = EqM((4, 8, 8), 4, 3, hidden_size=32, depth=2, num_heads=2, num_classes=4, temporal_patch=2)
     # Non-zero outputs, so that every weight has a gradient from the first step.
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
-    return TrainingState(network, precision, CPU)
+    return TrainingState(network, precision, device)
 
 
-def one_step(state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0) -> tuple[bool, float, float]:
+def one_step(
+    state: TrainingState, recipe: Recipe = RECIPE, samples: int = 0, x: torch.Tensor | None = None
+) -> tuple[bool, float, float]:
     """Whether the weights were updated, the loss and the gradients' norm."""
-    x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    if x is None:
+        x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     seed_draws(state.generator, 0, samples, 0)
-    loss, grad_norm = train_step(state, recipe, x, torch.arange(8) % 4, torch.full((8,), 0.1)).tolist()
+    inputs = (x, torch.arange(8) % 4, torch.full((8,), 0.1))
+    loss, grad_norm = train_step(state, recipe, *(value.to(state.device) for value in inputs)).tolist()
     state.advance(8)
     return state.read_counts() == 0, loss, grad_norm
 
@@ -67,6 +71,26 @@ def test_an_overflow_moves_neither_weights_nor_ema_nor_counters():
     assert torch.equal(state.sums, before[3])
     assert (state.step, state.skipped) == (1, 1)
     assert state.scaler.get_scale() == 2.0**99
+
+
+BF16 = Precision("bf16", "bf16", torch.bfloat16)
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=lambda p: p.name)
+def test_a_bad_update_is_skipped_without_a_scaler_too(precision, device):
+    state = new_state(precision, torch.device(device))
+    one_step(state)
+    before = [weights(state.network), weights(state.ema), weights(state.working)], deepcopy(state.state_dict()["opt"])
+    updated, loss, _ = one_step(state, x=torch.full((8, 3, 4, 8, 8), float("nan")))
+    assert not updated
+    assert not math.isfinite(loss)
+    for network, right in zip((state.network, state.ema, state.working), before[0], strict=True):
+        assert same(weights(network), right)
+    assert same(list(state.state_dict()["opt"].values()), list(before[1].values()))
+    assert (state.step, state.skipped, state.launched) == (1, 1, 2)
+    assert one_step(state)[0], "the next update is made"
 
 
 def test_gradients_are_unscaled_before_they_are_measured_and_clipped():

@@ -43,6 +43,7 @@ FIXED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FREE = {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"}
 FREE |= {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"}
 FREE |= {"PYTEST_CURRENT_TEST", "PYTEST_VERSION"}
+FREE |= {"CUBLAS_WORKSPACE_CONFIG"}  # which is for GPUs alone
 FREE |= {"PYTHONPATH"}  # which a child looks through for what is not imported yet
 SERVER = Path(__file__).with_name("warm_server.py")
 PATIENCE_S = 30  # of torchrun with processes that it has asked to end

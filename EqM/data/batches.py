@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.clips import MAX_TRIES
-from data.found import Found
+from data.file_list import Found
 from data.scan import MAX_UNREADABLE
 from data.source import Source
 from runtime import cli, distributed

@@ -8,12 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.file_list import Found, Item
 from data.form import Form
-from data.found import Found, Item
 from data.scan import unreadable_errors
 from data.untrusted import open_image
 from data.video import read_frames
-from runtime.draws import keyed_uniforms
+from runtime.random_numbers import keyed_uniforms
 
 MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from data.clips import frame_indices, read_sample
+from data.file_list import Item
 from data.form import Form
-from data.found import Item
 from data.latents import LatentSpace
+from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack, read_pack
-from data.packs.samples import PackedSamples, unpack
 from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files, unreadable_errors
 from data.untrusted import open_image, open_video
 from data.video import probe_video

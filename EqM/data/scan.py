@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data.found import Found, Item
+from data.file_list import Found, Item
 from data.untrusted import open_image
 from data.video import UnreadableVideo, probe_video
 from runtime.errors import UserError

@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.clips import Samples
+from data.file_list import Found
 from data.form import Form
-from data.found import Found
 from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
+from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack
-from data.packs.samples import PackedSamples, unpack
 from data.scan import scan_for_training
 from precision import Precision
 from runtime import cli, distributed
-from runtime.draws import seed_draws
 from runtime.errors import UserError
 from runtime.logs import log
+from runtime.random_numbers import seed_draws
 
 POSTERIOR = 1  # in a seed: keeps the posterior's draws apart from the step's
 

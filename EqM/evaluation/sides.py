@@ -16,9 +16,9 @@ from data.packs.pack import is_pack
 from data.scan import unreadable_errors
 from evaluation.features import Features
 from evaluation.judge import small
-from runtime.draws import keyed_uniforms
 from runtime.errors import UserError
 from runtime.logs import log
+from runtime.random_numbers import keyed_uniforms
 
 
 @dataclass(frozen=True)

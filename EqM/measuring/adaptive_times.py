@@ -18,7 +18,7 @@ from torch import Tensor
 from compiled import replayed
 from measuring.workloads import NUM_CLASSES, Work
 from precision import Precision
-from runtime.draws import sample_noise
+from runtime.random_numbers import sample_noise
 from runtime.transfers import read_later, to_device
 from sampling.adaptive import Descent, Slots
 from sampling.descent import Field, Finished, Watch, fixed_descents, gradient_descent

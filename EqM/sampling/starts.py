@@ -20,9 +20,9 @@ from data.scan import Item, check_files, find_loose_files, unreadable_errors
 from objective import Objective
 from runs.config import Config
 from runtime import cli, distributed
-from runtime.draws import sample_noise
 from runtime.errors import UserError
 from runtime.logs import log
+from runtime.random_numbers import sample_noise
 
 INIT_NOISE = 0.5  # the share of noise, unless --init-noise says another
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.found import Found, Names, Videos
+from data.file_list import Found, Names, Videos
 from data.packs.format import Settings, read_settings, shard_path
 from data.video import VideoInfo
 from runtime.errors import UserError

@@ -3,12 +3,11 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import connection
 from multiprocessing.sharedctypes import Synchronized
@@ -17,15 +16,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.packs.plan import PackPlan
+from data.packs.packing import PackPlan
 from data.packs.writer import Encode, pack_shard
 from runtime.errors import UserError
 
 FORK = multiprocessing.get_context("fork")  # workers inherit the plan and the VAE, which need not pickle
 REFRESH_S = 0.1  # how often the progress bar is updated
-UNWIND_S = 5.0  # what a worker gets to remove its temporary file
+CLEAR_UP_S = 5.0  # what a worker process gets to remove its temporary file
 
-_pack: Callable[[int], None]  # in a worker process: packs one shard
+# Of a worker process: what packs one shard, who is at it, and whether to give up.
+_pack: Callable[[int], None]
+_busy, _stopped = threading.Lock(), threading.Event()
 
 
 def pack_shards(
@@ -61,11 +62,9 @@ def pack_in_threads(plan: PackPlan, shards: list[int], num_workers: int, encode:
 
     def encode_in_turn(frames: np.ndarray) -> np.ndarray:
         with turn, torch.cuda.stream(stream):
-            if stopped.is_set():
-                raise CancelledError
             return encode(frames)
 
-    pack = partial(pack_shard, plan, encode=encode_in_turn, item_done=partial(count, done))
+    pack = partial(pack_shard, plan, encode=encode_in_turn, advance=partial(advance, done, stopped))
     follow(ThreadPoolExecutor(num_workers), pack, shards, done, bar, stop=stopped.set)
 
 
@@ -80,10 +79,11 @@ def follow(
     """Lets a pool pack shards, and shows how many items are `done`. Stops all workers at the first error or Ctrl-C."""
     with pool:
         try:
-            pending = {pool.submit(pack, number) for number in shards}
+            with interrupts_wait():
+                pending = {pool.submit(pack, number) for number in shards}
             while pending:
                 finished, pending = wait(pending, REFRESH_S, FIRST_COMPLETED)
-                bar.update(done.value - bar.n)
+                bar.update(done.get_obj().value - bar.n)  # a killed worker may have left it locked
                 for future in finished:
                     future.result()
         except BaseException:
@@ -92,33 +92,52 @@ def follow(
             raise
 
 
-def count(done: Synchronized) -> None:
-    """Adds one."""
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Puts Ctrl-C off until the end of the block. Python ignores the KeyboardInterrupt if it comes during a fork."""
+    asked = []
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
+
+
+def advance(done: Synchronized, stopped: threading.Event, items: int) -> None:
+    """Adds to the count of items. Raises CancelledError, which ends the shard, if the worker is to stop."""
+    if stopped.is_set():
+        raise CancelledError
     with done.get_lock():
-        done.value += 1
+        done.value += items
 
 
 def start_worker(plan: PackPlan, encode: Encode | None, done: Synchronized, stopped: connection.Connection) -> None:
     """Prepares a new worker process."""
     global _pack
-    _pack = partial(pack_shard, plan, encode=encode, item_done=partial(count, done))
+    _pack = partial(pack_shard, plan, encode=encode, advance=partial(advance, done, _stopped))
     torch.set_num_threads(1)  # there are as many workers as cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one stops the others
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # In a thread: an exception that a signal raises in the midst of a decoder may get lost there.
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=end_worker, daemon=True).start())
     threading.Thread(target=end_with_main, args=(stopped,), daemon=True).start()
 
 
 def pack_in_worker(number: int) -> None:
     """Packs one shard, as the task of a worker process."""
-    try:
+    with _busy:
         _pack(number)
-    except SystemExit:  # SIGTERM came, and the temporary file is gone; the pool would take this for a result
-        os._exit(1)
 
 
 def end_with_main(stopped: connection.Connection) -> None:
     """Ends this worker process once `stopped` has a message or the main process is gone."""
     connection.wait([stopped, multiprocessing.parent_process().sentinel])
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-    time.sleep(UNWIND_S)
-    os._exit(1)  # the main thread is in a call that does not return
+    end_worker()
+
+
+def end_worker() -> None:
+    """Ends this worker process once it has given up its shard, or after CLEAR_UP_S."""
+    _stopped.set()
+    _busy.acquire(timeout=CLEAR_UP_S)
+    os._exit(1)

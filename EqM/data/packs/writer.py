@@ -10,7 +10,7 @@ import numpy as np
 
 from data.clips import read_image
 from data.packs.format import Settings, shard_path
-from data.packs.plan import PackPlan, disk_errors, name_in
+from data.packs.packing import PackPlan, disk_errors, name_in
 from data.scan import unreadable_errors
 from data.video import iterate_frames, probe_video
 from runtime.files import write_json, write_whole
@@ -28,24 +28,29 @@ def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.n
     return info.frames_per_second, iterate_frames(path, info, size)
 
 
-def pack_shard(plan: PackPlan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> None:
+def pack_shard(plan: PackPlan, number: int, encode: Encode | None, advance: Callable[[int], None]) -> None:
     """Writes one shard and its record, whole or not at all. The record names the files that cannot be read.
+
+    Args:
+        advance: called often, with the number of items that were finished since. May raise, to end the shard.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
     path, record = shard_path(plan.folder, number), {}
     with disk_errors(plan.folder):
-        write_whole(path, lambda temporary: record.update(write_frames(temporary, plan, number, encode, item_done)))
+        write_whole(path, lambda temporary: record.update(write_frames(temporary, plan, number, encode, advance)))
         # Last, since the record is what makes a shard count.
         write_json(path.with_suffix(".json"), record | {"mtime_ns": path.stat().st_mtime_ns})
 
 
-def write_frames(path: Path, plan: PackPlan, number: int, encode: Encode | None, item_done: Callable[[], None]) -> dict:
+def write_frames(
+    path: Path, plan: PackPlan, number: int, encode: Encode | None, advance: Callable[[int], None]
+) -> dict:
     """Decodes a shard's files into one file, and returns the shard's record without the file's time."""
     settings = plan.settings
     with path.open("wb") as file:
-        writer = ShardWriter(file, settings, encode)
+        writer = ShardWriter(file, settings, encode, advance)
         for source_path, label in plan.shard(number):
             name = name_in(plan.source, source_path)
             try:
@@ -55,7 +60,7 @@ def write_frames(path: Path, plan: PackPlan, number: int, encode: Encode | None,
                 writer.add_unreadable(name, str(error))
             else:
                 writer.add_item(name, label, rate, chain([first], frames))
-            item_done()
+            advance(1)
         return writer.finish()
 
 
@@ -66,8 +71,8 @@ class ShardWriter:
     latents of its frames and of their mirrored copies.
     """
 
-    def __init__(self, file: BinaryIO, settings: Settings, encode: Encode | None):
-        self.file, self.settings, self.encode = file, settings, encode
+    def __init__(self, file: BinaryIO, settings: Settings, encode: Encode | None, advance: Callable[[int], None]):
+        self.file, self.settings, self.encode, self.advance = file, settings, encode, advance
         side = settings.image_size
         chunk = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (side * side * 3)))
         self.waiting, self.num_waiting = np.empty((chunk, side, side, 3), np.uint8), 0
@@ -101,6 +106,7 @@ class ShardWriter:
 
     def write_waiting(self) -> None:
         """Writes the frames that wait in memory."""
+        self.advance(0)
         frames = self.waiting[: self.num_waiting]  # (N, H, W, 3)
         if self.encode and len(frames):
             mirrored = np.ascontiguousarray(frames[:, :, ::-1])

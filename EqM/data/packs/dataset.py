@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from data.form import Form
 from data.packs.pack import Pack
-from runtime.draws import keyed_uniforms
+from runtime.random_numbers import keyed_uniforms
 
 
 class PackedSamples(Dataset):
