@@ -1,17 +1,13 @@
-"""Explicit energies: scalars E(x) made of a network's output f(x), whose gradient ∇ₓE is the field (EqM-E).
+"""Explicit energies (EqM-E): scalars E(x) computed from the network's output f(x). Their gradient ∇ₓE is the field.
 
-Source: Wang & Du 2025, arXiv 2510.02300. Sampling adds the field and so climbs E; the energy of a
-sample, low at the data, is −E.
+Source: Wang & Du 2025, arXiv 2510.02300. Sampling adds the field and so climbs E. The energy of a sample is −E, which
+is low at the data.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 ENERGIES = ("none", "dot", "l2")
 
@@ -23,24 +19,24 @@ def energy(kind: str, x: Tensor, f: Tensor) -> Tensor:
 
 
 def energy_gradient(kind: str, output: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, Tensor]:
-    """∇ₓE in float32, under torch.no_grad too, and what `output` gave beside f.
+    """∇ₓE in float32, under torch.no_grad too, and the second value of `output`.
 
-    Both can be differentiated again. The compiler follows torch.func.grad into one graph with its
-    surroundings, which it does not do with autograd.grad.
+    Both can be differentiated again. torch.func.grad, unlike autograd.grad, is compiled into one graph with the code
+    around it.
 
     Args:
-        output: x ↦ f, and other tensors.
+        output: x ↦ (f, another tensor).
         x: (N, …), float32.
     """
 
     def total(x: Tensor) -> tuple[Tensor, Tensor]:
-        f, others = output(x)
-        # Samples do not mix: the sum's gradient is each one's own.
-        return energy(kind, x, f).sum(), others
+        f, other = output(x)
+        # Samples do not mix, so the gradient of the sum holds each sample's own gradient.
+        return energy(kind, x, f).sum(), other
 
     return torch.func.grad(total, has_aux=True)(x)
 
 
 def energy_of_field(x: Tensor, field: Tensor) -> Tensor:
-    """−⟨x, f(x)⟩ over the number of elements, the `dot` energy read off any field: x, field (N, …) → (N,)."""
+    """The `dot` energy of samples in any field, −⟨x, f(x)⟩/D: x, field (N, …) with D elements a sample → (N,)."""
     return -(x.float() * field.float()).flatten(1).mean(1)

@@ -8,28 +8,26 @@ makes, with the same names and class folders as the clips,
     shuffled/  the clip's frames in another order
     frozen/    its first frame, held
 
-They are cropped and resized as training does it, to the network's own size, and stored without loss (FFV1 in
-.mkv): nothing else tells them from the clips. The same seed spoils in the same way.
+They are cropped and resized to the network's size as in training, and stored without loss (FFV1 in .mkv). So only
+what was spoiled tells them from the clips. The same seed makes the same pixels.
 """
 
 import argparse
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from tqdm import tqdm
 
 from data.scan import find_loose_files
 from data.untrusted import UnreadableVideo
-from data.video import iterate_frames, probe_video
+from data.video import iterate_frames, probe_video, write_video
 from runtime import cli
 from runtime.errors import UserError
 
 
 def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A random order (T,) of frames that is neither the clip's own nor the reverse, where there is another."""
+    """A random order (T,) of frames, if possible neither the clip's own order nor its reverse."""
     own = np.arange(num_frames)  # (T,)
     while True:
         order = rng.permutation(num_frames)  # (T,)
@@ -38,29 +36,18 @@ def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def spoil(frames: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
-    """(kind, frames) of each kind of a clip, all (T, H, W, 3) uint8."""
+    """Yields (kind, frames) for each way to spoil a clip; all frames are (T, H, W, 3) uint8."""
     noise = rng.standard_normal(frames.shape)  # (T, H, W, 3)
     yield "noise", ((noise.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     yield "shuffled", frames[shuffled_order(len(frames), rng)]
     yield "frozen", frames[:1].repeat(len(frames), axis=0)
 
 
-def write_lossless(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    """Writes (T, H, W, 3) uint8 frames as FFV1, which gives back the same pixels."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=Fraction(frames_per_second).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-
-
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Spoils clips: noise, shuffled frames, frozen frames.")
     parser.add_argument("source", type=Path, help="a folder of clips, or of class folders of clips")
     parser.add_argument("destination", type=Path, help="gets the folders noise/, shuffled/ and frozen/")
-    parser.add_argument("--image-size", type=cli.side, default=64, help="height and width in pixels: the network's")
+    parser.add_argument("--image-size", type=cli.side, default=64, help="the network's height and width, pixels")
     parser.add_argument("--seed", type=cli.non_negative_int, default=0)
     return parser.parse_args()
 
@@ -69,7 +56,7 @@ def main() -> None:
     args = parse_args()
     files = find_loose_files(args.source, video=True)
     if args.destination.resolve().is_relative_to(args.source.resolve()):
-        raise UserError(f"{args.destination} lies in {args.source}, and would be taken for clips: name another")
+        raise UserError(f"{args.destination} lies in {args.source} and would be taken for clips: give another folder")
     unreadable = []
     for number, (path, _) in enumerate(tqdm(files, desc="spoiling", unit="clip")):
         try:
@@ -82,7 +69,7 @@ def main() -> None:
             target = args.destination / kind / Path(path).relative_to(args.source).with_suffix(".mkv")
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_lossless(target, spoiled, info.frames_per_second)
+                write_video(target, spoiled, info.frames_per_second, lossless=True)
             except OSError as error:
                 raise UserError(f"{target} cannot be written: {error.strerror}") from None
     if len(unreadable) == len(files):

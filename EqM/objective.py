@@ -1,7 +1,7 @@
 """The Equilibrium Matching objective, for tensors of any rank, in float32.
 
-Source: Wang & Du 2025, arXiv 2510.02300. The sign is the published code's: the field points
-from noise to data, and sampling adds it.
+Source: Wang & Du 2025, arXiv 2510.02300. The sign is that of the published code: the field points from noise to data,
+and sampling adds it.
 """
 
 import argparse
@@ -20,9 +20,9 @@ LABEL_DROPOUT = 0.1
 PATHS = ("Linear", "GVP", "VP")
 SCHEDULES = ("truncated", "linear", "piecewise", "constant")
 DISPERSION_WEIGHT = 0.5
-# Noise variance of VP a time unit, at its ends (Song et al. 2021, arXiv 2011.13456).
+# β of VP at its two ends, the noise variance added per unit of time (Song et al. 2021, arXiv 2011.13456).
 VP_LEAST, VP_MOST = 0.1, 20.0
-# What VP counts as noise left at γ = 1, where the derivative of σ has no bound: the least that torch.rand leaves.
+# The least 1 − γ that VP uses, since at 0 the derivative of σ is infinite. torch.rand gives no number closer to 1.
 VP_LEAST_TIME = 2.0**-24
 
 
@@ -30,11 +30,11 @@ VP_LEAST_TIME = 2.0**-24
 class Objective:
     """The path from noise to data, the magnitude c(γ) of the field along it, and the dispersive term.
 
-    A default is what a checkpoint without this key means. It must never change.
+    The defaults must never change: a checkpoint that lacks a key means its default.
 
     Attributes:
-        path: of PATHS: how x_γ = α·x + σ·ε goes from noise to data.
-        schedule, a, b, scale: of SCHEDULES: c(γ) = λ·h(γ), with λ = `scale`; h is for
+        path: one of PATHS, α(γ) and σ(γ) of x_γ = α·x + σ·ε.
+        schedule, a, b, scale: c(γ) = λ·h(γ), with λ = `scale`. The schedule, one of SCHEDULES, gives h:
             truncated: 1 up to γ = a, then linear to 0 at γ = 1;
             linear: 1 − γ;
             piecewise: linear from b at γ = 0 to 1 at γ = a, then linear to 0 at γ = 1;
@@ -66,7 +66,7 @@ class Objective:
         return alpha * x + sigma * noise
 
     def target(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-        """u = (α'(γ)·x + σ'(γ)·ε)·c(γ), for Linear (x − ε)·c(γ), with gamma (N,) and x, noise (N, …)."""
+        """u = (α'(γ)·x + σ'(γ)·ε)·c(γ), with gamma (N,) and x, noise (N, …). For Linear it is (x − ε)·c(γ)."""
         alpha, sigma = (broadcast_over(value, x) for value in derivatives(self.path, gamma))  # (N, 1, …)
         return (alpha * x + sigma * noise) * broadcast_over(self.c(gamma), x)
 
@@ -77,11 +77,11 @@ class Objective:
         noise: Tensor,
         gamma: Tensor,
     ) -> Tensor:
-        """Mean squared error of the field at x_γ against its target, and the dispersive term; a float32 scalar.
+        """Mean squared error of the field at x_γ, plus the dispersive term: a float32 scalar.
 
         Args:
-            field: (x_γ, γ) ↦ f, in x's shape and any precision, and the last block's tokens (N, …), which
-                only the dispersive term looks at.
+            field: (x_γ, γ) ↦ (f, tokens). f has x's shape and any precision. tokens are the last block's, (N, …);
+                only the dispersive term uses them.
             x, noise: data and standard normal noise, (N, …).
             gamma: (N,) in [0, 1].
         """
@@ -109,7 +109,7 @@ def derivatives(path: str, gamma: Tensor) -> tuple[Tensor, Tensor]:
     if path == "GVP":
         return sigma * (math.pi / 2), -alpha * (math.pi / 2)
     _, slope = vp_log_alpha(gamma)
-    return alpha * slope, -alpha.square() * slope / sigma  # of σ² = 1 − α²
+    return alpha * slope, -alpha.square() * slope / sigma  # from σ² = 1 − α²
 
 
 def vp_log_alpha(gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,33 +120,33 @@ def vp_log_alpha(gamma: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crowding(tokens: Tensor) -> Tensor:
-    """The dispersive term: ln of the mean of exp(−D) over all pairs of a batch, in float32.
+    """The dispersive term: ln of the mean of exp(−D) over all pairs of a batch's samples, in float32.
 
-    D is the squared distance of two samples' tokens (N, …) over their count of numbers; a sample and
-    itself are a pair too. Source: Wang & He 2025, arXiv 2506.09027.
+    D is the mean squared difference of two samples' tokens (N, …). A sample is also paired with itself.
+    Source: Wang & He 2025, arXiv 2506.09027.
     """
     z = tokens.float().flatten(1)
-    z = z - z.mean(0)  # (N, K): distances stay, and lose fewer digits below
+    z = z - z.mean(0)  # (N, K): the distances are the same, and lose fewer digits below
     squares = z.square().sum(1)  # (N,)
     distances = (squares[:, None] + squares - 2 * z @ z.T) / z.shape[1]  # (N, N)
     return torch.logsumexp(-distances.flatten(), 0) - 2 * math.log(len(z))
 
 
 def broadcast_over(values: Tensor, x: Tensor) -> Tensor:
-    """(N,) → (N, 1, …, 1) with x's rank, so that each sample of x meets its own value."""
+    """(N,) → (N, 1, …, 1) with x's rank, so that each sample of x is multiplied by its own value."""
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
 def drop_labels(y: Tensor, uniform: Tensor, null_class: int) -> Tensor:
-    """Replaces the labels whose uniform draw falls below 0.1 by the null class: y, uniform (N,)."""
+    """Replaces labels by the null class where the uniform draw is below LABEL_DROPOUT: y, uniform (N,)."""
     return torch.where(uniform < LABEL_DROPOUT, null_class, y)
 
 
 def add_objective_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the objective: path, c(γ), dispersive term, explicit energy, sight of γ."""
+    """Adds the flags of the objective: path, c(γ), dispersive term, explicit energy, whether the network sees γ."""
     between = cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
     group = parser.add_argument_group("objective")
-    cli.add_kept(group, "--path-type", "Linear", choices=PATHS, help="from noise to data")
+    cli.add_kept(group, "--path-type", "Linear", choices=PATHS, help="the path from noise to data")
     cli.add_kept(group, "--c-schedule", "truncated", choices=SCHEDULES, help="c(γ), the field's magnitude")
     cli.add_kept(group, "--c-a", 0.8, type=between, help="c falls from this γ on (truncated, piecewise)")
     cli.add_kept(group, "--c-b", type=cli.positive_float, help="c/λ at γ = 0 (piecewise, which needs it)")
@@ -156,7 +156,7 @@ def add_objective_args(parser: argparse.ArgumentParser) -> None:
         "--disp",
         False,
         action="store_true",
-        help="also drive apart the last block's tokens of the samples of a rank's (micro-)batch",
+        help="add the dispersive term: it drives the samples of a rank's (micro-)batch apart",
     )
     cli.add_kept(group, "--ebm", "none", choices=ENERGIES, help="the field is the gradient of this energy")
     cli.add_kept(
@@ -164,7 +164,7 @@ def add_objective_args(parser: argparse.ArgumentParser) -> None:
         "--uncond",
         True,
         action=argparse.BooleanOptionalAction,
-        help="the network does not see γ; one that does cannot be sampled by gradient descent",
+        help="hide γ from the network; one that sees γ cannot be sampled by gradient descent",
     )
 
 
@@ -175,7 +175,7 @@ def objective_of(args: argparse.Namespace) -> Objective:
         UserError: --c-b is missing, or has no meaning.
     """
     if (args.c_schedule == "piecewise") != (args.c_b is not None):
-        asks = "wants --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
+        asks = "needs --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
         raise UserError(f"--c-schedule {args.c_schedule} {asks}")
     b = 1.0 if args.c_b is None else args.c_b
     dispersion = DISPERSION_WEIGHT if args.disp else 0.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.form import Form
-from data.latents import IMAGE_SIZE, PIXEL_SIZE, load_vae
+from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, load_vae
 from data.packs.pack import Pack
 from data.packs.packing import finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
@@ -26,7 +26,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("pack", type=Path, help="gets the pack: a new folder, or a pack to go on with or to mend")
     parser.add_argument("--video", action="store_true", help="pack videos, not images")
     parser.add_argument(
-        "--image-size", type=cli.side, help=f"height and width, pixels; default {PIXEL_SIZE}, with a VAE {IMAGE_SIZE}"
+        "--image-size",
+        type=cli.side,
+        help=f"height and width, pixels; default {DEFAULT_SIZE}, with a VAE {DEFAULT_VAE_SIZE}",
     )
     parser.add_argument("--vae", default="none", metavar="{none,ema,mse,DIR}", help="pack latents of this VAE")
     parser.add_argument(
@@ -52,7 +54,7 @@ def main() -> None:
     args = parse_args()
     device = distributed.start()
     vae = load_vae(args.vae, device) if args.vae != "none" else None
-    form = Form(args.video, args.image_size or (IMAGE_SIZE if vae else PIXEL_SIZE))
+    form = Form(args.video, args.image_size or (DEFAULT_VAE_SIZE if vae else DEFAULT_SIZE))
     plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space))
     distributed.on_main(lambda: lock_pack(plan.folder))
     missing = distributed.on_main(lambda: missing_shards(plan))

@@ -23,8 +23,8 @@ from data.packs.pack import Pack
 from data.source import (
     Source,
     add_data_args,
-    check_classes,
     check_pack,
+    class_count,
     find_pack,
     form_of,
     open_source,
@@ -224,7 +224,7 @@ def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device,
 def make_config(args: argparse.Namespace, source: Source, precision: Precision, batch: int) -> Config:
     """What the run's checkpoints say of it."""
     form, found = source.form, source.found
-    network = network_of(args, form, source.space, check_classes(found, args.num_classes))
+    network = network_of(args, form, source.space, class_count(found, args.num_classes))
     rate = found.mean_frame_rate() / form.frame_interval if form.video else None
     objective, ranks = objective_of(args), distributed.world_size()
     return Config(network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))

@@ -2,8 +2,8 @@
 
     python datasets/make_fashion_mnist.py /usr/share/datasets/fashion-mnist datasets/fashion-mnist
 
-The source holds the four files train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the same of t10k,
-as in Debian's package dataset-fashion-mnist. 60,000 images go to train/ and 10,000 to test/, 28×28 pixels, grey.
+The source holds four files: train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, and the same two for t10k.
+Debian's package dataset-fashion-mnist has them. 60,000 images go to train/ and 10,000 to test/, 28×28 pixels, grey.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 CLASSES = ("TShirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "AnkleBoot")
 SPLITS = {"train": "train", "test": "t10k"}
-UNSIGNED_BYTE = 8  # the code of the type of all numbers in an IDX file
+UNSIGNED_BYTE = 8  # the code of uint8 in an IDX file's header
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file's array of uint8; exits with one line where there is none of so many dimensions."""
+    """The uint8 array of an IDX file. Exits with one line if it is damaged or has other dimensions."""
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
@@ -30,17 +30,17 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     header = np.frombuffer(content, ">u4", count=min(1 + dimensions, len(content) // 4))
     shape = tuple(map(int, header[1:]))
     if header[:1].tolist() != [UNSIGNED_BYTE << 8 | dimensions] or len(content) != 4 * len(header) + np.prod(shape):
-        sys.exit(f"make_fashion_mnist.py: error: {path} is not an IDX file of {dimensions} dimensions, or not whole")
+        sys.exit(f"make_fashion_mnist.py: error: {path} is not a whole IDX file of {dimensions} dimensions")
     return np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(shape)
 
 
 def write_split(source: Path, destination: Path, split: str, limit: int | None) -> int:
-    """Writes the images of a split, or of each class the first `limit`; returns how many."""
+    """Writes the images of a split, at most the first `limit` of each class. Returns how many."""
     prefix = SPLITS[split]
     images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz", 3)  # (N, 28, 28)
     labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz", 1)  # (N,)
     if len(images) != len(labels) or labels.max(initial=0) >= len(CLASSES):
-        sys.exit(f"make_fashion_mnist.py: error: {source}: {len(images)} images, and labels that do not go with them")
+        sys.exit(f"make_fashion_mnist.py: error: {source}: {len(images)} images, and labels that do not match them")
     counts = [0] * len(CLASSES)
     for name in CLASSES:
         (destination / split / name).mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the folder of the four .gz files")
     parser.add_argument("destination", type=Path, help="gets the folders train/ and test/")
-    parser.add_argument("--per-class", type=int, help="images of a class in each split; default all")
+    parser.add_argument("--per-class", type=int, help="images a class in each split; default all")
     args = parser.parse_args()
     if args.per_class is not None and args.per_class < 1:
         parser.error("--per-class must be at least 1")

@@ -1,7 +1,7 @@
 """Renders a small labelled video data set in UCF-101 layout: coloured shapes that move.
 
-A class is a shape and a direction, as CircleRight; colour, size, lane and speed vary from clip
-to clip. Every clip is an MPEG-4 .avi file, and the same seed renders the same pixels.
+A class is a shape and a direction, for example CircleRight. Colour, size, lane and speed vary from clip to clip.
+Every clip is an MPEG-4 .avi file. The same seed renders the same pixels.
 
     python datasets/make_moving_shapes.py datasets/moving-shapes
 """
@@ -20,12 +20,12 @@ from tqdm import tqdm
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (x, y), y downwards
 FRAMES_PER_SECOND = 25
-BACKGROUND = 24  # grey level of 255
-SUPERSAMPLING = 4  # samples a pixel in each direction, for smooth edges
+BACKGROUND = 24  # grey level, 0 to 255
+SUPERSAMPLING = 4  # points a pixel in each direction, for smooth edges
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Which points (x, y), in pixels from the shape's centre, belong to it. y points down."""
+    """Which points belong to a shape. (x, y) is in pixels from its centre, y downwards."""
     if shape == "circle":
         return x**2 + y**2 <= radius**2
     if shape == "square":
@@ -70,7 +70,7 @@ def write_avi(path: Path, frames: np.ndarray) -> None:
 
 
 def clip_jobs(args: argparse.Namespace) -> Iterator[tuple]:
-    """(path, shape, direction, size, frames, seed) for every clip of every split and class."""
+    """Yields (path, shape, direction, size, frames, seed) for every clip of every split and class."""
     for split, clips in (("train", args.train_clips), ("test", args.test_clips)):
         for class_index, (shape, direction) in enumerate((s, d) for s in args.shapes for d in args.directions):
             name = shape.title() + direction.title()
@@ -104,10 +104,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_folders(destination: Path, paths: list[Path]) -> None:
-    """Makes the class folders, or exits with one line where they cannot be, or hold other clips."""
+    """Makes the class folders. Exits with one line if it cannot, or if they hold other clips."""
     others = set(destination.glob("*/*/*.avi")) - set(paths)
     if others:
-        sys.exit(f"make_moving_shapes.py: error: {min(others)} is of another set: empty or name another destination")
+        sys.exit(
+            f"make_moving_shapes.py: error: {min(others)} belongs to another set: empty the destination or give another"
+        )
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def main() -> None:
     log, met, reports = UnreadableLog(found), {}, []
     for batch in make_loader(samples, stream, num_workers=2, pin_memory=False):
         log.add(batch["unreadable"])
-        log.share()
+        log.exchange()
         reports += batch["unreadable"]
     for (epoch, index), report in zip(keys, reports, strict=True):
         if report and not epoch:

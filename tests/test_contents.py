@@ -94,7 +94,7 @@ def bad(value: float) -> np.ndarray:
     [
         (bad(np.nan), "1 of 4 samples, the first at 2, have pixels that are NaN"),
         (bad(np.inf), "the first at 2"),
-        (bad(-0.5), r"from -0.5 to 0.5, and are to be in \[0, 1\]"),
+        (bad(-0.5), r"from -0.5 to 0.5, outside \[0, 1\]"),
         (bad(200.0), "from 0.5 to 200"),
         (np.zeros((4, 2, 2, 3), np.int64), "arr_0 is int64"),
         (np.zeros((4, 3, 2, 2), np.uint8), "the shape"),
@@ -154,6 +154,6 @@ def test_the_class_asked_for_is_the_tables_or_the_folders(shapes, tmp_path):
     content = open_path(tmp_path, clips(16, 4), None, "this")
     assert classes_asked(tmp_path, content) == ["", "CircleUp"]
     (tmp_path / "samples.csv").write_text("name\n000001.mp4\n")
-    with pytest.raises(UserError, match="samples.csv has not the columns"):
+    with pytest.raises(UserError, match="samples.csv lacks the columns"):
         classes_asked(tmp_path, content)
     assert isinstance(content.read(0)[0], torch.Tensor)

@@ -358,13 +358,13 @@ def test_unreadable_clips_are_named_once_and_end_training_above_a_tenth():
     found = Found.of_items("", ("A",), [Item(str(i), 0, None) for i in range(29)], (("scanned", "broken"),))
     unreadable = UnreadableLog(found)
     unreadable.add(["", "7\n3", "3"])
-    assert unreadable.share() == ["3", "7"]
+    assert unreadable.exchange() == ["3", "7"]
     unreadable.add(["7", ""])
-    assert unreadable.share() == []
+    assert unreadable.exchange() == []
     assert unreadable.known == {"scanned", "3", "7"}
     unreadable.add(["5"])
-    with pytest.raises(UserError, match="4 of 30 files cannot be read any more, as 5"):
-        unreadable.share()
+    with pytest.raises(UserError, match="4 of 30 files cannot be read any more, for example 5"):
+        unreadable.exchange()
 
 
 def test_a_table_of_another_split_beside_a_flat_folder_is_passed_over(tmp_path):

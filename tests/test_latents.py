@@ -235,5 +235,5 @@ def test_another_vae_than_the_packs_decodes_nothing(vae_folder):
     space = replace(load_vae(str(vae_folder), CPU).space, fingerprint="another")
     pack = SimpleNamespace(folder="pack")
     source = Source(Form(False, 16), Found.of_items("", (), []), pack, space, None)
-    with pytest.raises(UserError, match="is another one than pack was made with"):
+    with pytest.raises(UserError, match="pack was made with other weights of the VAE"):
         source.decoder(CPU, Precision("fp32", "fp32", torch.float32))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import run_python, run_script
-from data.video import iterate_frames, probe_video
-from make_corruptions import shuffled_order, write_lossless
+from data.video import iterate_frames, probe_video, write_video
+from make_corruptions import shuffled_order
 
 
 def spoil(
@@ -69,7 +69,7 @@ def test_an_order_is_neither_the_clips_own_nor_the_reverse():
 
 def test_odd_sizes_are_stored_without_loss(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (3, 7, 7, 3), dtype=np.uint8)
-    write_lossless(tmp_path / "a.mkv", frames, 29.97)
+    write_video(tmp_path / "a.mkv", frames, 29.97, lossless=True)
     assert np.array_equal(frames_of(tmp_path / "a.mkv", 7), frames)
 
 

@@ -138,7 +138,7 @@ def test_clips_of_another_set_are_not_mixed_in(made):
     script = ROOT / "datasets" / "make_moving_shapes.py"
     result = run_command(sys.executable, script, made, *SMALL_SET, "--shapes", "circle", cwd=made.parent)
     assert result.returncode == 1
-    assert "v_SquareDown_g01_c01.avi is of another set" in result.stderr
+    assert "v_SquareDown_g01_c01.avi belongs to another set" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

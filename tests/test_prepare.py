@@ -347,7 +347,7 @@ def test_too_many_unreadable_files_are_an_error_and_are_tried_again(tmp_path):
     broken.write_bytes(b"")
     result = run_script("prepare.py", source, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
     assert result.returncode == 1
-    assert f"1 of 8 files in {source} cannot be read, as {broken}" in result.stderr
+    assert f"1 of 8 files in {source} cannot be read, for example {broken}" in result.stderr
     with pytest.raises(UserError, match="half-made"):
         is_pack(tmp_path / "pack")
     broken.write_bytes(content)

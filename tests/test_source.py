@@ -79,7 +79,7 @@ def test_packed_latents_and_latents_encoded_on_the_way_train_alike(shapes, packs
 @pytest.mark.parametrize(
     ("name", "flags", "said"),
     [
-        ("pixels", ["--video", "--image-size", 32], "was made with --image-size 16, and this run asks for 32"),
+        ("pixels", ["--video", "--image-size", 32], "was made with --image-size 16, not 32: leave out --image-size"),
         ("pixels", [], "is a pack of videos: add --video"),
         ("latents", ["--video", "--vae", "ema"], "and this run asks for ema"),
         ("latents", ["--video", "--vae", "none"], "and this run asks for none"),

@@ -1,1 +1,1 @@
-"""From files to the network's input."""
+"""Reads data sets and turns them into the network's input."""

@@ -1,4 +1,4 @@
-"""Training batches, in an order and with random choices that follow from (seed, samples drawn before) alone."""
+"""Training batches. (seed, samples drawn before) alone decides their order and random choices."""
 
 import argparse
 import signal
@@ -23,12 +23,12 @@ from runtime.transfers import to_device
 
 DEFAULT_BATCH, DEFAULT_WORKERS = {"cuda": 256, "cpu": 8}, {"cuda": 4, "cpu": 0}
 DEFAULT_EPOCHS, NO_EPOCH_LIMIT = 80, 10**9
-MAX_AHEAD = 3  # batches that the host copies before the device needs them; each takes memory
+MAX_AHEAD = 3  # batches copied to the device before it needs them; each takes memory
 
 
 def add_batch_args(group: argparse._ActionsContainer) -> None:
-    """Adds the size of a batch, the seed, and how many batches there are."""
-    batch = f"over all ranks; default {DEFAULT_BATCH['cuda']}, on a CPU {DEFAULT_BATCH['cpu']}"
+    """Adds the flags of the batch, the seed and the length of the run."""
+    batch = f"samples a step, over all ranks; default {DEFAULT_BATCH['cuda']}, on a CPU {DEFAULT_BATCH['cpu']}"
     cli.add_kept(group, "--global-batch-size", type=cli.positive_int, help=batch)
     cli.add_kept(group, "--global-seed", 0, type=cli.non_negative_int, help="of all random choices")
     epochs = f"default {DEFAULT_EPOCHS}; with --max-steps no limit"
@@ -38,10 +38,10 @@ def add_batch_args(group: argparse._ActionsContainer) -> None:
 
 
 def batch_of(args: argparse.Namespace, device_type: str) -> int:
-    """Samples of a step over all ranks.
+    """Samples a step, over all ranks.
 
     Raises:
-        UserError: the ranks, or the micro-batches of a rank, do not divide it.
+        UserError: the ranks, or a rank's micro-batches, do not divide it.
     """
     size, ranks = args.global_batch_size or DEFAULT_BATCH[device_type], distributed.world_size()
     if size % ranks:
@@ -52,20 +52,18 @@ def batch_of(args: argparse.Namespace, device_type: str) -> int:
 
 
 def sample_limit(epochs: int | None, max_steps: int | None, items: int) -> int:
-    """The number of samples to draw at most, from the start of the first run."""
+    """The most samples to draw, counted from the start of the first run."""
     return (epochs or (NO_EPOCH_LIMIT if max_steps else DEFAULT_EPOCHS)) * items
 
 
 class TrainingBatches:
-    """Iterates over x, y and seconds_per_frame on the device, from a given place in the data to the end of training.
-
-    Every rank iterates over its own part of each batch.
+    """Yields (x, y, seconds_per_frame) on the device to the end of training. Every rank yields its part of a batch.
 
     Args:
         first: samples that all ranks drew before.
-        last: samples to draw in all, since the start of the first run.
-        batch: samples of a step over all ranks.
-        workers: loading processes of a rank; None: a default.
+        last: samples to draw in all, counted from the start of the first run.
+        batch: samples a step, over all ranks.
+        workers: loading processes a rank; None: a default.
     """
 
     def __init__(
@@ -74,10 +72,10 @@ class TrainingBatches:
         self.source, self.seed, self.first, self.batch = source, seed, first, batch
         rank, ranks = distributed.rank(), distributed.world_size()
         stream = EpochStream(len(source.found), batch, -(-(last - first) // batch), seed, first, rank, ranks)
-        # On a CPU, loading processes take cores from the step, whose threads wait for one another. A pack's batch
-        # takes longer to hand from one process to another than to gather.
-        default = 0 if source.pack else DEFAULT_WORKERS[device.type]
-        workers = default if workers is None else workers
+        if workers is None:
+            # On a CPU, loading processes would take cores from the step. Sending a pack's batch between processes
+            # takes longer than gathering it.
+            workers = 0 if source.pack else DEFAULT_WORKERS[device.type]
         self.loader = DeviceLoader(make_loader(source.dataset(seed), stream, workers, device.type == "cuda"), device)
         self.generator, self.rank = torch.Generator(device), rank
         self.unreadable = UnreadableLog(source.found)
@@ -94,16 +92,16 @@ class TrainingBatches:
             yield x, batch["label"], batch["seconds_per_frame"]
 
     def epoch(self, samples: int) -> int:
-        """The epoch of the data after so many samples."""
+        """The epoch of the data after this many samples."""
         return samples // len(self.source.found)
 
     def log_unreadable(self) -> int:
-        """Logs files that could not be read since the last call; returns the count so far. Every rank must call it.
+        """Logs the files found unreadable since the last call; returns the count so far. Every rank must call it.
 
         Raises:
-            UserError: too much of the set cannot be read any more.
+            UserError: more than MAX_UNREADABLE of the files cannot be read.
         """
-        for path in self.unreadable.share():
+        for path in self.unreadable.exchange():
             log.warning("skipped unreadable %s", path)
         return len(self.unreadable.known)
 
@@ -113,17 +111,17 @@ class TrainingBatches:
 
 
 class EpochStream(Sampler[list[tuple[int, int]]]):
-    """This rank's batches of keys (epoch, index), from a given place in an endless shuffled stream.
+    """This rank's batches of keys (epoch, index), from position `first` of an endless shuffled stream.
 
-    Each epoch is a new order of the whole set, from (seed, epoch). Epochs follow without a gap, so that a batch may
-    span several. The ranks' parts of a batch make up the same global batch, whatever the number of ranks.
+    (seed, epoch) decides the order of the whole set in an epoch. Epochs follow without a gap: a batch may span several.
+    The global batches are the same for any number of ranks.
     """
 
     def __init__(
         self, num_items: int, global_batch: int, num_batches: int, seed: int, first: int, rank: int, ranks: int
     ):
         self.num_items, self.num_batches, self.first, self.seed = num_items, num_batches, first, seed
-        self.global_batch, self.share, self.rank = global_batch, global_batch // ranks, rank
+        self.global_batch, self.per_rank, self.rank = global_batch, global_batch // ranks, rank
         self.order = lru_cache(maxsize=2)(self.shuffled)
 
     def __len__(self) -> int:
@@ -131,11 +129,11 @@ class EpochStream(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in range(self.num_batches):
-            start = self.first + batch * self.global_batch + self.rank * self.share
-            yield [self.key(place) for place in range(start, start + self.share)]
+            start = self.first + batch * self.global_batch + self.rank * self.per_rank
+            yield [self.key(position) for position in range(start, start + self.per_rank)]
 
-    def key(self, place: int) -> tuple[int, int]:
-        epoch, within = divmod(place, self.num_items)
+    def key(self, position: int) -> tuple[int, int]:
+        epoch, within = divmod(position, self.num_items)
         return epoch, int(self.order(epoch)[within])
 
     def shuffled(self, epoch: int) -> np.ndarray:
@@ -156,20 +154,20 @@ def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_mem
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignores the signals that a terminal or a scheduler sends to every process: workers end with their trainer."""
+    """Ignores the signals that terminals and schedulers send to every process. A worker ends with its trainer."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def as_it_is(batch: dict) -> dict:
-    """Collates a batch that is one already."""
+    """Collates nothing: the data set returns whole batches."""
     return batch
 
 
 class DeviceLoader:
-    """A loader's batches with their tensors on the device. The next batch is copied while the device computes.
+    """Yields a loader's batches with their tensors on the device, and copies the next one while the device computes.
 
-    It also measures how long the device waits between the work of one batch and the work of the next.
+    It also measures how long the device waits between the work of two batches.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device):
@@ -213,7 +211,7 @@ class DeviceLoader:
 
 
 class UnreadableLog:
-    """Counts the files that cannot be read, also those that the scan found."""
+    """Collects the unreadable files: those that the scan found, and those that training meets."""
 
     def __init__(self, found: Found):
         self.total = len(found) + len(found.unreadable)
@@ -224,17 +222,17 @@ class UnreadableLog:
         """Takes a batch's `unreadable`.
 
         Raises:
-            UserError: no readable file was found in place of an unreadable one.
+            UserError: MAX_TRIES files in a row could not be read.
         """
         self.new |= {path for report in reports for path in report.split("\n") if path}
         if any(report.count("\n") + 1 >= MAX_TRIES for report in reports):
             self.give_up(self.new)
 
-    def share(self) -> list[str]:
-        """The unreadable paths that are new since the last call, on any rank. Every rank must call it.
+    def exchange(self) -> list[str]:
+        """The unreadable paths that any rank met since the last call. Every rank must call it.
 
         Raises:
-            UserError: too much of the set cannot be read any more.
+            UserError: more than MAX_UNREADABLE of the files cannot be read.
         """
         new = set().union(*distributed.gather(self.new)) - self.known
         self.known |= new
@@ -246,6 +244,6 @@ class UnreadableLog:
     def give_up(self, paths: set[str]) -> NoReturn:
         count = len(self.known | paths)
         raise UserError(
-            f"{count} of {self.total} files cannot be read any more, as {min(paths)}:"
+            f"{count} of {self.total} files cannot be read any more, for example {min(paths)}:"
             " check the disk, then go on with --resume"
         )

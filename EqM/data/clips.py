@@ -15,15 +15,15 @@ from data.untrusted import open_image
 from data.video import read_frames
 from runtime.random_numbers import keyed_uniforms
 
-MAX_TRIES = 20  # files that are tried in place of an unreadable one
+MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 
 
 class Samples(Dataset):
     """Samples as dicts, by key (epoch, index). The same key gives the same sample in any process.
 
     `x` is uint8, (3, T, size, size) for videos and (3, size, size) for images. `label` is an int.
-    `seconds_per_frame` is a float, 0 for images. `unreadable` has a line for each path that could not be read;
-    another file of the set stands in for it.
+    `seconds_per_frame` is a float, 0 for images. `unreadable` has one line for each path that could not be read.
+    Another file of the set stands in for such a path.
     """
 
     def __init__(self, found: Found, form: Form, seed: int):
@@ -31,18 +31,18 @@ class Samples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         _, index = key
-        place, mirror = keyed_uniforms(self.seed, [key])[0]
+        start, mirror = keyed_uniforms(self.seed, [key])[0]
         unreadable = []
         for _ in range(MAX_TRIES):
             item = self.found[index]
             try:
-                x, seconds_per_frame = read_sample(item, self.form, place)
+                x, seconds_per_frame = read_sample(item, self.form, start)
                 break
             except unreadable_errors(self.form.video):
                 unreadable.append(item.path)
                 index = int(np.random.default_rng((self.seed, *key, len(unreadable))).integers(len(self.found)))
         else:
-            # Nothing trains on this: `UnreadableLog` ends the run when it reads so many names.
+            # Nothing trains on these zeros: `UnreadableLog` ends the run at MAX_TRIES paths.
             frames = (self.form.clip_len,) if self.form.video else ()
             x, seconds_per_frame = torch.zeros(3, *frames, self.form.image_size, self.form.image_size).byte(), 0.0
         if self.form.flip and mirror < 0.5:
@@ -51,30 +51,30 @@ class Samples(Dataset):
         return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": "\n".join(unreadable)}
 
 
-def read_sample(item: Item, form: Form, place: float) -> tuple[Tensor, float]:
+def read_sample(item: Item, form: Form, start: float) -> tuple[Tensor, float]:
     """One file's sample, (3, [T,] size, size) uint8, and its seconds per frame, 0 for an image.
 
     Args:
-        place: where in the video the clip starts, from 0 up to, but not including, 1.
+        start: where the clip starts, from 0, the video's first frame, up to, but not including, 1.
 
     Raises:
         One of `unreadable_errors`.
     """
     if item.video is None:
         return read_image(item.path, form.image_size), 0.0
-    places = window_places(form, len(item.video.times), place)
-    frames = torch.from_numpy(read_frames(item.path, item.video, places, form.image_size))  # (T, H, W, 3)
+    indices = frame_indices(form, len(item.video.times), start)
+    frames = torch.from_numpy(read_frames(item.path, item.video, indices, form.image_size))  # (T, H, W, 3)
     return frames.permute(3, 0, 1, 2).contiguous(), form.frame_interval / item.video.frames_per_second
 
 
-def window_places(form: Form, available: int, place: float) -> Sequence[int]:
-    """The frames of a clip, by their index in a video of `available` frames. A short video holds its last frame."""
-    start = int(place * (max(available - form.window, 0) + 1))
-    return [min(start + i * form.frame_interval, available - 1) for i in range(form.clip_len)]
+def frame_indices(form: Form, available: int, start: float) -> Sequence[int]:
+    """The clip's frames, by index in a video of `available` frames. The last frame of a short video is repeated."""
+    first = int(start * (max(available - form.window, 0) + 1))
+    return [min(first + i * form.frame_interval, available - 1) for i in range(form.clip_len)]
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """An image, resized so that its short side is `size`, and its centre: (3, size, size) uint8.
+    """The centre square of an image whose short side is resized to `size`: (3, size, size) uint8.
 
     Raises:
         One of `unreadable_errors`.

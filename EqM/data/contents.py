@@ -1,4 +1,4 @@
-"""What a PATH holds, read in order: a folder of files, a pack, or an .npz of samples."""
+"""The samples of a PATH, in order. A PATH is a folder of files, a pack, or an .npz."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.clips import read_sample, window_places
+from data.clips import frame_indices, read_sample
 from data.file_list import Item
 from data.form import Form
 from data.latents import LatentSpace
@@ -25,23 +25,23 @@ from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files, unre
 from data.untrusted import open_image, open_video
 from data.video import probe_video
 from runtime import distributed
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 NPZ_SHAPES = "(N, H, W, 3) images or (N, T, H, W, 3) clips"
 
-Place = Callable[[int], float]  # where in its file an item's window starts, from 0 up to, but not including, 1
+Window = Callable[[int], float]  # a sample's index ↦ where its clip starts in the video, as for `read_sample`
 
 
-def first_window(place: int) -> float:
+def first_window(index: int) -> float:
     return 0.0
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a PATH holds: names of files, their classes' names ("" for none), and how one is read by its place.
+    """The names of samples, the names of their classes ("" for none), and how to read a sample by its index.
 
-    `read` gives pixels (3, [T,] H, W) uint8, or of packed latents the means (C, [T,] h, w), and the
-    seconds per frame; it raises one of `unreadable_errors`.
+    `read` returns the sample and its seconds per frame: pixels (3, [T,] H, W) uint8, or the means of packed latents
+    (C, [T,] h, w). It raises one of `unreadable_errors`.
     """
 
     names: list[str]
@@ -49,87 +49,87 @@ class Content:
     read: Callable[[int], tuple[Tensor, float]]
 
 
-def open_path(path: Path, form: Form, space: LatentSpace | None, taker: str, window: Place = first_window) -> Content:
+def open_path(path: Path, form: Form, space: LatentSpace | None, taker: str, window: Window = first_window) -> Content:
     """The content of a folder or of a pack.
 
     Args:
-        form: in which samples are read.
-        space: of the latents that are taken; None: pixels.
-        taker: what takes them, for people.
-        window: of each clip.
+        form: the form to read samples in.
+        space: the latent space that the reader works in; None: pixels. A pack of pixels is accepted for both.
+        taker: the name of the reader in errors.
+        window: where each clip starts.
 
     Raises:
-        UserError: there is nothing, or a pack of another kind or size.
+        UserError: there is nothing, or a pack of another kind, size or latent space.
     """
     if path.is_dir() and is_pack(path):
         return packed_content(open_pack(path, distributed.is_main()), form, space, taker, window)
     files = find_loose_files(path, form.video)
 
-    def read(place: int) -> tuple[Tensor, float]:
-        file = files[place][0]
-        return read_sample(Item(file, 0, probe_video(file) if form.video else None), form, window(place))
+    def read(index: int) -> tuple[Tensor, float]:
+        file = files[index][0]
+        return read_sample(Item(file, 0, probe_video(file) if form.video else None), form, window(index))
 
     return Content([str(Path(file).relative_to(path)) for file, _ in files], [name for _, name in files], read)
 
 
 def packed_content(
-    pack: Pack, form: Form, space: LatentSpace | None, taker: str, window: Place = first_window
+    pack: Pack, form: Form, space: LatentSpace | None, taker: str, window: Window = first_window
 ) -> Content:
-    """The content of a pack, as `open_path`."""
+    """`open_path` for a pack."""
     settings = pack.settings
     packed = (settings.video, settings.image_size, settings.vae.get("fingerprint"))
     wanted = (form.video, form.image_size, space.fingerprint if space else None)
     if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
         takes = f"{'videos' if form.video else 'images'} of {form.image_size}×{form.image_size} pixels"
-        raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give it a pack of those")
+        raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give a pack of those")
     samples = PackedSamples(pack, form, seed=0)
 
-    def read(place: int) -> tuple[Tensor, float]:
-        frames = np.array([window_places(form, int(pack.lengths[place]), window(place))])  # (1, T)
-        x = torch.from_numpy(samples.gather(np.array([place]), frames, np.array([False])))
+    def read(index: int) -> tuple[Tensor, float]:
+        frames = np.array([frame_indices(form, int(pack.lengths[index]), window(index))])  # (1, T)
+        x = torch.from_numpy(samples.gather(np.array([index]), frames, np.array([False])))
         x = unpack(x, torch.tensor([False]), form.video)[0]  # (3, T, H, W), or (2, C, T, h, w)
-        return x if samples.pixels else x[0], form.frame_interval / pack.rates[place] if form.video else 0.0
+        return x if samples.pixels else x[0], form.frame_interval / pack.rates[index] if form.video else 0.0
 
     return Content(list(pack.paths), [settings.classes[label] for label in pack.labels], read)
 
 
 def npz_content(path: Path, form: Form) -> Content:
-    """The content of an .npz, as `open_path` gives it of files; clips start with their first frame.
+    """`open_path` for an .npz. Clips start at their first frame.
 
     Raises:
-        UserError: as `read_npz`, or it holds the other kind.
+        UserError: as `read_npz`, or it holds clips where images are wanted, or the reverse.
     """
     samples = read_npz(path)
     if (samples.ndim == 5) != form.video:
         holds, wanted = ("clips", "images")[:: 1 if samples.ndim == 5 else -1]
         raise UserError(f"{path} holds {holds}, and the other side {wanted}: compare two of a kind")
 
-    def read(place: int) -> tuple[Tensor, float]:
-        x = torch.from_numpy(samples[place]).movedim(-1, 0)  # (3, [T,] H, W)
+    def read(index: int) -> tuple[Tensor, float]:
+        x = torch.from_numpy(samples[index]).movedim(-1, 0)  # (3, [T,] H, W)
         if form.video:
-            x = x[:, window_places(form, x.shape[1], 0.0)]
+            x = x[:, frame_indices(form, x.shape[1], 0.0)]
         return resized(x, form.image_size), 0.0
 
     return Content([f"{path.name}[{i}]" for i in range(len(samples))], [""] * len(samples), read)
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """A sample (…, H, W), resized so that its short side is `side`, and its centre."""
+    """The centre square of a sample (…, H, W) whose short side is resized to `side`: (…, side, side)."""
     if x.shape[-2:] == (side, side):
         return x
-    from torchvision.transforms.v2 import functional  # it imports all of torchvision's models: 1.5 s
+    from torchvision.transforms.v2 import functional  # here, because it takes 1.5 s
 
     return functional.center_crop(functional.resize(x, [side], antialias=True), [side])
 
 
 @lru_cache(maxsize=2)
 def read_npz(path: Path) -> np.ndarray:
-    """The samples of an .npz, its `arr_0`, as EqM/sample_gd.py writes images: NPZ_SHAPES, uint8.
+    """The `arr_0` of an .npz, where EqM/sample_gd.py puts images: NPZ_SHAPES, uint8.
 
-    Floats are to be in [0, 1]; they are rounded to uint8.
+    Floats in [0, 1] are rounded to uint8.
 
     Raises:
-        UserError: no .npz, or not of such samples, or of numbers that are no pixels.
+        UserError: it is not an .npz, or its arr_0 has another shape or is not pixels.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -137,9 +137,9 @@ def read_npz(path: Path) -> np.ndarray:
     except KeyError:
         raise UserError(f"{path} has no arr_0: save the samples with numpy.savez(path, samples)") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     if samples.ndim not in (4, 5) or samples.shape[-1] != 3 or not samples.size:
-        raise UserError(f"{path}: arr_0 has the shape {samples.shape}: {NPZ_SHAPES} are wanted")
+        raise UserError(f"{path}: arr_0 has the shape {samples.shape}: save {NPZ_SHAPES}")
     if samples.dtype == np.uint8:
         return samples
     if samples.dtype.kind != "f":
@@ -150,13 +150,13 @@ def read_npz(path: Path) -> np.ndarray:
         raise UserError(f"{path}: {bad.sum()} of {len(bad)} samples, the first at {first}, have pixels that are NaN")
     if samples.min() < 0 or samples.max() > 1:
         found = f"from {samples.min():.4g} to {samples.max():.4g}"
-        raise UserError(f"{path}: its floats go {found}, and are to be in [0, 1]: (x + 1) / 2 makes them of [-1, 1]")
+        raise UserError(f"{path}: its floats go {found}, outside [0, 1]: if they are in [-1, 1], save (x + 1) / 2")
     return np.rint(samples * 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What samples are: clips or images, their short side in pixels, frames, and frames a second where known."""
+    """Clips or images, their short side in pixels, their frames, and their frames a second, None if unknown."""
 
     video: bool
     side: int
@@ -165,10 +165,10 @@ class Kind:
 
 
 def kind_of(path: Path, video: bool | None = None) -> Kind:
-    """What a PATH holds, as its first readable file shows; `video` says which where a folder holds both.
+    """The kind of a PATH's samples, from the first readable one. `video` chooses if a folder holds both kinds.
 
     Raises:
-        UserError: nothing, nothing readable, or both kinds where `video` does not say which; latents.
+        UserError: it holds no readable sample, latents, or both kinds and `video` is None.
     """
     if path.suffix == ".npz" and not path.is_dir():
         shape = read_npz(path).shape
@@ -177,7 +177,9 @@ def kind_of(path: Path, video: bool | None = None) -> Kind:
         pack = read_pack(path)
         settings = pack.settings
         if settings.values != "pixels":
-            raise UserError(f"{path} is {pack.describe()}: compare pixels, as of the folder that it was made from")
+            raise UserError(
+                f"{path} is {pack.describe()}: compare pixels, for example the folder that it was made from"
+            )
         rate = float(pack.rates[0]) if settings.video else None
         return Kind(settings.video, settings.image_size, int(pack.lengths[0]), rate)
     return kind_of_folder(path, folder_holds_videos(path) if video is None else video)
@@ -203,21 +205,22 @@ def folder_holds_videos(folder: Path) -> bool:
 
 
 def kind_of_folder(folder: Path, video: bool) -> Kind:
-    """`kind_of` a folder's videos, or its images."""
+    """`kind_of` for the videos, or the images, of a folder."""
     problem = ""
     for file, _ in find_loose_files(folder, video):
         try:
-            width, height = file_size(file, video)
-            info = probe_video(Path(file)) if video else None
-            side, frames = min(width, height), len(info.times) if info else 1
-            return Kind(video, side, frames, info.frames_per_second if info else None)
+            side = min(file_size(file, video))
+            if not video:
+                return Kind(False, side, 1, None)
+            info = probe_video(Path(file))
+            return Kind(True, side, len(info.times), info.frames_per_second)
         except unreadable_errors(video) as error:
             problem = problem or f"{file}: {error}"
     raise UserError(f"no readable {'clip' if video else 'image'} in {folder}: {problem}")
 
 
 def file_size(path: str, video: bool) -> tuple[int, int]:
-    """Width and height in pixels, as the file's header says.
+    """Width and height in pixels, from the file's header.
 
     Raises:
         One of `unreadable_errors`.
@@ -234,7 +237,7 @@ def file_size(path: str, video: bool) -> tuple[int, int]:
 
 
 def folder_sizes(folder: Path, video: bool) -> Counter:
-    """How many of a folder's files have which (width, height); those that cannot be read are left out."""
+    """Counts a folder's readable files by (width, height)."""
 
     def size(file: tuple[str, str]) -> tuple[int, int] | None:
         try:
@@ -247,10 +250,10 @@ def folder_sizes(folder: Path, video: bool) -> Counter:
 
 
 def classes_asked(path: Path, content: Content) -> list[str]:
-    """The class that each sample was asked to show: of EqM/sample_gd.py's samples.csv, or the class folder's name.
+    """The class that each sample was asked to show, from EqM/sample_gd.py's samples.csv, else `content.classes`.
 
     Raises:
-        UserError: the table is not one of samples.
+        UserError: samples.csv lacks a column, or is not a CSV.
     """
     table = path / "samples.csv"
     if not (path.is_dir() and table.is_file()):
@@ -259,5 +262,5 @@ def classes_asked(path: Path, content: Content) -> list[str]:
         with table.open(newline="") as file:
             asked = {row["file"]: row["class_name"] for row in csv.DictReader(file)}
     except (KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} has not the columns file and class_name: remove it ({error})") from None
+        raise UserError(f"{table} lacks the columns file and class_name: remove it ({error})") from None
     return [asked.get(name, "") for name in content.names]

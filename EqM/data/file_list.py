@@ -1,4 +1,4 @@
-"""The files of a data set, held as arrays: loading processes share them and copy nothing."""
+"""The files of a data set, in arrays: loading processes share arrays without copying them."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from data.video import VideoInfo
 
 @dataclass(frozen=True)
 class Item:
-    """One file, its class, and, for a video, its frames."""
+    """One file, its class index and, for a video, its frame times."""
 
     path: str
     label: int
@@ -19,7 +19,7 @@ class Item:
 
 
 class Names(Sequence[str]):
-    """Names of files, as one array of bytes."""
+    """File names in one array of bytes."""
 
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
@@ -34,10 +34,10 @@ class Names(Sequence[str]):
 
 
 class Videos(Sequence[VideoInfo]):
-    """The frames of many videos. Times that are evenly spaced take three numbers, others one number a frame.
+    """The frame times of many videos. Even times are stored as three numbers, uneven ones as one number a frame.
 
     Attributes:
-        lengths: frames, (N,).
+        lengths: frames of each video, (N,) int64.
         rates: frames a second, (N,) float64.
     """
 
@@ -49,32 +49,35 @@ class Videos(Sequence[VideoInfo]):
         self.margins = np.array([video.seek_margin for video in videos], np.int64)
         self.firsts = np.array([video.times[0] for video in videos], np.int64)
         steps = [video.times.step if isinstance(video.times, range) else 0 for video in videos]
-        self.steps = np.array(steps, np.int64)  # 0: uneven times
+        self.steps = np.array(steps, np.int64)  # (N,), 0 for uneven times
         uneven = [video.times for video in videos if not isinstance(video.times, range)]
         self.times = np.array([time for times in uneven for time in times], np.int64)
-        self.ends = np.cumsum(np.where(self.steps, 0, self.lengths))  # of a video's uneven times, (N,)
+        self.ends = np.cumsum(
+            np.where(self.steps, 0, self.lengths)
+        )  # (N,): where a video's uneven times end in `times`
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> VideoInfo:
         first, step, length = int(self.firsts[index]), int(self.steps[index]), int(self.lengths[index])
-        end = int(self.ends[index])
-        uneven = tuple(self.times[end - length : end].tolist())
-        times = range(first, first + step * length, step) if step else uneven
+        if step:
+            times = range(first, first + step * length, step)
+        else:
+            times = tuple(self.times[self.ends[index] - length : self.ends[index]].tolist())
         return VideoInfo(times, float(self.rates[index]), bool(self.seekable[index]), int(self.margins[index]))
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What a folder or a pack holds.
+    """The files of a folder or of a pack.
 
     Attributes:
         root: the folder.
         classes: names of the classes.
-        paths: the readable files.
-        labels: their classes, (N,) int64.
-        videos: their frames; None: they are images.
+        paths: the readable files, N of them.
+        labels: their class indices, (N,) int64.
+        videos: their frame times; None for images.
         unreadable: the other files, as (path, reason).
     """
 
@@ -92,7 +95,7 @@ class Found:
         items: Sequence[Item],
         unreadable: tuple[tuple[str, str], ...] = (),
     ) -> "Found":
-        """What was found, from one object a file: all of them videos, or all images."""
+        """Collects one Item a file. All are videos, or all are images."""
         videos = [item.video for item in items if item.video]
         labels = np.array([item.label for item in items], np.int64)  # (N,)
         paths = Names(item.path for item in items)
@@ -112,7 +115,7 @@ class Found:
         return float(np.mean(self.videos.rates))
 
     def shorter_than(self, frames: int) -> int:
-        """The number of videos that have fewer frames."""
+        """The number of videos with fewer frames."""
         return int((self.videos.lengths < frames).sum())
 
     def count_by_class(self) -> list[int]:

@@ -1,18 +1,18 @@
-"""The form in which data come to a network."""
+"""The form of samples: images or clips, their size, and how a clip is cut from a video."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Form:
-    """Images or clips, their size, and which frames of a video a clip takes.
+    """What a sample looks like, and which frames of a video a clip takes.
 
     Attributes:
-        video: clips of videos, not images.
+        video: samples are clips of videos, not images.
         image_size: height and width, pixels.
         clip_len: frames of a clip; 1 for images.
-        frame_interval: frames of the video from one frame of a clip to the next.
-        flip: half of the samples are mirrored.
+        frame_interval: a clip takes every frame_interval-th frame of its video.
+        flip: mirror half of the samples.
     """
 
     video: bool
@@ -23,10 +23,10 @@ class Form:
 
     @property
     def kind(self) -> str:
-        """What people call the samples."""
+        """The word for samples in messages."""
         return "clips" if self.video else "images"
 
     @property
     def window(self) -> int:
-        """Frames of the video from a clip's first frame to its last."""
+        """Frames of the video that a clip spans, from its first frame to its last."""
         return 1 + (self.clip_len - 1) * self.frame_interval

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-PIXEL_SIZE, IMAGE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one
-CHUNK_PIXELS = 8 * 256 * 256  # of the frames that the VAE sees at once: the memory that it takes grows with them
+DEFAULT_SIZE, DEFAULT_VAE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one
+CHUNK_PIXELS = 8 * 256 * 256  # pixels that go through the VAE at once; its memory grows with them
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What training and sampling need to know of a VAE: its name or folder, its weights' checksum, its geometry."""
+    """What training and sampling know of a VAE: its name or folder, the checksum of its weights, its geometry."""
 
     name: str
     fingerprint: str
@@ -36,10 +36,10 @@ class LatentSpace:
         return asdict(self)
 
     def side(self, image_size: int) -> int:
-        """Latents in each direction.
+        """Latents in each direction of an image.
 
         Raises:
-            UserError: the VAE does not divide the image.
+            UserError: `downsampling` does not divide the image's side.
         """
         if image_size % self.downsampling:
             raise UserError(f"--image-size {image_size} is not a multiple of the VAE's {self.downsampling} pixels")
@@ -47,10 +47,10 @@ class LatentSpace:
 
 
 class VAE:
-    """A frozen VAE on a device. Frames go through it in chunks that fit into memory.
+    """A frozen VAE on a device. Frames go through it in chunks, to bound the memory.
 
-    It computes in float32, or with `bf16` in bfloat16: either as a cast copy, which has bfloat16 weights, or with
-    `autocast` with float32 weights under torch.autocast. It never computes in float16: its activations overflow there.
+    It computes in float32, with `bf16` in bfloat16. Its weights are then bfloat16 too, or with `autocast` float32 under
+    torch.autocast. It never computes in float16, where its activations would overflow.
     """
 
     def __init__(self, network: nn.Module, name: str, device: torch.device, bf16: bool = False, autocast: bool = False):
@@ -63,7 +63,7 @@ class VAE:
             2 ** (len(config.block_out_channels) - 1),
         )
         weights = torch.bfloat16 if bf16 and not autocast else torch.float32
-        # Not the package's own `to`: it warns about parts that this network does not have.
+        # diffusers' own `to` would warn about parts that this network does not have.
         self.network = nn.Module.to(network.requires_grad_(False).eval(), device, weights)
         self.device, self.weights, self.autocast = device, weights, bf16 and autocast
 
@@ -72,11 +72,11 @@ class VAE:
         return torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def chunks(self, frames: Tensor, pixels_a_number: int) -> Iterator[Tensor]:
-        """Yields frames or latents (n, C, h, w) on the device, in the type of the weights.
+        """Yields frames or latents (n, C, h, w) on the device, in the weights' type.
 
         Args:
             frames: (N, C, h, w).
-            pixels_a_number: how many pixels each of the h·w positions stands for.
+            pixels_a_number: pixels that each of the h·w positions stands for.
         """
         size = max(1, CHUNK_PIXELS // (frames.shape[-1] * frames.shape[-2] * pixels_a_number))
         return (chunk.to(self.device).to(self.weights) for chunk in frames.split(size))
@@ -90,8 +90,8 @@ class VAE:
 
     def encode_moments(self, frames: np.ndarray) -> np.ndarray:
         """`moments` of uint8 frames (N, H, W, 3), in float16 for packs: (N, 2, C, h, w)."""
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
-        return self.moments(pixels).half().cpu().numpy()
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)  # (N, 3, H, W)
+        return self.moments(to_unit_range(pixels)).half().cpu().numpy()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def load_vae(name: str, device: torch.device, bf16: bool = False, autocast: bool
     try:
         network = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {source}, give a folder with its weights as --vae DIR: {reason}") from None
+        advice = "give a folder with its weights as --vae DIR"
+        raise UserError(f"cannot load {source}, {advice}: {first_line(error)}") from None
     return VAE(network, name, device, bf16, autocast)
 
 
@@ -144,7 +144,7 @@ def batch_moments(vae: VAE, x: Tensor) -> Tensor:
 
 
 def draw(moments: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """Scaled latents from the posterior: mean and standard deviation (N, 2, …), in any precision, → (N, …) float32."""
+    """Draws scaled latents (N, …) float32 from posteriors: mean and standard deviation (N, 2, …), any precision."""
     mean, std = moments.float().unbind(1)
     noise = torch.randn(mean.shape, device=mean.device, generator=generator)
     return (mean + std * noise) * scale
@@ -161,5 +161,5 @@ def to_pixels(x: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, vae: VAE | None) -> Tensor:
-    """uint8 pixels (N, 3, [T,] H, W) as the network's input: in [−1, 1], or the means of their scaled latents."""
+    """uint8 pixels (N, 3, [T,] H, W) to the network's input: in [−1, 1], or the means of their scaled latents."""
     return batch_moments(vae, x)[:, 0] * vae.space.scale if vae else to_unit_range(x)

@@ -1,4 +1,4 @@
-"""Finds the files of a data set, tells their classes, and opens each of them once."""
+"""Finds the files of a data set and their classes, and opens each file once to check it."""
 
 import csv
 import os
@@ -19,29 +19,29 @@ from runtime.errors import UserError
 VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
-MAX_UNREADABLE = 0.1  # of a set; training does not go on with a larger share
+MAX_UNREADABLE = 0.1  # share of a set; training stops if more cannot be read
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
-# Pillow's readers raise these for a file that holds no whole image.
+# Pillow's readers raise these if a file holds no whole image.
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names, and every file with its class index. Opens no file.
+    """Class names, and (path, class index) of every file. Opens no file.
 
-    Class folders come first. Without them a CSV names the videos, or the videos have UCF-101 names.
+    Class folders give the classes. Without such folders, a CSV or UCF-101 file names give the classes of videos.
 
     Raises:
-        UserError: there is nothing, or nothing tells the classes.
+        UserError: there are no files, or no classes for them.
     """
     if not root.is_dir():
         raise UserError(f"--data-path {root} is not a folder: give one that holds class folders")
     extensions = VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS
     if any(entry.is_dir() for entry in root.iterdir()):
-        # A folder without files of the kind is no class.
+        # A folder without such files is not a class.
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         labelled = [(path, name) for name in folders for path in walk(root / name, extensions)]
         if labelled and {label for _, label in labelled} <= SPLIT_NAMES:
-            raise UserError(f"{root} holds splits, not classes: give one of them, as {root / labelled[0][1]}")
+            raise UserError(f"{root} holds splits, not classes: give one split, for example {root / labelled[0][1]}")
         if labelled:
             return index_labels(labelled)
     if not video:
@@ -49,7 +49,7 @@ def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str
     table = find_table(root)
     rows = read_table(table, root) if table else []
     flat = sorted(path for path in root.iterdir() if path.suffix.lower() in extensions)
-    # A train.csv beside this folder may be about the training folder alone.
+    # A train.csv beside this folder may describe only the training folder.
     if any(Path(path).is_file() for path, _ in rows) or (rows and not flat):
         return index_labels(rows)
     if not flat:
@@ -57,14 +57,12 @@ def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str
     names = [(str(path), UCF_NAME.match(path.name)) for path in flat]
     unnamed = [path for path, match in names if not match]
     if unnamed:
-        raise UserError(
-            f"cannot tell the class of {unnamed[0]}: use class folders, {root.name}.csv, or UCF-101 file names"
-        )
+        raise UserError(f"{unnamed[0]} has no class: use class folders, {root.name}.csv, or UCF-101 file names")
     return index_labels((path, match["label"]) for path, match in names)
 
 
 def walk(folder: Path, extensions: tuple[str, ...]) -> list[str]:
-    """The files with these extensions in a folder and in the folders below, folder by folder, in sorted order."""
+    """The files with these extensions in a folder and below, sorted, folder by folder."""
     found = []
     for below, _, names in sorted(os.walk(folder, followlinks=True)):
         found += [os.path.join(below, name) for name in sorted(names) if name.lower().endswith(extensions)]  # noqa: PTH118
@@ -72,31 +70,31 @@ def walk(folder: Path, extensions: tuple[str, ...]) -> list[str]:
 
 
 def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
-    """Every file in a folder and in the folders below, in sorted order, with the name of its class folder.
+    """(path, class name) of every video, or of every image, in a folder and below, sorted.
 
-    A file that lies directly in the folder has the name "".
+    The class name is that of the class folder, "" for a file directly in `root`.
 
     Raises:
-        UserError: there is no such folder, or no file of the kind.
+        UserError: there is no such folder, or no such file.
     """
+    kinds = [("videos", VIDEO_EXTENSIONS), ("images", IMAGE_EXTENSIONS)]
+    (kind, extensions), (other_kind, other_extensions) = kinds if video else kinds[::-1]
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give one of {'videos' if video else 'images'}")
+        raise UserError(f"{root} is not a folder: give one of {kind}")
     files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    extensions, others = (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS)[:: 1 if video else -1]
     found = [path for path in files if path.suffix.lower() in extensions]
     if not found:
-        kind, other = ("videos", "images")[:: 1 if video else -1]
-        instead = f", but {other}" if any(path.suffix.lower() in others for path in files) else ""
+        instead = f", but {other_kind}" if any(path.suffix.lower() in other_extensions for path in files) else ""
         raise UserError(f"no {kind} ({' '.join(extensions)}) in {root}{instead}: give a folder of {kind}")
     return [(str(path), path.relative_to(root).parts[0] if path.parent != root else "") for path in found]
 
 
 def index_labels(samples: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Replaces class names by their places in the sorted list of names."""
+    """The sorted class names, and (path, class index) in place of each (path, class name)."""
     samples = list(samples)
     classes = tuple(sorted({label for _, label in samples}))
-    place = {label: i for i, label in enumerate(classes)}
-    return classes, [(path, place[label]) for path, label in samples]
+    index = {label: i for i, label in enumerate(classes)}
+    return classes, [(path, index[label]) for path, label in samples]
 
 
 def find_table(root: Path) -> Path | None:
@@ -110,7 +108,7 @@ def read_table(table: Path, root: Path) -> list[tuple[str, str]]:
     """(path, class name) for every row of a CSV.
 
     Raises:
-        UserError: not a CSV, columns that are not known, or no rows.
+        UserError: it is not a CSV in UTF-8, its columns are unknown, it has no rows, or a row has an empty cell.
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
@@ -128,25 +126,25 @@ def read_table(table: Path, root: Path) -> list[tuple[str, str]]:
         raise UserError(f"{table} has no rows")
     incomplete = next((i for i, row in enumerate(rows) if not all(row)), None)
     if incomplete is not None:
-        raise UserError(f"{table} names no file or no class in its row {incomplete + 1}: fill it in")
+        raise UserError(f"{table}: row {incomplete + 1} lacks a file or a class: fill it in")
     return [(str(resolve(root, name)), label) for name, label in rows]
 
 
 def resolve(root: Path, name: str) -> Path:
-    """The file below the folder that a CSV names: from the folder, from its parent, or by its last part."""
+    """The file that a CSV names: by a path from the folder or from its parent, or by its last part alone."""
     relative = name.lstrip("/")
     from_parent = root.resolve().parent / relative
-    places = [root / relative, root / Path(name).name]
+    candidates = [root / relative, root / Path(name).name]
     if from_parent.is_relative_to(root.resolve()):
-        places.insert(1, from_parent)
-    return next((place for place in places if place.is_file()), places[0])
+        candidates.insert(1, from_parent)
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
-    """Finds and opens every file, several at a time.
+    """Finds every file and checks that it can be read.
 
     Raises:
-        UserError: there is nothing, or nothing tells the classes.
+        UserError: there are no files, or no classes for them.
     """
     classes, samples = find_files(root, video)
     items, unreadable = check_files(samples, video, show_progress)
@@ -156,7 +154,7 @@ def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
 def check_files(
     samples: list[tuple[str, int]], video: bool, show_progress: bool = True
 ) -> tuple[tuple[Item, ...], tuple[tuple[str, str], ...]]:
-    """Opens every (path, class index), several at a time: the readable ones, and the rest as (path, reason)."""
+    """Opens every (path, class index). Returns the readable ones as items, and the others as (path, reason)."""
 
     def check(sample: tuple[str, int]) -> Item | tuple[str, str]:
         path, label = sample
@@ -166,43 +164,33 @@ def check_files(
             return path, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(
-            pool.map(check, samples),
-            total=len(samples),
-            desc="checking files",
-            unit="file",
-            disable=not show_progress,
-        )
-        results = list(bar)
+        checks, total = pool.map(check, samples), len(samples)
+        results = list(tqdm(checks, "checking files", total, unit="file", disable=not show_progress))
     items = tuple(result for result in results if isinstance(result, Item))
     unreadable = tuple(result for result in results if not isinstance(result, Item))
     return items, unreadable
 
 
 def unreadable_errors(video: bool) -> tuple[type[Exception], ...]:
-    """What reading a file raises where it is no video, or no image."""
+    """The errors of reading a file that is not a readable video, or image."""
     return (UnreadableVideo, OSError) if video else UNREADABLE_IMAGE
 
 
 def probe_image(path: str) -> None:
-    """Checks an image's header and checksums, without decoding it; raises one of UNREADABLE_IMAGE."""
+    """Checks an image's header and checksums without decoding it. Raises one of UNREADABLE_IMAGE."""
     with open_image(path) as image:
         image.verify()
 
 
 def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:
-    """`scan`, for data that a run is to be built on.
-
-    Raises:
-        UserError: also where nothing, or too little of it, can be read.
-    """
+    """`scan`, then `check_readable`."""
     found = scan(root, video, show_progress)
     check_readable(found, video)
     return found
 
 
 def check_readable(found: Found, video: bool) -> None:
-    """Raises UserError where nothing, or too little, can be read."""
+    """Raises UserError if no file can be read, or if more than MAX_UNREADABLE of them cannot."""
     if not found.unreadable:
         return
     path, reason = found.unreadable[0]
@@ -211,6 +199,6 @@ def check_readable(found: Found, video: bool) -> None:
     total = len(found) + len(found.unreadable)
     if len(found.unreadable) > MAX_UNREADABLE * total:
         raise UserError(
-            f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, as {path}: {reason}"
+            f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, for example {path}: {reason}"
             " (python EqM/check_data.py lists them)"
         )

@@ -1,4 +1,4 @@
-"""What a run trains on: files or a pack, as pixels or as latents."""
+"""The data of a run: files or a pack, as pixels or as latents."""
 
 import argparse
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from data.clips import Samples
 from data.file_list import Found
 from data.form import Form
-from data.latents import IMAGE_SIZE, PIXEL_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
+from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
 from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack
 from data.scan import scan_for_training
@@ -21,18 +21,18 @@ from runtime.errors import UserError
 from runtime.logs import log
 from runtime.random_numbers import seed_draws
 
-POSTERIOR = 1  # sets the draws from the posterior apart from the step's own draws
+POSTERIOR = 1  # in a seed: keeps the posterior's draws apart from the step's
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from, and how they become the network's input.
+    """The data of a run, and how they become the network's input.
 
     Attributes:
-        found: what there is.
-        pack: holds it, if it is packed.
-        space: the space of the latents that the network sees; None: it sees pixels.
-        vae: encodes pixels while training goes on; None if the network sees pixels, or the pack holds latents.
+        found: the files.
+        pack: holds them, if they are packed.
+        space: the latent space that the network sees; None: it sees pixels.
+        vae: encodes pixels during training; None if the network sees pixels, or the pack holds latents.
     """
 
     form: Form
@@ -48,44 +48,42 @@ class Source:
         return Samples(self.found, self.form, seed)
 
     def to_input(self, batch: dict, generator: torch.Generator, *place: int) -> Tensor:
-        """A batch on the device as the network's input, (N, C, H, W) or (N, C, T, H, W) float32, contiguous.
+        """Turns a batch on the device into the network's input, (N, C, [T,] H, W) float32, contiguous.
 
-        Draws from the posterior follow from the place alone, as (seed, samples drawn before, rank).
+        The place (seed, samples drawn before, rank) alone decides the draws from the posterior.
         """
         x = unpack(batch["x"], batch["flip"], self.form.video) if self.pack else batch["x"]
-        # An explicit energy is compiled a second time if x has another layout.
+        # An explicit energy would be compiled a second time for an x of another memory layout.
         if not self.space:
             return to_unit_range(x.contiguous())
         seed_draws(generator, *place, POSTERIOR)
         return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator).contiguous()
 
     def decoder(self, device: torch.device, precision: Precision) -> VAE | None:
-        """The VAE that decodes samples; None if they are pixels. It is loaded here if the pack holds latents.
+        """The VAE that decodes samples; None for pixels. Loads it if the pack holds latents.
 
         Raises:
-            UserError: the VAE is missing, or it is another one than the pack was made with.
+            UserError: the VAE is missing, or its weights are not those that the pack was made with.
         """
         if self.vae or not self.space:
             return self.vae
         vae = load_vae(self.space.name, device, precision.name == "bf16")
         if vae.space.fingerprint != self.space.fingerprint:
-            raise UserError(f"the VAE {self.space.name} is another one than {self.pack.folder} was made with")
+            raise UserError(
+                f"{self.pack.folder} was made with other weights of the VAE {self.space.name}: make the pack again"
+            )
         return vae
 
     def announce(self) -> None:
-        """Logs what there is, and what cannot be read."""
+        """Logs the size of the data, and the files that cannot be read."""
         found, form = self.found, self.form
         log.info("data: %s, %d %s, %d classes", self, len(found), form.kind, len(found.classes))
         for path, reason in found.unreadable:
             log.warning("skipped unreadable %s: %s", path, reason)
         if form.video:
-            log.info(
-                "clips of %d frames, %d apart; shorter videos, which hold their last frame: %d of %d",
-                form.clip_len,
-                form.frame_interval,
-                found.shorter_than(form.window),
-                len(found),
-            )
+            short = found.shorter_than(form.window)
+            log.info("clips of %d frames, %d apart", form.clip_len, form.frame_interval)
+            log.info("%d of %d videos are shorter than a clip, which repeats their last frame", short, len(found))
 
     def __str__(self) -> str:
         if not self.pack:
@@ -94,18 +92,18 @@ class Source:
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
-    """Adds what a run trains on, and in what form."""
+    """Adds the flags of the data and of their form."""
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", type=Path, required=True, help="class folders, videos with a CSV, or a pack")
     cli.add_kept(data, "--video", False, action="store_true", help="train on clips of videos, not on images")
     cli.add_kept(data, "--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
-    vae = "none (pixels), ema, mse, or a folder: train on its latents; default none, or what a pack holds"
+    vae = "train on latents of this VAE: ema, mse, a folder, or none for pixels; default none, or the pack's"
     cli.add_kept(data, "--vae", metavar="NAME", help=vae)
     cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")
-    cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="frames of the video from one to the next")
-    flip = "no mirrored samples: for classes that tell left from right"
+    cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="video frames from one of a clip to the next")
+    flip = "never mirror samples: for classes that a mirror would swap"
     cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
-    workers = "loading processes of a rank; default 4, on a CPU and for a pack 0"
+    workers = "loading processes a rank; default 4; 0 on a CPU and for a pack"
     data.add_argument("--num-workers", type=cli.non_negative_int, help=workers)
 
 
@@ -119,8 +117,8 @@ def find_pack(path: Path) -> Pack | None:
 
 
 def form_of(args: argparse.Namespace, pack: Pack | None) -> Form:
-    """The form that the flags ask for; without --image-size, the pack's size or a default."""
-    default = IMAGE_SIZE if args.vae not in (None, "none") else PIXEL_SIZE
+    """The form that the flags ask for. Without --image-size, the pack's size or a default."""
+    default = DEFAULT_VAE_SIZE if args.vae not in (None, "none") else DEFAULT_SIZE
     size = args.image_size or (pack.settings.image_size if pack else default)
     clip_len, interval = (args.clip_len, args.frame_interval) if args.video else (1, 1)
     return Form(bool(args.video), size, clip_len, interval, flip=not args.no_flip)
@@ -129,7 +127,7 @@ def form_of(args: argparse.Namespace, pack: Pack | None) -> Form:
 def open_space(
     pack: Pack | None, vae_name: str | None, device: torch.device, precision: Precision
 ) -> tuple[LatentSpace | None, VAE | None]:
-    """The space of the latents that the network sees, and the VAE that encodes pixels; None, None for pixels.
+    """The latent space that the network sees, and the VAE that encodes pixels; None, None for pixels.
 
     Raises:
         UserError: the VAE cannot be loaded.
@@ -142,17 +140,17 @@ def open_space(
 
 
 def open_source(path: Path, form: Form, pack: Pack | None, space: LatentSpace | None, vae: VAE | None) -> Source:
-    """The source at a path, which is scanned if it is no pack. Every rank must call it.
+    """The source at a path. Scans the path if it is not a pack. Every rank must call it.
 
     Raises:
-        UserError: there is nothing, or too little of it can be read.
+        UserError: there are no files or no classes, or too many files cannot be read.
     """
     found = pack.found() if pack else distributed.on_main(lambda: scan_for_training(path, form.video))
     return Source(form, found, pack, space, vae)
 
 
 def packed_space(pack: Pack) -> LatentSpace | None:
-    """The space of a pack's latents; None for pixels."""
+    """The latent space of a pack; None for pixels."""
     vae = pack.settings.vae
     if not vae:
         return None
@@ -161,7 +159,7 @@ def packed_space(pack: Pack) -> LatentSpace | None:
 
 
 def check_pack(args: argparse.Namespace, pack: Pack | None) -> None:
-    """Raises UserError, with both values, if a flag asks for another pack than there is."""
+    """Raises UserError if a flag contradicts the pack."""
     if not pack:
         return
     settings = pack.settings
@@ -173,16 +171,14 @@ def check_pack(args: argparse.Namespace, pack: Pack | None) -> None:
         packed["--vae"] = (args.vae, settings.vae["name"])
     for flag, (asked, value) in packed.items():
         if asked is not None and asked != value:
-            raise UserError(
-                f"{args.data_path} was made with {flag} {value}, and this run asks for {asked}: leave it out"
-            )
+            raise UserError(f"{args.data_path} was made with {flag} {value}, not {asked}: leave out {flag}")
 
 
-def check_classes(found: Found, asked: int | None) -> int:
-    """The number of classes to build the network for.
+def class_count(found: Found, asked: int | None) -> int:
+    """The number of classes that the network is built for: `asked`, or that of the data.
 
     Raises:
-        UserError: fewer are asked for than the data have.
+        UserError: `asked` is less than the data have.
     """
     if asked and asked < len(found.classes):
         raise UserError(f"--num-classes {asked} is less than the data's {len(found.classes)} classes")

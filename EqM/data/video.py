@@ -1,4 +1,4 @@
-"""Video files through PyAV: what a file holds, chosen frames of it, and new files."""
+"""Video files through PyAV: checks a file, reads its frames, and writes new files."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from data.untrusted import (
     packets_of,
 )
 
-# Codecs whose reordered frames FFmpeg gives no right times where the container keeps none, as AVI.
+# FFmpeg gives reordered frames of these codecs wrong times if the container, such as AVI, keeps no times.
 TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
 
 
@@ -28,10 +28,10 @@ TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
 class VideoInfo:
     """A file's frames: their times in the stream's unit, in display order, and how many a second.
 
-    `times` is a range where frames are evenly spaced, which keeps large sets small in memory.
-    `seekable` is False where decoded frames do not carry these times (H.264 with B-frames in AVI).
-    `seek_margin`, in the stream's unit, is how far a frame is shown after its place in the file's
-    order: a seek so much earlier than a frame's time does not end behind it.
+    `times` is a range if frames are evenly spaced, which takes less memory.
+    `seekable` is False if decoded frames do not carry these times (H.264 with B-frames in AVI).
+    `seek_margin` is the longest time from a frame's decoding to its display, in the stream's unit. Seek to a frame's
+    time less this margin: the seek then does not end behind the frame.
     """
 
     times: range | tuple[int, ...]
@@ -43,7 +43,7 @@ class VideoInfo:
 def frames_of(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, patience: Patience
 ) -> Iterator[av.VideoFrame]:
-    """The stream's frames, while there is patience for them; ends with an error at the first that does not decode."""
+    """Yields the stream's frames. Ends with FFmpeg's error at the first frame that does not decode."""
     for packet in packets_of(container, stream, patience):
         yield from packet.decode()
 
@@ -59,13 +59,13 @@ def probe_video(path: Path) -> VideoInfo:
     try:
         container, stream = open_video(path)
         with container:
-            check_aspect(next(frames_of(container, stream, patience)))  # before a run is built on it
+            check_aspect(next(frames_of(container, stream, patience)))  # here, so that no run stops at it later
             codec = stream.codec_context
             untimed = codec.has_b_frames and codec.name in TIMES_FROM_CONTAINER
         container, stream = open_video(path)
         with container:
             for packet in packets_of(container, stream, patience):
-                # An edit list, as of a cut .mp4, discards frames that the file still holds.
+                # The edit list of a cut .mp4 discards frames that the file still holds.
                 if packet.size and not packet.is_discard:
                     stamps.append((packet.pts, packet.dts))
                 if len(stamps) > MAX_FRAMES:
@@ -78,7 +78,7 @@ def probe_video(path: Path) -> VideoInfo:
     times = [dts if pts is None else pts for pts, dts in stamps]
     if not times or None in times:
         raise UnreadableVideo("its frames carry no times")
-    # Frames that come out of order have packets whose times do too, if the container knows them.
+    # If frames are reordered and the container keeps their times, the packets' times are unsorted.
     seekable = not (untimed and times == sorted(times))
     margin = max((pts - dts for pts, dts in stamps if None not in (pts, dts)), default=0)
     times = sorted(set(times))
@@ -98,10 +98,10 @@ def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
 
 
 def read_frames(path: Path, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray:
-    """Frames by index, ascending, centre-cropped and resized: (T, size, size, 3) uint8.
+    """Frames by ascending index, resized and centre-cropped: (T, size, size, 3) uint8.
 
-    Seeks to the first one and decodes no further than the last; where seeking fails, decodes
-    from the start. Where the file ends early, the last frame found is held.
+    Seeks to the first frame and decodes to the last. If seeking fails, decodes from the start. If the file ends
+    early, repeats the last frame found.
 
     Raises:
         UnreadableVideo: none of the frames decodes.
@@ -119,7 +119,7 @@ def read_frames(path: Path, info: VideoInfo, indices: Sequence[int], size: int) 
 
 
 def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: int) -> list[np.ndarray]:
-    """The first frames at or after each time; none at all where the seek went past the first."""
+    """The first frame at or after each time; an empty list if the seek ended behind the first time."""
     frames: list[np.ndarray] = []
     reformatter = VideoReformatter()
     container, stream = open_video(path)
@@ -136,7 +136,7 @@ def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: in
 
 
 def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.ndarray]:
-    """The frames with these indices, counted as they are decoded."""
+    """The frames with these indices, found by counting decoded frames; fewer if the file ends or breaks early."""
     frames: list[np.ndarray] = []
     reformatter = VideoReformatter()
     try:
@@ -154,13 +154,12 @@ def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.
 
 
 def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarray]:
-    """All frames in display order, each (size, size, 3) uint8, as `read_frames` gives them one by one.
+    """Yields all frames in display order, each (size, size, 3) uint8, the same as `read_frames` of one index gives.
 
-    Decodes from the start, one frame in memory at a time. What does not decode is passed over, and a
-    file that goes beyond a limit ends there.
+    Decodes from the start and holds one frame at a time. Passes over packets that do not decode, and ends at a limit.
 
     Raises:
-        UnreadableVideo: before the first frame, where none decodes.
+        UnreadableVideo: no frame decodes.
     """
     shown, timed = 0, info.seekable
     reformatter = VideoReformatter()
@@ -169,7 +168,7 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
         container, stream = open_video(path)
         with container:
             for i, frame in enumerate(decodable(container, stream, patience)):
-                # The rules of the two ways to read: by time, or where times are wrong by count.
+                # As in `read_frames`: by time, or by count if the times are wrong.
                 timed = timed and frame.pts is not None and (i > 0 or frame.pts <= info.times[0])
                 while shown < len(info.times) and (frame.pts >= info.times[shown] if timed else i >= shown):
                     yield square(frame, size, reformatter)
@@ -185,7 +184,7 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
 def decodable(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, patience: Patience
 ) -> Iterator[av.VideoFrame]:
-    """The frames of the packets that decode, while there is patience for them."""
+    """Yields the stream's frames. Passes over packets that do not decode."""
     for packet in packets_of(container, stream, patience):
         try:
             frames = packet.decode()
@@ -195,13 +194,13 @@ def decodable(
 
 
 def check_aspect(frame: av.VideoFrame) -> None:
-    """Raises UnreadableVideo where a frame is too long and thin."""
+    """Raises UnreadableVideo if a frame is too long and thin."""
     if is_long_and_thin(frame.width, frame.height):
         raise UnreadableVideo(f"a frame of {frame.width}x{frame.height} is over {MAX_ASPECT} times as long as wide")
 
 
 def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
-    """A frame resized so that its short side is `size`, and its centre: (size, size, 3) uint8 RGB.
+    """The centre square of a frame whose short side is resized to `size`: (size, size, 3) uint8 RGB.
 
     Raises:
         UnreadableVideo: as `check_aspect`.
@@ -215,15 +214,18 @@ def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np
     return pixels[top : top + size, left : left + size]
 
 
-def write_video(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    """Writes (T, H, W, 3) uint8 frames, H and W even, as H.264 that common players show."""
+def write_video(path: Path, frames: np.ndarray, frames_per_second: float, lossless: bool = False) -> None:
+    """Writes (T, H, W, 3) uint8 frames as H.264 that common players show; H and W are even.
+
+    With `lossless` it writes FFV1, which gives back the same pixels of any size; the file is to be an .mkv.
+    """
+    codec, layout, options = ("ffv1", "bgr0", {}) if lossless else ("libx264", "yuv420p", {"crf": "12"})
     with av.open(str(path), "w") as container:
         rate = Fraction(frames_per_second).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
+        stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        # A short clip's encoder would spend most of its time on starting a thread and a half for each core.
-        stream.thread_count = 1
+        stream.pix_fmt = layout
+        stream.thread_count = 1  # more threads take longer to start than a short clip takes to encode
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.latents import IMAGE_SIZE, VAE, LatentSpace, load_vae
+from data.latents import DEFAULT_VAE_SIZE, VAE, LatentSpace, load_vae
 from energy import ENERGIES
 from models import EqM, EqM_models, NetworkSettings, load_weights
 from precision import Precision
@@ -90,7 +90,7 @@ def is_published(contents: dict, weights: dict[str, Tensor], request: Checkpoint
 def published_config(request: CheckpointRequest, weights: dict[str, Tensor], space: LatentSpace) -> Config:
     """The config of a published image checkpoint, from the flags, the weights and the space of the VAE."""
     known, num_classes = request.known, len(weights["y_embedder.embedding_table.weight"]) - 1
-    side = space.side(known.get("image_size", IMAGE_SIZE))
+    side = space.side(known.get("image_size", DEFAULT_VAE_SIZE))
     return Config(
         NetworkSettings(known["model"], side, space.channels, num_classes, energy=known.get("ebm", "none")),
         classes=tuple(map(str, range(num_classes))),

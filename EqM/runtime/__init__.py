@@ -1,1 +1,1 @@
-"""What all rooms stand on: processes, files, the log, errors, flags, random numbers."""
+"""What all rooms use: processes, files, the log, errors, flags, random numbers."""

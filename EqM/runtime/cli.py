@@ -1,4 +1,4 @@
-"""What the commands share: errors of one line, flags, checked numbers."""
+"""What the commands share: one-line errors, flags, checked numbers."""
 
 import argparse
 import math
@@ -11,12 +11,12 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from runtime.errors import UserError, is_lost_process, is_out_of_memory
+from runtime.errors import UserError, first_line, is_lost_process, is_out_of_memory
 
-# Seconds that a rank other than 0 waits before it prints. If every rank meets the same error, rank 0 says it, and
-# torchrun ends the others within this time.
+# Seconds that a rank other than 0 waits before it prints an error. If every rank meets the same error, rank 0 prints
+# it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 10
-MAX_SIDE = 16_384  # pixels or frames; more is a slip of the finger
+MAX_SIDE = 16_384  # pixels or frames; more is a typing error
 TOO_LARGE = 2**63  # neither a seed nor the size of a tensor can be so large
 
 
@@ -30,7 +30,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
-    """Runs a command. An error that people can mend becomes one line, and the exit status is not 0."""
+    """Runs a command. Turns an error that people can mend into one line and an exit status other than 0."""
     try:
         main()
     except UserError as error:
@@ -39,8 +39,8 @@ def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
         if is_out_of_memory(error):
             fail(f"out of memory: {out_of_memory_advice}")
         if is_lost_process(error):
-            time.sleep(2 * OTHER_RANKS_WAIT_S)  # the one that failed speaks first, and torchrun ends this one
-            fail(f"the exchange with the other processes failed: {str(error).splitlines()[0]}")
+            time.sleep(2 * OTHER_RANKS_WAIT_S)  # the failed rank prints first, and torchrun ends this one
+            fail(f"the exchange with the other processes failed: {first_line(error)}")
         raise
     except KeyboardInterrupt:
         fail("interrupted", status=130)
@@ -57,24 +57,21 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, defaults in the help, and no abbreviated flags."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (--help lists the flags)", status=2)
 
     def new_run_defaults(self) -> dict:
-        """What a new run takes for each flag that `add_kept` added and nobody gave, by name."""
+        """A new run's defaults of the flags of `add_kept`, by name."""
         return {action.dest: action.new_run_default for action in self._actions if hasattr(action, "new_run_default")}
 
 
 def add_kept(group: argparse._ActionsContainer, flag: str, default: object = None, **settings: object) -> None:
     """Adds a flag that checkpoints keep.
 
-    It defaults to None. A run that goes on takes the checkpoint's value; only a new run takes `default`.
+    argparse's default is None. If the flag is not given, a resumed run takes the checkpoint's value, and a new run
+    takes `default`.
     """
     if default not in (None, False):
         settings["help"] = f"{settings['help']}; default {flag if default is True else default}"
@@ -82,13 +79,13 @@ def add_kept(group: argparse._ActionsContainer, flag: str, default: object = Non
 
 
 def settled(given: dict, kept: dict, defaults: dict) -> dict:
-    """All flags by name: as they were given, else as a checkpoint has kept them, else as a new run takes them."""
+    """All flags by name. A given value comes before the checkpoint's, and that before a new run's default."""
     known = defaults | {name: value for name, value in kept.items() if value is not None}
     return given | {name: known[name] for name in defaults if given[name] is None}
 
 
 def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], wants: str) -> Callable:
-    """An argparse type that converts a text and refuses, in words, a number out of its range."""
+    """An argparse type that converts a text to a number and refuses a number that is not what it `wants`."""
 
     def parse(text: str) -> float:
         try:

@@ -1,4 +1,4 @@
-"""Processes and ranks: start, end, rank 0's part, and exchanges. One process needs no launcher."""
+"""Processes and ranks: start, end, work of rank 0 alone, and exchanges. One process needs no launcher."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.errors import UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 checks files, packs images or saves, which may take long
+TIMEOUT = timedelta(hours=2)  # long, because the others wait while rank 0 checks files, packs images or saves
 
 
 def start() -> torch.device:
@@ -25,35 +25,35 @@ def start() -> torch.device:
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         local_ranks = os.environ["LOCAL_WORLD_SIZE"]
-        raise UserError(f"--nproc_per_node={local_ranks} wants a GPU a process, and this machine has {gpus}")
+        raise UserError(f"--nproc_per_node={local_ranks} needs one GPU a process, and this machine has {gpus}")
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-        # All work goes to a stream of its own: the default one cannot be captured in CUDA graphs.
+        # CUDA graphs cannot capture the default stream, so all work goes to another one.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         store, rank, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # A launcher that restarts all ranks keeps its store, with the addresses of those that have gone.
+        # When a launcher restarts all ranks, its store still holds the addresses of the ended ones.
         store = dist.PrefixStore(f"start{restarts()}", store)
-        names = {"backend": "nccl" if gpus else "gloo", "device_id": device if gpus else None}
-        dist.init_process_group(store=store, rank=rank, world_size=ranks, timeout=TIMEOUT, **names)
+        backend, device_id = ("nccl", device) if gpus else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT, device_id=device_id)
     return device
 
 
 def restarts() -> int:
-    """How often torchrun has started all ranks again, because one had gone."""
+    """How often torchrun has restarted all ranks because one had ended."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def stop() -> None:
-    """Leaves the group, once every rank has come this far."""
+    """Waits for every rank, then leaves the group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def is_group() -> bool:
-    """True where a launcher started several processes."""
+    """True if a launcher started several processes."""
     return dist.is_initialized()
 
 
@@ -81,7 +81,7 @@ def gather(value: T) -> list[T]:
 def on_main(function: Callable[[], T]) -> T:
     """Calls the function on rank 0 alone and returns its result on every rank.
 
-    An error on rank 0 is raised on every rank, on the others as UserError, so that none waits for one that has gone.
+    Raises an error of rank 0 on every rank, so that none waits for an ended one. The other ranks raise it as UserError.
     """
     outcome: list[tuple] = [(None, None)]
     failure = None
@@ -110,7 +110,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 class SharedFlag:
-    """A flag that any rank may raise, and all see raised one call later: a call waits for the one before alone."""
+    """A flag that any rank may raise. All ranks see it one call later: a call waits only for the call before."""
 
     def __init__(self):
         # On the host, so that nothing waits for a GPU.
@@ -118,7 +118,7 @@ class SharedFlag:
         self.exchange: tuple[dist.Work, Tensor] | None = None
 
     def raised(self, mine: bool) -> bool:
-        """Whether any rank had raised it at the call before; in one process, whether it is raised now."""
+        """Whether any rank raised it at the call before. In one process, whether it is raised now."""
         if self.group is None:
             return mine
         seen, value = self.wait(), torch.tensor([mine], dtype=torch.int32)
@@ -127,7 +127,7 @@ class SharedFlag:
         return seen
 
     def wait(self) -> bool:
-        """Ends the exchange under way, if there is one."""
+        """Waits for the exchange of the call before, if there was one, and returns whether a rank raised the flag."""
         if not self.exchange:
             return False
         (work, value), self.exchange = self.exchange, None

@@ -1,4 +1,4 @@
-"""What goes wrong: errors that a person can mend, and how to tell what others mean."""
+"""Errors that a person can mend, and what other errors mean."""
 
 import torch
 import torch.distributed as dist
@@ -10,24 +10,22 @@ OUT_OF_MEMORY_WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-
-
 LOST_PROCESS_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend; its text says what is wrong and what to do."""
+    """An error that the user can mend. Its text says what is wrong and what to do."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True for Python's, CUDA's and the CPU allocator's ways of saying that memory ran out."""
+    """True if Python, CUDA or the CPU allocator ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
 
 
 def is_lost_process(error: Exception) -> bool:
-    """True where an exchange with other ranks failed, mostly because one has gone."""
+    """True if an exchange with other ranks failed, mostly because one has ended."""
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST_PROCESS_WORDS)
 
 

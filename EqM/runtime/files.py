@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Writes files that are whole or absent, even after a crash. Also locks folders and checks files."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` make a temporary file beside `path`, flushes it to the disk, and renames it to `path`.
 
     Raises:
-        OSError: the disk; and whatever `write` raises. No temporary file is left behind then.
+        OSError: the disk is full or fails. Other errors are those of `write`. No temporary file is left.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -31,14 +31,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def leftovers(folder: Path, names: str) -> Iterator[Path]:
-    """What `write_whole` left of files whose names fit a pattern, where a program was killed."""
+    """Temporary files that a killed `write_whole` left of files whose names fit a pattern."""
     return folder.glob(f"{names}.*.tmp")
 
 
 def lock(folder: Path) -> bool:
-    """Locks a folder until this process and those that it forks end; False where another process has locked it.
+    """Locks a folder until this process and its forks end. False if another process has locked it.
 
-    Network disks that have no locks on folders let everyone in.
+    Network disks without locks on folders let everyone in.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -57,14 +57,14 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # network disks may have nothing to flush a folder's names with
+        if error.errno != errno.EINVAL:  # some network disks cannot flush a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def file_checksum(path: Path, end: int | None = None) -> int:
-    """CRC-32 over a file's bytes, or over those before `end`."""
+    """CRC-32 of a file's bytes, or of its first `end` bytes."""
     checksum, block, left = 0, memoryview(bytearray(READ_BYTES)), path.stat().st_size if end is None else end
     with path.open("rb", buffering=0) as file:
         while left > 0 and (size := file.readinto(block[:left])):
@@ -73,7 +73,7 @@ def file_checksum(path: Path, end: int | None = None) -> int:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Makes the folder of a file; raises UserError where the file could not be written."""
+    """Makes the folder of a file. Raises UserError if the file could not be written there."""
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder: give a file")
     try:
@@ -84,10 +84,10 @@ def check_writable(flag: str, path: Path) -> None:
 
 
 def write_json(path: Path, contents: dict) -> None:
-    """Writes a JSON file with a checksum of what it says, whole or not at all.
+    """Writes a JSON file with a checksum of its contents, whole or not at all.
 
     Raises:
-        OSError: the disk is full, or cannot be written.
+        OSError: the disk is full or fails.
     """
     text = json.dumps(contents | {"checksum": contents_checksum(contents)})
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -104,21 +104,21 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(path: Path) -> object:
-    """Any JSON file; raises as `read_json`."""
+    """The contents of any JSON file. Raises as `read_json`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("it is nested too deep") from error
 
 
 def without_checksum(contents: object) -> dict:
-    """Takes the checksum off what a file of `write_json` holds; raises ValueError where it is not right."""
+    """The contents of a file of `write_json` without their checksum. Raises ValueError if it is wrong."""
     if not isinstance(contents, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("it is no JSON object")
     contents = dict(contents)
     checksum = contents.pop("checksum", None)
     if checksum != contents_checksum(contents):
-        raise ValueError("not with its checksum")
+        raise ValueError("its checksum is wrong")
     return contents
 
 

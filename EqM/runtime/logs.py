@@ -12,7 +12,7 @@ log = logging.getLogger("EqM")
 
 
 class LogFile(logging.FileHandler):
-    """A log file; a line that cannot be written is on the screen all the same, and ends nothing."""
+    """A log file. A line that cannot be written to it is still on the screen, and the run goes on."""
 
     failed = False
 
@@ -29,7 +29,7 @@ class LogFile(logging.FileHandler):
 
 
 def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
-    """Sends the log of rank 0 to the screen, and to a file if one is given; other ranks stay silent."""
+    """Sends the log of rank 0 to the screen, and to a file if one is given. Other ranks stay silent."""
     if not distributed.is_main():
         log.addHandler(logging.NullHandler())
         log.propagate = False
@@ -42,6 +42,6 @@ def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """The device in words."""
     on_gpu = device.type == "cuda"
     return torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Random numbers that follow from a place alone: a seed and where in the work they are drawn."""
+"""Random numbers that depend only on their place: a seed and a position in the work."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def seed_draws(generator: torch.Generator, *place: int) -> None:
-    """Sets the next random numbers by (seed, samples drawn before, rank) alone: a resumed run repeats them."""
+    """Seeds a generator with a place, as (seed, samples drawn before, rank). A resumed run draws the same numbers."""
     generator.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
 
 def keyed_uniforms(seed: int, keys: list[tuple[int, int]]) -> np.ndarray:
     """Two uniform numbers in [0, 1) for each key (epoch, index), (N, 2), from the seed and the key alone.
 
-    SplitMix64's mixing function (Steele, Lea & Flood 2014) over seed, epoch and index: a generator
-    for each sample would take longer than reading it from a pack.
+    SplitMix64's mixing function (Steele, Lea & Flood 2014) over seed, epoch and index. A generator for each sample
+    would take longer than reading the sample from a pack.
     """
     golden, shifts = np.array([0x9E3779B97F4A7C15], np.uint64), [np.uint64(shift) for shift in (30, 27, 31, 11)]
     factors = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -37,9 +37,10 @@ def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Ten
 
     A sample thus starts from the same noise in any batch, on any device and in any process.
     """
+    generator = torch.Generator()
 
     def draw(index: int) -> Tensor:
-        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(state))
+        seed_draws(generator, seed, index)
+        return torch.randn(*shape, generator=generator)
 
     return torch.stack([draw(index) for index in indices])

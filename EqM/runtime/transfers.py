@@ -1,6 +1,6 @@
-"""Copies between the host and a GPU, for which neither waits until it wants what was copied.
+"""Asynchronous copies between host and GPU. A side waits only when it uses the result.
 
-They go beside the work of the current stream: in it, each would interrupt it for longer than the copy takes.
+Copies have streams of their own: in the current stream, each would interrupt the work for longer than the copy takes.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values from the host, pinned or not, on the device. Nobody may write to them before they are copied."""
+    """Starts to copy values, pinned or not, to the device. Do not write to them before they are copied."""
     if device.type != "cuda":
         return values.to(device)
-    beside, current = copies(device, "to it"), torch.cuda.current_stream(device)
+    beside, current = copy_stream(device, "to it"), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
         copied = values.pin_memory().to(device, non_blocking=True)
     current.wait_stream(beside)
@@ -23,10 +23,10 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def read_later(values: Tensor) -> Callable[[], Tensor]:
-    """Starts to copy values to the host; what it returns waits for this copy alone. Nobody may write to the values."""
+    """Starts to copy values to the host. The returned function waits for this copy. Do not write to the values."""
     if not values.is_cuda:
         return lambda: values
-    beside, copied = copies(values.device, "from it"), torch.cuda.Event()
+    beside, copied = copy_stream(values.device, "from it"), torch.cuda.Event()
     beside.wait_stream(torch.cuda.current_stream(values.device))
     with torch.cuda.stream(beside):
         host = values.to("cpu", non_blocking=True)
@@ -41,6 +41,6 @@ def read_later(values: Tensor) -> Callable[[], Tensor]:
 
 
 @cache
-def copies(device: torch.device, direction: str) -> torch.cuda.Stream:
-    """The stream of a device's copies: one for each direction, since those from it wait for its results."""
+def copy_stream(device: torch.device, direction: str) -> torch.cuda.Stream:
+    """The stream for a device's copies in one direction. Copies to it must not wait behind copies of its results."""
     return torch.cuda.Stream(device)
