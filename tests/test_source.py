@@ -81,8 +81,8 @@ def test_packed_latents_and_latents_encoded_on_the_way_train_alike(shapes, packs
     [
         ("pixels", ["--video", "--image-size", 32], "was made with --image-size 16, not 32: leave out --image-size"),
         ("pixels", [], "is a pack of videos: add --video"),
-        ("latents", ["--video", "--vae", "ema"], "and this run asks for ema"),
-        ("latents", ["--video", "--vae", "none"], "and this run asks for none"),
+        ("latents", ["--video", "--vae", "ema"], ", not ema: leave out --vae"),
+        ("latents", ["--video", "--vae", "none"], ", not none: leave out --vae"),
     ],
 )
 def test_a_pack_of_another_form_than_asked_for_is_an_error(packs, tmp_path, name, flags, said):
