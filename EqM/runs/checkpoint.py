@@ -76,7 +76,7 @@ def is_sealed(path: Path) -> bool:
 def load_file(path: Path) -> dict:
     """The contents, on the CPU, of a checkpoint file: ours, a published one or a bare state dict.
 
-    Published checkpoints hold flags as argparse.Namespace. Beside plain data, this is the only type allowed.
+    Published checkpoints hold flags of argparse. Beside plain data, only their type is allowed.
 
     Raises:
         UserError: the file is missing, cut short, changed, or no checkpoint.
