@@ -488,4 +488,4 @@ def test_precisions_choose_the_rows_of_the_benchmark(tmp_path):
     flags = ("--quick", "--only", "sampling", "--precisions", "bf16")
     run = run_script("benchmark.py", *flags, cwd=tmp_path)
     assert run.returncode == 1
-    assert "benchmark.py: error: --precisions bf16: on this device fp32 is measured" in run.stderr
+    assert "benchmark.py: error: --precisions bf16: on this device only fp32 is measured" in run.stderr

@@ -121,7 +121,7 @@ def test_a_line_half_written_is_left_out_with_a_warning(tmp_path):
     [
         (["nowhere"], "nowhere is not a run's folder: it has no metrics.jsonl"),
         (["a/metrics.jsonl"], "a/metrics.jsonl is not a run's folder: it has no metrics.jsonl"),
-        (["empty"], "empty/metrics.jsonl has no whole line: wait for the run's first, or give another run"),
+        (["empty"], "empty/metrics.jsonl has no whole line: wait for the first line of the run, or give another run"),
         (["a", "a/"], "a RUN is given twice: give each once"),
         (["a", "--output", "none/plot.png"], "--output none/plot.png cannot be written: No such file or directory"),
         (["a", "--output", "plot.jpg"], "--output plot.jpg is not a .png file"),

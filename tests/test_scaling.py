@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import benchmark
-import step as step_module
+import state as state_module
 from conftest import run_python, spawn
 from measuring import agreement
 from measuring.launches import RECORD, launch
@@ -68,7 +68,7 @@ def findings() -> dict:
     found = {"place": place(), "x": step.x.clone(), "gradient": gradient(step)}
     agreement.RANK_STEPS = SHORT
     found["losses"], found["same weights"] = agreement.rank_losses(SHARED, FP32, CPU, 0)
-    step_module.data_parallel = lambda network: network
+    state_module.data_parallel = lambda network: network
     return found | {"same without exchange": agreement.rank_losses(SHARED, FP32, CPU, 0)[1]}
 
 

@@ -1,1 +1,1 @@
-"""The benchmark: workloads with random inputs, their speed and memory, and whether ways to compute them agree."""
+"""Speed, memory and agreement of different ways to compute (benchmark.py), and comparisons of variants (study.py)."""

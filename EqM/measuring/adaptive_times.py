@@ -1,8 +1,8 @@
 """How much time adaptive sampling saves against fixed steps.
 
-The network is evaluated in full, but its result is multiplied by 0: it has not been trained, and the norms of its
-field need not fall. Samples follow the field m − x of a quadratic energy instead. Its minimum m depends on the class:
-a higher class starts further away and takes more evaluations.
+The network is evaluated completely, but its result is multiplied by 0: it is not trained, so the norms of its field
+need not fall. Samples follow the field m − x of a quadratic energy instead. Its minimum m depends on the class: for a
+higher class it lies further from the start, and samples take more evaluations.
 """
 
 import statistics
@@ -30,10 +30,10 @@ FEWEST = 20
 
 
 class Descents:
-    """The same samples by fixed steps and adaptively, on a network that only takes time.
+    """The same samples with fixed steps and adaptively, on a network that only takes time.
 
     Args:
-        number: of samples, a multiple of the work's batch.
+        number: how many samples, a multiple of the work's batch.
     """
 
     def __init__(self, work: Work, precision: Precision, fast: bool, device: torch.device, number: int):
@@ -91,7 +91,7 @@ class Descents:
         return iter(lambda: list(islice(finished, self.batch)), [])
 
     def warm_up(self) -> None:
-        """Compiles, and records the graphs: that happens at the fourth call."""
+        """Compiles, and records the graphs, which happens at the fourth call."""
         field, x = self.fixed_field(self.labels(range(self.batch))), self.starts(range(self.batch)).to(self.device)
         for _ in range(5):
             field(x)
@@ -102,10 +102,10 @@ class Descents:
 def adaptive_times(
     work: Work, precision: Precision, fast: bool, device: torch.device, samples_a_slot: int, rounds: int
 ) -> dict[str, float]:
-    """Seconds for the same samples by fixed steps and adaptively, each the median of these rounds, and what is saved.
+    """Seconds for the same samples with fixed steps and adaptively, medians over rounds, and the share of time saved.
 
-    The ideal share saved is the share of evaluations saved. A GPU keeps slots when no sample is left for them, so it
-    comes closer to the ideal with more samples for each slot.
+    The ideal is the share of evaluations saved. A GPU keeps the slots for which no sample is left. So more samples for
+    each slot bring the time saved closer to the ideal.
     """
     number = samples_a_slot * work.batch
     descents = Descents(work, precision, fast, device, number)
@@ -123,15 +123,15 @@ def adaptive_times(
 
 
 def known_minima(axes: int) -> Tensor:
-    """The minimum m of each class's energy, whose field is m − x: (classes, 1, …), for samples with this many axes."""
+    """The minima m of the classes' energies, (classes, 1, …), for samples with this many axes. The field is m − x."""
     evaluations = torch.linspace(FEWEST, DESCENT.cap, NUM_CLASSES)  # (classes,)
-    # A step leaves 1 − η of the distance, which is the field's norm. The start is standard normal noise, at 1 from 0.
+    # The field's norm is the distance to m. A step multiplies it by 1 − η. Starts are normal noise, with norm 1.
     distances = DESCENT.threshold * (1 - DESCENT.stepsize) ** (1 - evaluations)  # (classes,)
     return (distances.square() - 1).clamp(min=0).sqrt().view(-1, *[1] * axes)
 
 
 def timed(way: Callable[[], Iterable[list[Finished]]]) -> tuple[float, int]:
-    """The seconds until all samples are on the host, and their evaluations."""
+    """Seconds until all samples are on the host, and the evaluations of all samples."""
     start, evaluations, reading = time.perf_counter(), 0, deque()
     for group in way():
         reading.append(read_later(torch.stack([finished.x for finished in group])))

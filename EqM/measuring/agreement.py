@@ -1,8 +1,8 @@
-"""Whether ways to train and to sample that must agree do agree.
+"""Checks that different ways to train and to sample agree.
 
 On one device: fast against eager, in every precision. On several ranks: all ranks against one, on the same global
-batch. The losses of a training are compared as means over windows of steps. Random numbers set the tolerance: a
-training agrees with the first one if it differs by less than a training with other random numbers does.
+batch. The losses of a training are compared as means over windows of steps. A training agrees with the first one if it
+differs from it by less than a training with other random numbers does.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from runtime import distributed
 WINDOWS = 5  # parts of a training whose mean losses are compared
 LOSS_COLUMNS = ("training", *(f"window {i + 1}" for i in range(WINDOWS)), "largest difference")
 LR = 5e-4
-# By device type, the steps of a training on one device, of a training on several ranks, and of a sampling.
+# Steps by device type: of a training on one device, of a training on several ranks, and of a sampling.
 STEPS = {"cuda": 200, "cpu": 20}
 RANK_STEPS = {"cuda": 100, "cpu": 20}
 SAMPLING_STEPS = {"cuda": 50, "cpu": 10}
-# The largest ‖fast − eager‖ / ‖eager − start‖ of samples: a few roundings of the precision.
+# The largest ‖fast − eager‖ / ‖eager − start‖ of samples: a few rounding errors of the precision.
 SAMPLE_TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 
 
 def window_losses(step: Training, steps: int) -> list[float]:
-    """Trains, and gives the mean loss of each window of steps over all ranks, (WINDOWS,)."""
+    """Trains. Returns the mean loss of each window of steps over all ranks, (WINDOWS,)."""
     losses = distributed.mean(torch.stack([step()[0].clone() for _ in range(steps)]))  # (steps,)
     return torch.stack([window.mean() for window in losses.chunk(WINDOWS)]).tolist()
 
 
 def differences(windows: dict[str, list[float]]) -> dict[str, float]:
-    """By training, the largest difference of a window's mean loss from that of the first training."""
+    """The largest difference of each training, by name, from the first one, over the means of the windows."""
     means = torch.tensor(list(windows.values()))  # (trainings, WINDOWS)
     return dict(zip(windows, (means - means[0]).abs().amax(1).tolist(), strict=True))
 
@@ -47,13 +47,13 @@ def loss_cells(name: str, windows: dict[str, list[float]]) -> list[str]:
 
 
 def losses_agree(windows: dict[str, list[float]]) -> bool:
-    """Whether all trainings agree with the first; the second is the one with other random numbers."""
+    """True if all trainings agree with the first one. The second one has other random numbers."""
     _, noise, *others = differences(windows).values()
     return all(difference < noise for difference in others)
 
 
 def precisions_of(device: torch.device) -> list[Precision]:
-    """All that the device can compute in, fp32 first."""
+    """All precisions that the device can compute in, fp32 first."""
     choices = [agree_on_precision(name, device.type) for name in ("fp32", "bf16", "fp16")]
     return [choice for choice in choices if not choice.reason]
 
@@ -61,7 +61,7 @@ def precisions_of(device: torch.device) -> list[Precision]:
 def trainings(work: Work, device: torch.device) -> Iterator[tuple[str, list[float], EqM]]:
     """Trains in every precision, eagerly and fast: a name, window losses (WINDOWS,), and the averaged network.
 
-    The first is eager in fp32, and the second differs from it by its random numbers alone.
+    The first one is eager in fp32. The second one differs from it only in its random numbers.
     """
     choices = precisions_of(device)
     ways = [(precision, fast, 0) for precision in choices for fast in (False, True)]
@@ -97,7 +97,7 @@ def sample_difference(work: Work, network: EqM, precision: Precision, device: to
 
 @dataclass(frozen=True)
 class GivenDraws(Objective):
-    """An objective that takes a given noise (N, …) and γ (N,) in place of those drawn."""
+    """An objective that replaces the drawn noise and γ by given noise (N, …) and γ (N,)."""
 
     noise: Tensor | None = None
     gamma: Tensor | None = None
@@ -111,9 +111,9 @@ class GivenDraws(Objective):
 def rank_losses(work: Work, precision: Precision, device: torch.device, seed: int) -> tuple[list[float], bool]:
     """Trains on the work's batch, which all ranks share: window losses, and whether all end with the same weights.
 
-    Each rank draws its own noise and γ, and another number of ranks would draw others. So they are given here: they
-    depend on the seed alone, and only rounding differs. Weights are compared to the bit: ranks that exchange their
-    gradients keep the same ones.
+    In training each rank draws its own noise and γ, so another number of ranks has others. Here they depend only on the
+    seed, so that only rounding differs. Weights are compared bitwise: ranks that exchange their gradients keep the same
+    weights.
     """
     start_over(device)
     share = replace(work, batch=work.batch // distributed.world_size())
@@ -123,7 +123,7 @@ def rank_losses(work: Work, precision: Precision, device: torch.device, seed: in
     objective = GivenDraws(noise=noise[mine].to(device), gamma=gamma[mine].to(device))
     recipe = replace(RECIPE, lr=LR, objective=objective)
     step = Training(share, precision, device.type == "cuda", device, recipe=recipe)
-    step.y.fill_(NUM_CLASSES)  # no label, so that none is dropped at random
+    step.y.fill_(NUM_CLASSES)  # the null class: no label can be dropped at random
     losses = window_losses(step, RANK_STEPS[device.type])
     weights = hashlib.sha256(step.state.weights.detach().cpu().numpy()).hexdigest()
     return losses, len(set(distributed.gather(weights))) == 1

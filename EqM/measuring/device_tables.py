@@ -1,4 +1,4 @@
-"""The benchmark's tables of one device: speed, memory, loader, checkpoints, adaptive sampling, fast against eager."""
+"""The benchmark's tables for one device: speed, memory, loader, checkpoints, adaptive sampling, fast against eager."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ from runtime.logs import device_name
 
 
 def small_work(device: torch.device, quick: bool) -> tuple[Work, str, bool]:
-    """A small network to measure single numbers with, its precision, and whether it runs fast."""
+    """A small network for single measurements, its precision, and whether it runs fast."""
     fast = device.type == "cuda"
     return (SMALL, "bf16", fast) if fast and not quick else (TINY, "fp32", fast)
 
@@ -81,7 +81,7 @@ def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
 def measure_adaptive(results: Results, device: torch.device, quick: bool) -> None:
     small, precision, fast = small_work(device, quick)
     choice = set_precision(precision, device)
-    # Work, samples a slot, rounds.
+    # Each is (work, samples a slot, rounds).
     measured = [(replace(small, batch=4), 4, 1)] if small is TINY else [(small, 64, GROUPS), (MIDDLE, 32, 1)]
     for work, samples_a_slot, rounds in measured:
         start_over(device)
@@ -120,10 +120,10 @@ def measure_agreement(results: Results, device: torch.device, quick: bool) -> No
 def measure_one_device(
     results: Results, device: torch.device, parts: Sequence[str], precisions: Sequence[str], quick: bool
 ) -> None:
-    """Measures these parts, and the speed of training and sampling in these precisions alone.
+    """Measures these parts. The speed of training and sampling is measured only in these precisions.
 
     Raises:
-        UserError: speed is wanted, and this device is measured in none of these precisions.
+        UserError: speed is asked for, but this device is measured in none of these precisions.
     """
     where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
     empty = {"rows": [], "ratios": {}, "largest_batch": {}, "loader": {}, "saving": {}, "adaptive": {}, "agreement": {}}
@@ -131,7 +131,7 @@ def measure_one_device(
     results.print(", ".join(where.values()))
     works = [work for part in parts for work in (QUICK if quick else FULL).get(part, [])]
     if works and device.type == "cpu" and "fp32" not in precisions:
-        raise UserError(f"--precisions {' '.join(precisions)}: on this device fp32 is measured")
+        raise UserError(f"--precisions {' '.join(precisions)}: on this device only fp32 is measured")
     if works:
         measure_speed(results, device, works, precisions)
     if "largest" in parts:

@@ -1,4 +1,4 @@
-"""Launches of torchrun, one for each number of ranks, and the lines in which a launch tells what it measured."""
+"""Launches of torchrun, one for each number of ranks. A launch prints its measurements as lines of JSON."""
 
 import json
 import os
@@ -10,23 +10,23 @@ from pathlib import Path
 from runtime import distributed
 from runtime.errors import UserError
 
-RECORD = "measured: "  # begins a line for the process that launched; all other lines are for people
+RECORD = "measured: "  # prefix of lines for the launching process; all other lines are for people
 DEFAULTS = {
-    # torchrun sets this for several processes, not for one.
+    # torchrun sets this only for several processes. One process must compute in the same way.
     "OMP_NUM_THREADS": "1",
-    # On a host with several users, NVLink multicast of one can make the GPUs of all unusable.
+    # On a host with several users, NVLink multicast of one user can make the GPUs unusable for all.
     "NCCL_NVLS_ENABLE": "0",
 }
 
 
 def tell(record: dict) -> None:
-    """Gives a record to the process that launched these ranks. All ranks may call it; rank 0 writes."""
+    """Prints a record for the launching process. All ranks may call it; only rank 0 prints."""
     if distributed.is_main():
         print(RECORD + json.dumps(record), flush=True)
 
 
 def launch(ranks: int, script: Path, flags: Sequence[object]) -> Iterator[dict]:
-    """Runs a script under torchrun and yields the records that it tells, as they come; prints its other lines.
+    """Runs a script under torchrun. Yields its records as they come, and prints its other lines.
 
     Raises:
         UserError: the script failed.
@@ -44,4 +44,4 @@ def launch(ranks: int, script: Path, flags: Sequence[object]) -> Iterator[dict]:
             process.terminate()
             raise
     if process.returncode:
-        raise UserError(f"the launch of {ranks} ranks ended with status {process.returncode}; the lines above say why")
+        raise UserError(f"the launch of {ranks} ranks ended with status {process.returncode}: the lines above say why")

@@ -1,4 +1,4 @@
-"""How many clips a second the loader gives: decoded from files, and from packs of pixels and of latents."""
+"""Clips a second of the loader: decoded from files, and from packs of pixels and of latents."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from data.batches import EpochStream, make_loader
 from data.form import Form
 from data.source import find_pack, open_source, packed_space
 
-WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 50, 25  # of the source videos, which are MPEG-4 in AVI as UCF-101's
+WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 50, 25  # of the source videos: MPEG-4 in AVI, like UCF-101
 CLIP_LEN, FRAME_INTERVAL = 4, 3
 WORKERS, BATCH = 2, 64
 WARMUP_BATCHES = 4
@@ -22,7 +22,7 @@ SECONDS = 3.0  # for each rate
 
 
 def write_sources(folder: Path, videos: int) -> None:
-    """Videos of a drifting pattern in two class folders."""
+    """Writes videos of a drifting pattern into two class folders."""
     rng = np.random.default_rng(0)
     for i in range(videos):
         path = folder / f"class{i % 2}" / f"{i}.avi"
@@ -38,7 +38,7 @@ def write_sources(folder: Path, videos: int) -> None:
 
 
 def write_vae(folder: Path) -> bool:
-    """Writes a small random VAE with the shapes of the Stable Diffusion VAE; returns False without diffusers."""
+    """Writes a small random VAE with the latent shapes of Stable Diffusion's VAE. Returns False without diffusers."""
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -49,7 +49,7 @@ def write_vae(folder: Path) -> bool:
 
 
 def clips_per_second(data: Path, image_size: int, workers: int) -> float:
-    """The loader's rate on a folder of videos or a pack, after its workers have started."""
+    """Clips a second from a folder of videos or a pack, once the workers have started."""
     form, pack = Form(True, image_size, CLIP_LEN, FRAME_INTERVAL, flip=True), find_pack(data)
     source = open_source(data, form, pack, packed_space(pack) if pack else None, None)
     stream = EpochStream(len(source.found), BATCH, 10**6, seed=0, first=0, rank=0, ranks=1)
@@ -64,7 +64,7 @@ def clips_per_second(data: Path, image_size: int, workers: int) -> float:
 
 
 def loader_rates(videos: int = 8) -> Iterator[tuple[str, float]]:
-    """Yields names and clips a second, each as soon as it is measured."""
+    """Yields (name, clips a second), each as soon as it is measured."""
     prepare = Path(__file__).resolve().parents[1] / "prepare.py"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,7 +1,7 @@
-"""The benchmark's tables of several ranks: speed, efficiency, memory, and losses against those of one rank.
+"""The benchmark's tables for several ranks: speed, efficiency, memory, and losses against those of one rank.
 
-Each number of ranks is a launch of torchrun. `measure_ranks` measures within a launch, and tells records to the
-process that started it. `measure_scaling` starts the launches and makes the tables.
+Each number of ranks is a launch of torchrun. `measure_ranks` runs in a launch, and sends records to the process that
+started it. `measure_scaling` starts the launches and makes the tables.
 """
 
 import platform
@@ -22,10 +22,10 @@ from runtime.logs import device_name
 
 
 def measure_ranks(known: dict[str, Scaled], parts: Sequence[str], others: Sequence[int], device: torch.device) -> None:
-    """Measures parts on all ranks of this launch, and tells the results.
+    """Measures parts on all ranks of this launch, and sends the results.
 
-    One rank by itself also measures the shares of a rank among each number of `others`, and trains with other random
-    numbers.
+    If this is the only rank, it also measures the share that a rank has in each launch of `others`, and trains again
+    with other random numbers.
     """
     ranks, fast = distributed.world_size(), device.type == "cuda"
     precision = agree_on_precision("bf16" if fast else "fp32", device.type)
@@ -51,7 +51,7 @@ def measure_ranks(known: dict[str, Scaled], parts: Sequence[str], others: Sequen
 
 
 def losses_work(known: dict[str, Scaled]) -> Work:
-    """What losses are compared on: the first work, with its global batch."""
+    """The work on which losses are compared: the first one, with its global batch."""
     first = next(iter(known.values()))
     return replace(first.work, batch=first.global_batch)
 
@@ -63,15 +63,15 @@ def measure_scaling(
     others: Sequence[int],
     start: Callable[[int, Sequence[str]], Iterable[dict]],
 ) -> None:
-    """Measures parts on one rank, and then on each number of `others`, which increase.
+    """Measures parts on one rank, then on each number of ranks in `others`, in increasing order.
 
     Args:
-        start: launches this many ranks that measure these parts, and yields their records.
+        start: launches this many ranks to measure these parts, and yields their records.
     """
     alone: dict[str, dict[Share, float]] = {part: {} for part in known}  # seconds a step of one rank
     windows, same_weights, steps = {}, True, 0
     for ranks in (1, *others):
-        # Losses are compared between one rank and the most.
+        # Losses are compared only between one rank and the largest number.
         asked = [part for part in parts if part != "losses" or ranks in (1, others[-1])]
         for record in start(ranks, asked) if asked else ():
             match record:
@@ -98,7 +98,7 @@ def measure_scaling(
 
 
 def compare_losses(results: Results, windows: dict[str, list[float]], same_weights: bool, ranks: int) -> None:
-    """Prints the losses of one rank and of this many, and whether they agree."""
+    """Prints the losses of one rank and of `ranks` ranks, and whether they agree."""
     results.print_heading(LOSS_COLUMNS)
     for name in windows:
         results.print_row(loss_cells(name, windows))

@@ -1,4 +1,4 @@
-"""What a benchmark has measured: tables on the screen, and a JSON file that always holds all of it."""
+"""The results of a benchmark: tables on the screen, and a JSON file that is always complete."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Results:
-    """What goes to the file `path` as JSON is in `content`; `differs` says that results differ that must agree."""
+    """`content` goes to the file `path` as JSON. `differs` is True if results differ that must agree."""
 
     def __init__(self, path: Path):
         self.path, self.differs = path, False

@@ -1,4 +1,4 @@
-"""By how much a training step slows down while a checkpoint is written in the background."""
+"""How much slower a training step is while a checkpoint is written in the background."""
 
 import tempfile
 import time
@@ -7,28 +7,27 @@ from pathlib import Path
 
 import torch
 
-from measuring.workloads import Training, Work
+from measuring.workloads import Training, Work, synchronize
 from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 
-STEPS_AHEAD = 4  # steps that the host gives to the device before it waits
+STEPS_AHEAD = 4  # the host queues so many steps before it waits
 USUAL_SECONDS = 2.0
 
 
 def seconds_a_step(step: Training, goes_on: Callable[[], bool]) -> float:
-    """The mean over all steps until `goes_on` returns False."""
+    """The mean over all steps until `goes_on()` is False."""
     start, steps = time.perf_counter(), 0
     while goes_on():
         for _ in range(STEPS_AHEAD):
             step()
-        if step.x.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(step.x.device)
         steps += STEPS_AHEAD
     return (time.perf_counter() - start) / steps
 
 
 def saving_times(work: Work, precision: Precision, fast: bool, device: torch.device, folder: Path) -> dict[str, float]:
-    """Milliseconds a step, as usual and while a checkpoint is written to `folder`; its seconds and megabytes."""
+    """Milliseconds a step, usually and while a checkpoint is written to `folder`; seconds and megabytes of that."""
     step = Training(work, precision, fast, device)
     for _ in range(5):  # the graph is recorded at the fourth
         step()

@@ -1,4 +1,4 @@
-"""How training grows with the number of ranks: speed, the share of time that ranks lose to each other, memory."""
+"""How training scales with the number of ranks: speed, time lost to communication, memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ SCALING_COLUMNS = (
 
 
 class Share(NamedTuple):
-    """The samples of one rank: of a step, and of one forward and backward."""
+    """The samples of one rank: in a step, and in one forward and backward pass."""
 
     batch: int
     micro_batch: int
@@ -35,7 +35,7 @@ class Share(NamedTuple):
 class Scaled:
     """Work to scale. Weak: each rank has the work's batch. Strong: the ranks share `global_batch`.
 
-    In strong scaling a rank takes at most `micro_batch` samples at a time, so that one rank has memory for all.
+    In strong scaling a rank takes at most `micro_batch` samples at a time. So one rank has memory for the whole batch.
     """
 
     work: Work
@@ -43,14 +43,14 @@ class Scaled:
     micro_batch: int
 
     def share(self, scaling: str, ranks: int) -> Share:
-        """The share of each rank; the number of ranks must divide the global batch."""
+        """The share of each rank. The number of ranks must divide the global batch."""
         if scaling == "weak":
             return Share(self.work.batch, self.work.batch)
         batch = self.global_batch // ranks
         return Share(batch, min(batch, self.micro_batch))
 
     def shares(self, numbers: Sequence[int]) -> list[Share]:
-        """All different shares of ranks in these numbers."""
+        """All different shares for these numbers of ranks."""
         return list(dict.fromkeys(self.share(scaling, ranks) for scaling in ("weak", "strong") for ranks in numbers))
 
 
@@ -64,10 +64,10 @@ class ScalingRow:
 
     Attributes:
         scaling: "weak" or "strong".
-        batch, micro_batch: samples of one rank, of a step and at a time.
-        ms: a step's, of the slowest rank.
-        efficiency: samples a second, divided by those of one rank times the number of ranks.
-        communication: the share of a step's time that one rank, with the same share of samples, does not need.
+        batch, micro_batch: samples of one rank, in a step and at a time.
+        ms: a step of the slowest rank.
+        efficiency: samples a second, divided by (number of ranks × samples a second of one rank).
+        communication: 1 − t₁/t, with the step's time t, and t₁ of one rank by itself with the same share.
         gigabytes: the most memory allocated on a GPU, 10⁹ bytes; None on a CPU.
     """
 
@@ -93,10 +93,10 @@ class ScalingRow:
 def scaling_rows(
     scaled: Scaled, ranks: int, share: Share, seconds: float, gigabytes: float | None, alone: dict[Share, float]
 ) -> Iterator[ScalingRow]:
-    """The rows that follow from one time of so many ranks: one, two where weak and strong shares are equal, or none.
+    """The rows for one time of this many ranks: one, two if weak and strong shares are equal, or none.
 
     Args:
-        alone: seconds a step of one rank, for its own shares and for those of more ranks.
+        alone: seconds a step of one rank by itself, for each share of one and of more ranks.
     """
     for scaling in ("weak", "strong"):
         if scaled.share(scaling, ranks) != share:
@@ -118,15 +118,15 @@ def scaling_rows(
 
 
 def measure_share(work: Work, share: Share, precision: Precision, device: torch.device) -> tuple[float, float | None]:
-    """Seconds a step of the slowest rank, and the most memory of a GPU in 10⁹ bytes, None on a CPU.
+    """Seconds a step of the slowest rank, and the most memory of a GPU in 10⁹ bytes (None on a CPU).
 
-    All ranks must call it together. Each trains on a share of this size.
+    All ranks must call it together. Each rank trains on a share of this size.
     """
     start_over(device)
     fast = device.type == "cuda"
     recipe = replace(RECIPE, micro_batch=share.micro_batch)
     step = Training(replace(work, batch=share.batch), precision, fast, device, recipe=recipe)
-    # On a GPU the step is recorded after these.
+    # On a GPU the step is recorded in these calls.
     for _ in range(WARMUP_CALLS_DISTRIBUTED + 2 if fast else 1):
         step()
     seconds = max(distributed.gather(seconds_a_call(step, device)))

@@ -1,4 +1,4 @@
-"""Tables and curves of a study: the quality of each variant, as mean and spread over seeds."""
+"""Tables and curves of a study: mean and spread of each quality over seeds, for each variant."""
 
 import math
 import statistics
@@ -10,12 +10,12 @@ from drawing.plots import Lines
 
 @dataclass(frozen=True)
 class Cell:
-    """One quality of one variant: a value for each seed, NaN if it was not measured."""
+    """One quality of one variant: a value for each seed; NaN: not measured."""
 
     values: tuple[float, ...]
 
     def known(self) -> list[float | None]:
-        """The values for a JSON file, which has no NaN: None instead."""
+        """The values for a JSON file. JSON has no NaN, so they become None."""
         return [None if math.isnan(value) else value for value in self.values]
 
     @property
@@ -24,7 +24,7 @@ class Cell:
 
     @property
     def spread(self) -> float:
-        """The standard deviation over seeds. Infinite for one seed: it is not known."""
+        """The standard deviation over seeds; infinite for one seed, because it is not known."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.inf
 
     def text(self, reference: "Cell") -> str:
@@ -38,15 +38,15 @@ class Cell:
         return f"**{text}**" if differs else text
 
 
-# The cell of each quality, by name, of each variant (trained, sampled).
+# By variant (trained, sampled), the cell of each quality by name.
 Cells = Mapping[tuple[str, str], Mapping[str, Cell]]
 
 
 def tables(cells: Cells) -> Iterator[str]:
-    """Markdown tables of all qualities; the first variant is the reference for all others.
+    """Markdown tables of all qualities. The first variant is the reference for all others.
 
-    If each training was sampled in each way, there is one table for each quality: a row for each training, a
-    column for each way to sample. Otherwise one table has a row for each variant and a column for each quality.
+    If each training was sampled in each way, each quality has a table: a row for each training, a column for each way
+    to sample. Otherwise one table has a row for each variant and a column for each quality.
     """
     reference = next(iter(cells.values()))
     trainings, samplings = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
@@ -68,10 +68,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def loss_curves(runs: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> Lines:
-    """The loss by step of each variant: at each step the mean over its runs.
+    """The loss of each variant by step, as the mean over its runs.
 
     Args:
-        runs: the lines of metrics of each run, by the name of the variant.
+        runs: by the name of the variant, the lines of metrics of each of its runs.
     """
     series = {}
     for name, seeds in runs.items():
@@ -83,7 +83,7 @@ def loss_curves(runs: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> Lin
 
 
 def quality_by_evaluations(cells: Cells, quality: str) -> Lines:
-    """A quality against the mean number of evaluations for a sample: a line for fixed steps, one for adaptive."""
+    """A quality by the mean evaluations a sample: one line for fixed steps, one for adaptive sampling."""
     series: dict[str, list[tuple[float, float]]] = {}
     for (_, sampling), row in cells.items():
         way = "adaptive" if sampling.startswith("G") else "fixed steps"

@@ -10,7 +10,7 @@ from measuring.workloads import Sampling, Training, Work, seconds_a_call, start_
 from precision import Precision, agree_on_precision
 from runtime.errors import is_out_of_memory
 
-PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square bf16 matrices whose product is the ceiling of speed
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}  # of the square bf16 matrices that product_flops multiplies
 SPEED_COLUMNS = (
     "work",
     "batch",
@@ -27,7 +27,7 @@ SPEED_COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement; memory is None on a CPU."""
+    """A measurement. Memory is None on a CPU."""
 
     work: str
     batch: int
@@ -48,7 +48,7 @@ class Row:
 
 
 def product_flops(device: torch.device) -> float:
-    """Operations a second of a dense bf16 matrix product: the ceiling."""
+    """Operations a second of a dense bf16 matrix product: the upper limit for a network."""
     side = PRODUCT_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -57,7 +57,7 @@ def product_flops(device: torch.device) -> float:
 
 
 def forward_flops(work: Work) -> int:
-    """Operations of one sample's forward pass, counted from the shapes of all products."""
+    """Operations of the forward pass of one sample, counted from the shapes of its products."""
     network, counter = work.build("meta"), FlopCounterMode(display=False)
     x = torch.empty(1, *network.input_shape, device="meta")
     with counter, torch.no_grad():
@@ -66,7 +66,7 @@ def forward_flops(work: Work) -> int:
 
 
 def set_precision(name: str, device: torch.device) -> Precision:
-    """The precision called fp32, tf32, bf16 or fp16. Sets also how this process computes float32 products."""
+    """The precision called fp32, tf32, bf16 or fp16. Also sets how this process computes float32 products."""
     precision = agree_on_precision("fp32" if name == "tf32" else name, device.type, tf32=name == "tf32")
     precision.set_fp32_mode()
     return precision
@@ -96,7 +96,7 @@ def measure_work(work: Work, precision: str, mode: str, device: torch.device, pr
 
 
 def fits(work: Work, precision: str, device: torch.device) -> float | None:
-    """The memory reserved for some fast steps, in 10⁹ bytes; None if they do not fit."""
+    """The memory that fast steps reserve, in 10⁹ bytes; None if they do not fit."""
     start_over(device)
     try:
         call = Training(work, set_precision(precision, device), True, device)
@@ -111,7 +111,7 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
 
 
 def largest_batch(work: Work, precision: str, device: torch.device) -> int:
-    """The largest batch that fits, to a sixteenth, or 0. Memory grows linearly, so two sizes predict it."""
+    """The largest batch that fits, to a sixteenth, or 0. Two sizes predict it, since memory grows linearly."""
     small, double = (fits(replace(work, batch=size), precision, device) for size in (work.batch, 2 * work.batch))
     batch = 2 * work.batch
     if small and double:
@@ -123,7 +123,7 @@ def largest_batch(work: Work, precision: str, device: torch.device) -> int:
 
 
 def ratios(rows: list[Row]) -> list[tuple[str, str]]:
-    """Labels and ratios, one for each pair of rows of the same work that was measured."""
+    """(label, ratio) for each pair of ways, if both are among these rows of one work."""
     found = {(row.precision, row.mode): row for row in rows}
     pairs = [
         ("speed, bf16 over fp32 IEEE", ("bf16", "fast"), ("fp32 IEEE", "fast"), "ms"),
@@ -134,9 +134,8 @@ def ratios(rows: list[Row]) -> list[tuple[str, str]]:
         ("time, fp16 over bf16", ("bf16", "fast"), ("fp16", "fast"), "ms"),
         ("memory, fp32 IEEE eager over bf16", ("bf16", "fast"), ("fp32 IEEE", "eager"), "gigabytes"),
     ]
-    both = [(label, found.get(ours), found.get(theirs), key) for label, ours, theirs, key in pairs]
     return [
-        (label, f"{getattr(theirs, key) / getattr(ours, key):.2f}")
-        for label, ours, theirs, key in both
-        if ours and theirs and getattr(ours, key)
+        (label, f"{getattr(found[theirs], key) / getattr(found[ours], key):.2f}")
+        for label, ours, theirs, key in pairs
+        if {ours, theirs} <= found.keys() and getattr(found[ours], key)
     ]

@@ -1,4 +1,4 @@
-"""What a study compares, and the trainings that it consists of: each runs the commands that people run."""
+"""What a study compares, and its trainings. Each training runs the commands that people run."""
 
 import re
 import shlex
@@ -19,14 +19,14 @@ FLOW_MATCHING = "--no-uncond --c-schedule constant --c-lambda 1"
 
 @dataclass(frozen=True)
 class Setting:
-    """How one kind of data is trained on and sampled, as flags, and how many samples are judged."""
+    """The flags for training and sampling on one kind of data, and how many samples are judged."""
 
     training: str
     sampling: str
     samples: int
 
 
-# By whether the data are videos, and whether there is a GPU.
+# Keys: whether the data are videos, and whether there is a GPU.
 SETTINGS = {
     (True, True): Setting(
         "--video --clip-len 4 --image-size 32 --temporal-patch 2 --model EqM-S/4 --global-batch-size 32 --lr 5e-4"
@@ -57,14 +57,14 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Variants:
-    """What a study compares: the flags of each training, and of each way to sample from it, by name."""
+    """What a study compares: by name, the flags of each training and of each way to sample from it."""
 
     trainings: dict[str, str]
     samplings: dict[str, dict[str, str]]
 
 
 def adaptive_samplings() -> dict[str, str]:
-    """Fixed numbers of steps, and norms to stop at, at the step size and the 250 steps published for B/2."""
+    """Fixed numbers of steps, and norms to stop at. Step size and 250 steps were published for B/2."""
     common = "--stepsize 0.003 --num-sampling-steps"
     fixed = {f"{steps} steps": f"{common} {steps}" for steps in (250, 100, 75)}
     return fixed | {f"G = {g}": f"{common} 250 --adaptive {g}" for g in (0.8, 0.4, 0.2, 0.1)}
@@ -82,12 +82,12 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Study:
-    """What is studied, on what data, and how its commands differ from those of the setting."""
+    """A study: its data, its setting, and the flags that are added to the setting."""
 
     name: str  # in STUDIES
     data: Path  # a folder with train/
     video: bool
-    output: Path  # gets everything
+    output: Path  # the folder for everything that the study writes
     seeds: int  # trainings of each variant
     samples: int  # of each variant and seed
     setting: Setting
@@ -100,7 +100,7 @@ class Study:
         return STUDIES[self.name]
 
     def trials(self) -> list["Trial"]:
-        """Every training. Seeds vary slowest: a study that is stopped has compared all variants for some seeds."""
+        """All trainings, seed by seed. So a study that is stopped early has compared all variants for some seeds."""
         return [Trial(self, name, seed) for seed in range(self.seeds) for name in self.variants.trainings]
 
 
@@ -117,7 +117,7 @@ class Trial:
         return f"{self.training}-seed{self.seed}".replace(" ", "-")
 
     def run(self, step: Callable[[], object]) -> None:
-        """Trains, then samples and evaluates in each way. Skips what is done. Calls `step` after each command.
+        """Trains, then samples and evaluates in each way. Skips what is done already. Calls `step` after each command.
 
         Raises:
             UserError: a command failed.
@@ -152,7 +152,7 @@ class Trial:
         return self.study.output / "evaluations" / f"{self.name}-{sampling}.json".replace(" ", "-")
 
     def seconds(self, sampling: str) -> float | None:
-        """How long sampling took, from the sampler's own log; None until it is done."""
+        """How long sampling took, from the sampler's log; None until sampling is done."""
         log = self.log(f"sample-{sampling}")
         found = re.search(r"\d+ samples in ([\d.]+) s: ", log.read_text() if log.exists() else "")
         return float(found[1]) if found else None
@@ -161,7 +161,7 @@ class Trial:
         return self.study.output / "logs" / f"{self.name}-{name}.txt".replace(" ", "-")
 
     def call(self, name: str, script: str, *flags: object) -> None:
-        """Runs one of our scripts, and keeps what it prints.
+        """Runs one of our scripts, and writes its output into a log file.
 
         Raises:
             UserError: it failed.
@@ -174,4 +174,4 @@ class Trial:
         with log.open("w") as file:
             status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if status:
-            raise UserError(f"{script} ended with status {status}: read {log}; the same command goes on from here")
+            raise UserError(f"{script} ended with status {status}: read {log}, then repeat this command to go on")

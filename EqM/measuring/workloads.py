@@ -1,4 +1,4 @@
-"""Networks with random inputs, to measure and to compare: one training or sampling step after another."""
+"""Training and sampling steps of networks on random inputs, for measuring and comparing."""
 
 import copy
 import statistics
@@ -30,7 +30,7 @@ ON_CPU = (("fp32", "eager"), ("fp32", "fast"))
 
 @dataclass(frozen=True)
 class Work:
-    """A network and a batch, for training or for guided sampling; `ways` are the precisions and modes to measure."""
+    """A network and a batch, for training or guided sampling. `ways` are the (precision, mode) pairs to measure."""
 
     name: str
     kind: str  # "train" or "sample"
@@ -78,15 +78,14 @@ QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frame
 
 
 def part_of_rank(batch: int) -> slice:
-    """Where this rank's samples lie among those of all ranks, if each has `batch` of them."""
+    """The place of this rank's samples among those of all ranks, if each rank has `batch` samples."""
     return slice(distributed.rank() * batch, (distributed.rank() + 1) * batch)
 
 
 class Training:
-    """Training on one random batch, the same at every step; a call is a step and returns loss and gradient norm, (2,).
+    """Training on one random batch, the same at every step. A call is a step, and returns loss and gradient norm, (2,).
 
-    The work's batch is that of each rank. It is a part of the global batch, which does not depend on how many ranks
-    share it.
+    Each rank has the work's batch. It is a part of a global batch that does not depend on how many ranks share it.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class Training:
     ):
         self.state = TrainingState(work.build(device), precision, device)
         self.state.working.grad_checkpoint = work.grad_checkpoint
-        # Before compiling: that may draw random numbers too, and how many depends on the rank's share.
+        # Before compilation, which may draw random numbers too; how many depends on the rank's share.
         samples, mine = work.batch * distributed.world_size(), part_of_rank(work.batch)
         self.x = torch.randn(samples, *self.state.network.input_shape, device=device)[mine].clone()
         self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
@@ -116,7 +115,7 @@ class Training:
 
 
 class Sampling:
-    """Guided gradient descent from random noise, x; each call is a step."""
+    """Guided gradient descent of x from random noise. A call is a step."""
 
     def __init__(self, work: Work, precision: Precision, fast: bool, device: torch.device, network: EqM | None = None):
         network = copy.deepcopy(network) if network else work.build(device)
@@ -136,7 +135,7 @@ class Sampling:
         return self.x
 
 
-GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median over groups of calls; a group takes this long
+GROUPS, GROUP_SECONDS = 3, 0.5  # a time is the median over groups of calls, each this long
 
 
 def start_over(device: torch.device) -> None:
@@ -153,9 +152,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
-    """The median over groups of calls; within a group the host does not wait for the device.
+    """The median over groups of calls. Within a group the host does not wait for the device.
 
-    All ranks must call it together, and all make the same number of calls.
+    All ranks must call it together. All make the same number of calls.
     """
 
     def group(size: int) -> float:

@@ -1,7 +1,7 @@
 """Checkpoints: one file of plain data that torch.load(..., weights_only=True) reads, with a checksum over every byte.
 
-torch writes a zip archive, of which a flipped bit can load as another number without a word. Its
-comment, which readers pass over, is the checksum: the seal.
+torch writes a zip archive. A flipped bit in it can load as another number without an error. So the archive's comment,
+which readers ignore, holds a checksum: the seal.
 """
 
 import argparse
@@ -20,13 +20,13 @@ REQUIRED_KEYS |= {"since_log", "bad_steps"}
 REQUIRED_CONFIG = {"network", "classes", "frames_per_second", "precision"}
 # What DistributedDataParallel and torch.compile put before parameter names.
 WRAPPER_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
-END_OF_ARCHIVE, END_BYTES = b"PK\5\6", 22  # of a zip archive's last record, without a comment
+END_OF_ARCHIVE, END_BYTES = b"PK\5\6", 22  # start and size of a zip archive's last record, without a comment
 SEAL = b"EqM crc32 %08x"
 SEAL_BYTES = len(SEAL % 0)
 
 
 def save_checkpoint(path: Path, contents: dict) -> None:
-    """Writes a checkpoint whole or not at all, with its seal.
+    """Writes a checkpoint with its seal, completely or not at all.
 
     Raises:
         OSError, RuntimeError: the disk is full, read-only or gone.
@@ -40,10 +40,10 @@ def save_checkpoint(path: Path, contents: dict) -> None:
 
 
 def seal(path: Path) -> None:
-    """Adds the checksum to what torch.save wrote: at a zip archive's end is its comment, after the comment's length.
+    """Adds the checksum to a file of torch.save. A zip archive ends with its comment, after the comment's length.
 
     Raises:
-        OSError: the archive has no end.
+        OSError: the archive is not complete.
     """
     with path.open("r+b") as file:
         file.seek(-END_BYTES, 2)
@@ -60,7 +60,7 @@ def is_sealed(path: Path) -> bool:
     """True for a file with a seal, False for one without.
 
     Raises:
-        UserError: the seal is another file's: bytes have changed.
+        UserError: the seal does not match the bytes: the file has changed.
     """
     length = path.stat().st_size - SEAL_BYTES
     with path.open("rb") as file:
@@ -74,12 +74,12 @@ def is_sealed(path: Path) -> bool:
 
 
 def load_file(path: Path) -> dict:
-    """The contents of a checkpoint file on the CPU: ours, a published one or a bare state dict.
+    """The contents, on the CPU, of a checkpoint file: ours, a published one or a bare state dict.
 
-    Published checkpoints hold the flags of argparse. No other type is allowed beside plain data.
+    Published checkpoints hold flags of argparse. Beside plain data, only their type is allowed.
 
     Raises:
-        UserError: no such file, cut short, changed, or not a checkpoint.
+        UserError: the file is missing, cut short, changed, or no checkpoint.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}: give the path of a .pt file that EqM/train.py wrote")
@@ -89,9 +89,9 @@ def load_file(path: Path) -> dict:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the format of files that are refused below
+            warnings.simplefilter("ignore")  # torch warns of the format of files that are refused below
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a reader of any bytes may raise has no common type
+    except Exception as error:  # damaged bytes raise errors of many types
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path} is cut short or is no checkpoint: give another one") from None
@@ -114,7 +114,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def check_written_here(contents: dict, path: Path) -> None:
-    """Raises UserError where a file's contents are not those of a checkpoint that EqM/train.py wrote."""
+    """Raises UserError if a file's contents are not those of a checkpoint that EqM/train.py wrote."""
     missing = REQUIRED_KEYS - contents.keys()
     if not missing:
         config = contents["config"]
@@ -126,10 +126,10 @@ def check_written_here(contents: dict, path: Path) -> None:
 
 
 def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:
-    """The EMA weights if there are any, else the model's, or the dict itself, without wrapper prefixes.
+    """The EMA weights, else the model's weights, else the dict itself, without wrapper prefixes.
 
     Raises:
-        UserError: the contents, which came from `source`, are not a network's weights.
+        UserError: the contents of `source` are not a network's weights.
     """
     weights = next((contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)), contents)
     entries = weights.items()

@@ -25,16 +25,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run in a thread of its own.
+    """Writes the checkpoints of one run in a thread.
 
-    The step waits only for copies into the host's memory, which a GPU makes between two steps.
+    Training waits only for the copy into the host's memory, which a GPU makes between two steps.
 
     Args:
-        folder: the run's.
+        folder: the folder of the run.
         keep: how many good checkpoints to keep; None: all.
 
     Attributes:
-        newest: the last one that was written or gone on from; None: there is none yet.
+        newest: the checkpoint that was written last, or that the run went on from; None: there is none yet.
     """
 
     def __init__(self, folder: Path, keep: int | None, newest: Path | None):
@@ -45,9 +45,9 @@ class CheckpointWriter:
         self.pending: Future | None = None
 
     def save(self, contents: dict) -> None:
-        """Copies a checkpoint's contents and has them written; waits until the one before is.
+        """Waits for the checkpoint before, then copies these contents and hands them to the thread.
 
-        What keeps it from being written is logged, and training goes on.
+        A checkpoint that cannot be written is an error in the log, and training goes on.
         """
         problem = self.wait()
         if problem:
@@ -65,7 +65,7 @@ class CheckpointWriter:
         self.pending = self.pool.submit(self.write, path, copied, done)
 
     def to_host(self, value: Any, name: str = "") -> Any:
-        """A copy, of which every tensor has host memory of its own; on a GPU it is there once the stream gets here."""
+        """Copies tensors to (pinned) host memory. From a GPU, the copy is complete when the current stream is."""
         if isinstance(value, dict):
             return {key: self.to_host(part, f"{name}/{key}") for key, part in value.items()}
         if not isinstance(value, Tensor):
@@ -75,7 +75,7 @@ class CheckpointWriter:
         return self.buffers[name].copy_(value.detach(), non_blocking=True)
 
     def write(self, path: Path, contents: dict, done: torch.cuda.Event | None) -> None:
-        """Writes one checkpoint, then removes those that are not to be kept."""
+        """Writes one checkpoint, then removes old ones."""
         if done:
             done.synchronize()
         save_checkpoint(path, contents)
@@ -89,7 +89,7 @@ class CheckpointWriter:
             log.error("cannot remove old checkpoints in %s: %s", path.parent, error.strerror)
 
     def remove_old(self) -> None:
-        """Removes what is older than the `keep` newest good checkpoints."""
+        """Removes all that are older than the `keep` newest good checkpoints."""
         found = 0
         for path in checkpoints(self.folder):
             if found == self.keep:
@@ -107,7 +107,7 @@ class CheckpointWriter:
         return good
 
     def wait(self) -> str:
-        """Waits for the thread; returns what kept the last checkpoint from being written, or an empty text."""
+        """Waits for the thread. Returns why the last checkpoint could not be written, or an empty text."""
         pending, self.pending = self.pending, None
         try:
             if pending:
@@ -117,7 +117,7 @@ class CheckpointWriter:
         return ""
 
     def reason(self, error: Exception) -> str:
-        """A full disk ends torch's writer in errors that do not say so."""
+        """Why writing failed. On a full disk torch raises errors that do not say so."""
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         if not (self.folder / "checkpoints").is_dir():
@@ -126,7 +126,7 @@ class CheckpointWriter:
         return f"{(str(error) or type(error).__name__).splitlines()[0]} ({free / 1e9:.2f} GB are free on the disk)"
 
     def advice(self) -> str:
-        """Where to go on, for error lines, once the checkpoint under way is there or not."""
+        """Waits for the thread, and says for an error line which checkpoint to go on from."""
         return self.wait() or self.last_good()
 
     def last_good(self) -> str:

@@ -1,4 +1,4 @@
-"""The config of a run: what a checkpoint says of the network and of how it was trained."""
+"""The config of a run: what a checkpoint says about the network and its training."""
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,8 +9,8 @@ from models import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
 from runtime.errors import UserError
 
-# Flags of train.py that a checkpoint keeps by their own names, and what a checkpoint without one of them means.
-# These meanings must never change. What a new run takes stands where a flag is defined.
+# Flags of train.py that a checkpoint keeps under their own names, and the value that a checkpoint without one means.
+# These values must never change. The default of a new run stands where a flag is defined.
 OLD_MEANINGS = {
     "frame_interval": 1,
     "no_flip": False,
@@ -25,14 +25,14 @@ OLD_MEANINGS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What a checkpoint says of its run.
+    """What a checkpoint says about its run.
 
     A default is what a checkpoint without this key means. It must never change.
 
     Attributes:
         classes: the names of the data's classes. The network may know more.
-        frames_per_second: of the training clips, on average; None for images.
-        precision: as Precision.as_dict.
+        frames_per_second: mean of the training clips; None for images.
+        precision: from Precision.as_dict.
         space: the space of the latents that the network sees; None: pixels.
         global_batch_size: samples of a step over all ranks.
         processes: ranks.
@@ -72,16 +72,16 @@ class Config:
 
     @property
     def seconds_per_frame(self) -> float:
-        """Seconds from one frame of a training clip to the next, on average; 0 for images."""
+        """Mean seconds between two frames of a training clip; 0 for images."""
         return 1 / self.frames_per_second if self.frames_per_second else 0.0
 
     @property
     def class_names(self) -> list[str]:
-        """The names of all classes that the network knows. A class without data goes by its index."""
+        """The names of all classes that the network knows. The name of a class without data is its index."""
         return [*self.classes, *map(str, range(len(self.classes), self.network.num_classes))]
 
     def kept_flags(self) -> dict:
-        """The values of the flags that the run was made with, by name, as train.py would read them again."""
+        """The flags of the run by name, with the values that train.py reads. None: the run does not use this flag."""
         network, objective = self.network, self.objective
         return {
             **{name: self.flags.get(name, meaning) for name, meaning in OLD_MEANINGS.items()},
@@ -105,10 +105,10 @@ class Config:
 
 
 def config_of(contents: dict, source: str | Path) -> Config:
-    """The config that a checkpoint or a config.json holds, as `Config.as_dict` gave it.
+    """The config from the dict of `Config.as_dict` that the file `source`, a checkpoint or a config.json, holds.
 
     Raises:
-        UserError: it lacks a key, or a value is of the wrong kind; it came from `source`.
+        UserError: a key is missing, or a value has the wrong type.
     """
     try:
         network = dict(contents["network"])

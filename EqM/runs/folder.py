@@ -8,11 +8,6 @@ from runtime.errors import UserError
 from runtime.files import write_whole
 
 
-def run_name(model: str, path_type: str) -> str:
-    """The name of a run after its number, as EqM-S-4-Linear-velocity-None."""
-    return f"{model.replace('/', '-')}-{path_type}-velocity-None"
-
-
 def run_folders(results_dir: Path) -> list[Path]:
     """The folders of all runs, the newest last."""
     number = re.compile(r"(\d+)-EqM-.+-velocity-None")
@@ -21,24 +16,25 @@ def run_folders(results_dir: Path) -> list[Path]:
 
 
 def create_run_folder(results_dir: Path, model: str, path_type: str = "Linear") -> Path:
-    """Makes and returns the next numbered folder, as 027-EqM-S-4-Linear-velocity-None.
+    """Makes and returns the next numbered folder, for example 027-EqM-S-4-Linear-velocity-None.
 
-    Making a folder is atomic: two runs that start at once get two numbers.
+    Making a folder is atomic, so two runs that start at the same time get two numbers.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    name = f"{model.replace('/', '-')}-{path_type}-velocity-None"
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
         while True:
             numbers = [int(n[0]) for path in results_dir.iterdir() if (n := re.findall(r"^\d+(?=-)", path.name))]
-            name = f"{max(numbers, default=-1) + 1:03d}-{run_name(model, path_type)}"
+            folder = results_dir / f"{max(numbers, default=-1) + 1:03d}-{name}"
             try:
-                (results_dir / name).mkdir()
+                folder.mkdir()
             except FileExistsError:
                 continue
-            (results_dir / name / "checkpoints").mkdir()
-            return results_dir / name
+            (folder / "checkpoints").mkdir()
+            return folder
     except OSError as error:
         raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
 

@@ -22,11 +22,11 @@ KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """A checkpoint to open, and what the flags say of it.
+    """A checkpoint to open, and what the flags say about it.
 
     Attributes:
-        vae: name or folder of the VAE, or "none"; None: the one that the network was trained on.
-        known: values of the flags that the checkpoint knows too, by name; only the flags that were given.
+        vae: name or folder of the VAE, or "none"; None: the VAE of the training.
+        known: the given flags whose values the checkpoint knows too, by name.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class CheckpointRequest:
 
 
 def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
-    """Adds --ckpt, --vae, and flags that the checkpoint knows too."""
+    """Adds --ckpt, --vae, and flags whose values the checkpoint knows too."""
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint that EqM/train.py wrote")
     parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default: the VAE of the training")
     known = parser.add_argument_group("what the checkpoint knows; if given, it must agree")
@@ -56,13 +56,13 @@ def checkpoint_request_of(args: argparse.Namespace) -> CheckpointRequest:
 def open_network(
     request: CheckpointRequest, device: torch.device, precision: Precision
 ) -> tuple[EqM, Config, VAE | None]:
-    """The network on the device in the precision, without gradients; its config; and the VAE of its latents if any.
+    """The network on the device in the precision, without gradients; its config; and the VAE of its latents, or None.
 
-    A published image checkpoint has no config. The flags --model and --vae stand in for it.
+    A published image checkpoint has no config. The flags --model and --vae replace it.
 
     Raises:
         UserError: there is no such checkpoint, a flag contradicts it, it holds the weights of another network, or
-            the VAE is missing or not the one that the network was trained on.
+            the VAE is missing or is not the VAE of the training.
     """
     contents = load_file(request.path)
     weights = network_weights(contents, request.path)
@@ -81,7 +81,7 @@ def open_network(
 
 
 def is_published(contents: dict, weights: dict[str, Tensor], request: CheckpointRequest) -> bool:
-    """Whether a file is a published image checkpoint, and the flags say what it lacks."""
+    """True for a published image checkpoint, if the flags give what it lacks."""
     table = weights.get("y_embedder.embedding_table.weight", torch.empty(0))  # (classes and the null class, D)
     described = "model" in request.known and request.vae not in (None, "none")
     return "config" not in contents and table.dim() == 2 and described
@@ -103,10 +103,10 @@ def published_config(request: CheckpointRequest, weights: dict[str, Tensor], spa
 def load_same_vae(
     request: CheckpointRequest, space: LatentSpace | None, device: torch.device, bf16: bool
 ) -> VAE | None:
-    """The VAE of the space that a network was trained in; None for pixels.
+    """The VAE whose latents a network was trained on; None for pixels.
 
     Raises:
-        UserError: it is missing, or the flags ask for another one.
+        UserError: it is missing, or the flags name another one.
     """
     name = request.vae or (space.name if space else "none")
     if (name == "none") == (space is not None):
@@ -125,6 +125,5 @@ def check_known(known: Mapping[str, object], config: Config) -> None:
     trained = config.kept_flags() | {"clip_len": config.network.frames}
     for name, asked in known.items():
         if asked != trained[name]:
-            flag = "--" + name.replace("_", "-")
-            with_value = f"contradicts the checkpoint, which was trained with {trained[name]}: leave it out"
-            raise UserError(f"{flag} {asked} {with_value}")
+            flag = f"--{name.replace('_', '-')} {asked}"
+            raise UserError(f"{flag} contradicts the checkpoint, which was trained with {trained[name]}: leave it out")

@@ -19,7 +19,7 @@ from runtime.logs import log
 
 
 class Metrics:
-    """Writes the lines of metrics.jsonl and of the log; on rank 0 `also` gets each line's values."""
+    """Writes the lines of metrics.jsonl and of the log. On rank 0, `also` gets the values of each line."""
 
     def __init__(
         self,
@@ -39,12 +39,13 @@ class Metrics:
         self.samples = samples
 
     def write(self, means: Tensor, samples: int, waiting_s: float, **counters: float) -> float:
-        """Averages over the ranks, and writes the result.
+        """Averages over the ranks, and writes a line. Every rank must call it.
 
-        Every rank must call it. `means` (3,) is this rank's loss, gradient norm and largest gradient norm
-        since the last line, `samples` those of all ranks so far, `waiting_s` how long this rank has waited
-        for data since the last line;
-        `counters` (step, epoch, …) go into the line as they are.
+        Args:
+            means: loss, gradient norm and largest gradient norm of this rank since the last line, (3,).
+            samples: samples of all ranks so far.
+            waiting_s: seconds for which this rank has waited for data since the last line.
+            counters: step, epoch, … They go into the line unchanged.
 
         Returns:
             Minutes since the start, the same on all ranks.
@@ -72,7 +73,7 @@ class Metrics:
         return minutes
 
     def leave_out(self, seconds: float) -> None:
-        """Counts seconds that no step took neither into the samples a second nor into the share of waiting."""
+        """Keeps seconds in which no step ran out of the samples a second and of the share of waiting."""
         self.since += seconds
 
     def append(self, row: dict) -> None:
@@ -83,7 +84,7 @@ class Metrics:
             log.error("%s lacks the line of step %d: %s", self.path, row["step"], error.strerror)
 
     def cut(self, step: int) -> None:
-        """Removes the lines after a step, from which a run goes on, and what is left of one half written."""
+        """Removes the lines after the step from which a run goes on, and half-written lines."""
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if step_of_line(line) <= step]
         if kept != lines:
@@ -91,7 +92,7 @@ class Metrics:
 
 
 def step_of_line(line: str) -> float:
-    """The step of a line of metrics; of a damaged one, infinity."""
+    """The step of a line of metrics; infinity for a damaged line."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -99,7 +100,7 @@ def step_of_line(line: str) -> float:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far, in 10⁹ bytes: the GPU's, or on a CPU the process's."""
+    """The most memory used so far, in 10⁹ bytes: of the GPU, or on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return process_memory_gb()
@@ -109,15 +110,15 @@ def process_memory_gb() -> float:
     """The most memory that this process has used, in 10⁹ bytes."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-    # Linux's getrusage gives a program that another one has started what that one had used.
+    # Linux's getrusage also counts the memory of the program that started this one.
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
 def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
-    """Numbers of a run's lines of metrics; damaged ones, as one that is being written, are left out, with a warning.
+    """The named numbers of each line of a run's metrics. Damaged or half-written lines are left out, with a warning.
 
     Raises:
-        UserError: it is no run's folder, or there are none.
+        UserError: this is not the folder of a run, or it has no whole line.
     """
     path, rows, damaged = run / "metrics.jsonl", [], []
     try:
@@ -135,5 +136,5 @@ def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
     if damaged:
         log.warning("%s: damaged lines are left out: %d, the first is line %d", path, len(damaged), damaged[0])
     if not rows:
-        raise UserError(f"{path} has no whole line: wait for the run's first, or give another run")
+        raise UserError(f"{path} has no whole line: wait for the first line of the run, or give another run")
     return rows

@@ -17,15 +17,15 @@ from runtime.errors import UserError
 from runtime.files import leftovers, lock
 from runtime.logs import log
 
-# The loading processes of a killed run hold its lock until they notice, some seconds later.
+# The loading processes of a killed run keep its lock until they notice, some seconds later.
 LOCK_PATIENCE_S = 20
-# Flags that tell one run from another, by name. --resume goes on with a run that has all of those that are given.
+# Flags that tell one run from another. --resume goes on with the newest run that has all given values of these flags.
 TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "vae")
 TELLING += ("path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
-# Flags that may change between a run's parts without a word: they leave the weights as they are.
+# Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
-SILENT |= {"num_workers", "max_bad_steps", "global_batch_size", "use_amp", "use_bf16"}  # other lines tell of the last
+SILENT |= {"num_workers", "max_bad_steps", "global_batch_size", "use_amp", "use_bf16"}  # the last 3: see log_changes
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Asked:
     """Where the flags ask a run to start.
 
     Attributes:
-        resume: with the newest run that fits, if there is one.
-        checkpoint: to go on from in a new folder; None: from the beginning.
-        given: the telling flags that were given, by name.
+        resume: go on with the newest run that has the given settings, if there is one.
+        checkpoint: go on from this file in a new folder; None: start at the beginning.
+        given: the flags of TELLING that were given, by name.
     """
 
     results_dir: Path
@@ -54,7 +54,7 @@ def add_resume_args(parser: argparse._ActionsContainer) -> None:
 
 
 def asked_of(args: argparse.Namespace) -> Asked:
-    """Where the flags, as they were given, ask a run to start."""
+    """Where the flags ask a run to start. A flag that was not given must be None."""
     given = {name: value for name in TELLING if (value := getattr(args, name)) is not None}
     return Asked(args.results_dir, args.resume, args.ckpt, given)
 
@@ -64,10 +64,10 @@ class Start:
     """Where training starts.
 
     Attributes:
-        folder: of the run that goes on; None: a new one.
-        checkpoint: to go on from; None: from the beginning.
+        folder: of the run that goes on; None: a new run.
+        checkpoint: to go on from; None: start at the beginning.
         config: of the run that goes on, if it is known.
-        notes: what a person should know, as newer checkpoints that were passed over.
+        notes: warnings for the log, for example of damaged checkpoints.
     """
 
     folder: Path | None = None
@@ -83,7 +83,7 @@ class Start:
 
 
 def find_start(asked: Asked) -> Start:
-    """Where --resume, --ckpt, or torchrun's restart of a run that lost a process, say to start.
+    """Where to start: as --resume or --ckpt say, or in the run that torchrun restarts after a process died.
 
     Raises:
         UserError: the folder cannot be read, or the run has only damaged checkpoints.
@@ -116,7 +116,7 @@ def find_start(asked: Asked) -> Start:
 
 
 def has_settings(folder: Path, given: dict) -> bool:
-    """True if a run has all of these settings. A setting that a run of images does not have tells nothing."""
+    """True if a run has all of these settings. A setting that the run does not use counts as equal."""
     config = config_of_run(folder)
     if not config:
         name = given.get("model", "").replace("/", "-")
@@ -126,7 +126,7 @@ def has_settings(folder: Path, given: dict) -> bool:
 
 
 def config_of_run(folder: Path) -> Config | None:
-    """The config of a run; None if it was stopped before it wrote one."""
+    """The config of a run; None if the run was stopped before it wrote one."""
     try:
         return config_of(json.loads((folder / "config.json").read_text()), folder / "config.json")
     except (OSError, ValueError, UserError):
@@ -159,7 +159,7 @@ def new_folder(results_dir: Path, model: str, path_type: str) -> Path:
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint of a run, and what is wrong with newer ones."""
+    """The newest good checkpoint of a run, and what is wrong with each newer one."""
     damaged = []
     for path in checkpoints(folder):
         try:
@@ -174,14 +174,14 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def launcher() -> str:
-    """The process that started this one, and when that one started. It is the same after a restart of all ranks."""
+    """The parent process and its start time. Both stay the same when torchrun restarts all ranks."""
     parent = Path(f"/proc/{os.getppid()}/stat")
     began = parent.read_text().rpartition(")")[2].split()[19] if parent.exists() else ""  # clock ticks since boot
     return f"{platform.node()}:{os.getppid()}:{began}"
 
 
 def launcher_of(folder: Path) -> str | None:
-    """The `launcher` that a run's config names; None if the run was stopped before it wrote one."""
+    """The `launcher` in a run's config; None if the run was stopped before it wrote one."""
     try:
         return json.loads((folder / "config.json").read_text())["launcher"]
     except (FileNotFoundError, ValueError, KeyError):
@@ -189,7 +189,7 @@ def launcher_of(folder: Path) -> str | None:
 
 
 def log_changes(saved: Config, ours: Config) -> None:
-    """Says in which settings a run that goes on differs from what it was."""
+    """Warns of each setting that has changed since the checkpoint of a run that goes on."""
     was, now = saved.precision["name"], ours.precision["name"]
     if was != now:
         log.warning("the checkpoint was trained in %s; this run goes on in %s", was, now)

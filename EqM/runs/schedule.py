@@ -10,7 +10,7 @@ from runtime import cli
 
 @dataclass(frozen=True)
 class Due:
-    """What a step is due for. It is false if the step is due for nothing."""
+    """What to do after a step. It is false if there is nothing to do."""
 
     log: bool
     save: bool
@@ -28,12 +28,12 @@ class RunOptions:
 
     Attributes:
         results_dir: gets the run folders.
-        log_every, ckpt_every: steps from one to the next.
-        sample_every: steps from one preview to the next; None: no previews.
-        keep: the newest checkpoints to keep; None: all.
-        max_minutes: the first log line after so long is the last one.
-        max_bad_steps: the run ends if gradients are not finite in so many steps in a row (fp32 and bf16).
-        last_step: the run ends there.
+        log_every, ckpt_every: steps between log lines and between checkpoints.
+        sample_every: steps between previews; None: no previews.
+        keep: how many checkpoints to keep, the newest ones; None: all.
+        max_minutes: the run ends at its first log line after this time.
+        max_bad_steps: the run ends if gradients are not finite in this many steps in a row (fp32 and bf16).
+        last_step: the run ends at this step.
     """
 
     results_dir: Path
@@ -46,7 +46,7 @@ class RunOptions:
     last_step: float
 
     def due_at(self, step: int, asked: bool) -> Due:
-        """What step is due for; `asked` says that the run was asked to stop."""
+        """What to do after this step. `asked`: the run was asked to stop."""
         return Due(
             log=step == 1 or step % self.log_every == 0,
             save=step % self.ckpt_every == 0,
@@ -57,13 +57,13 @@ class RunOptions:
 
 
 def add_run_args(parser: argparse._ActionsContainer) -> None:
-    """Adds where a run writes, how often, and what ends it early."""
+    """Adds flags for where a run writes, how often, and what ends it early."""
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
     parser.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     parser.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--keep", type=cli.positive_int, help="newest checkpoints to keep; default all")
-    parser.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after so long")
-    bad = "stop if gradients are not finite in so many steps in a row (fp32, bf16)"
+    parser.add_argument("--keep", type=cli.positive_int, help="number of newest checkpoints to keep; default all")
+    parser.add_argument("--max-minutes", type=cli.positive_float, help="stop at the first log line after this time")
+    bad = "stop if gradients are not finite in this many steps in a row (fp32, bf16)"
     parser.add_argument("--max-bad-steps", type=cli.positive_int, default=20, help=bad)
 
 

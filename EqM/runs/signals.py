@@ -1,4 +1,4 @@
-"""Ends a run on SIGTERM or SIGINT after a whole step, on every rank after the same one; before the first, at once."""
+"""Ends a run on SIGTERM or SIGINT: on every rank after the same step, or at once before the first step has ended."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ from types import FrameType
 from runtime.distributed import SharedFlag
 from runtime.logs import log
 
-# A scheduler signals every process of a job, and torchrun hands its own signal on: those are one request.
+# A scheduler signals every process of a job, and torchrun passes on its own signal. Together these are one request.
 ONE_REQUEST_S = 1.0
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command can go on later
 
 
 class StopSignals:
-    """Notes the first SIGTERM or SIGINT; a later one ends the process at once, as if nothing noted it.
+    """Notes the first SIGTERM or SIGINT. A later one has its usual effect: it ends the process at once.
 
     Before the first step has ended there is nothing to save, and a signal ends the process with EXIT_STATUS at once.
-    That step may be minutes away: it waits for the compiler, whose own processes a scheduler signals too, and torch
-    2.11 waits for ever for those that are gone.
+    The end of that step may never come: it waits for the compiler, a scheduler signals the compiler's processes too,
+    and torch 2.11 waits for ever for processes that are gone.
 
     Attributes:
-        received: the name of the one that this process has had, or an empty text.
+        received: the name of the signal that this process has received, or an empty text.
     """
 
     def __init__(self):
@@ -32,7 +32,7 @@ class StopSignals:
     def note(self, number: int, frame: FrameType | None) -> None:
         if not self.has_stepped:
             log.warning("stopped before the first step, with nothing to save: %s", signal.Signals(number).name)
-            os._exit(EXIT_STATUS)  # whatever it is waiting for
+            os._exit(EXIT_STATUS)  # does not wait for the compiler
         if self.received and time.monotonic() > self.received_at + ONE_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -40,7 +40,7 @@ class StopSignals:
         self.received = self.received or signal.Signals(number).name
 
     def asked(self) -> bool:
-        """True on every rank once any of them was asked to stop; all must call it after every step."""
+        """True on every rank once any rank was asked to stop. Every rank must call it after every step."""
         self.has_stepped = True
         stopping = self.flag.raised(bool(self.received))
         if stopping:
@@ -48,7 +48,7 @@ class StopSignals:
         return stopping
 
     def close(self) -> None:
-        """Signals do again what they did before."""
+        """Restores the signals' handlers."""
         self.flag.wait()
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Sends what a run says of itself to TensorBoard and Weights & Biases: the same scalars, pictures and videos.
+"""Sends a run's scalars, pictures and videos to TensorBoard and Weights & Biases.
 
 Both are optional packages (requirements-track.txt). Only rank 0 sends.
 """
@@ -22,9 +22,12 @@ from runtime.logs import log
 
 @dataclass(frozen=True)
 class Preview:
-    """Samples of one step: their contact sheet (H, W, 3) and, of clips, each one's frames (T, h, w, 3) and file.
+    """Samples of one step. Pictures are uint8 RGB.
 
-    Pictures are uint8 RGB. There is a caption for each sample; images have no clips and no files.
+    Attributes:
+        sheet: contact sheet of all samples, (H, W, 3).
+        captions: one for each sample.
+        clips, files: frames (T, h, w, 3) and file of each clip; both are empty for images.
     """
 
     step: int
@@ -36,7 +39,7 @@ class Preview:
 
 
 class Tracker(Protocol):
-    """What gets the lines of metrics and the samples of one run."""
+    """Gets the lines of metrics and the samples of one run."""
 
     def log(self, row: dict) -> None: ...
 
@@ -46,7 +49,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes event files into the run's `tensorboard` folder; what an earlier part logged after `step` is hidden."""
+    """Writes event files into the run's `tensorboard` folder, and hides what was logged after `step` before."""
 
     def __init__(self, folder: Path, step: int, config: dict):
         from torch.utils.tensorboard import SummaryWriter
@@ -63,7 +66,7 @@ class TensorBoard:
 
         self.writer.add_image("samples", preview.sheet, preview.step, dataformats="HWC")
         for i, (clip, caption) in enumerate(zip(preview.clips, preview.captions, strict=False)):
-            # As images, which TensorBoard animates: its add_video wants one package more.
+            # As a GIF, which TensorBoard animates: its add_video needs another package.
             data = gif(clip, preview.frames_per_second)
             picture = Summary.Image(height=clip.shape[1], width=clip.shape[2], colorspace=3, encoded_image_string=data)
             value = Summary.Value(tag=f"videos/{i:02d} {caption}", image=picture)
@@ -75,7 +78,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Logs to one run of Weights & Biases, named after the folder, whose id the folder keeps."""
+    """Logs to one run of Weights & Biases. The run has the folder's name, and the folder keeps its id."""
 
     def __init__(self, folder: Path, step: int, config: dict):
         import wandb
@@ -93,7 +96,7 @@ class WandB:
             config=config,
             settings=wandb.Settings(console="off"),
         )
-        # Its own count of steps only rises, and drops what a run logs again that went on from an earlier step.
+        # Its own step count only rises: it would drop the steps that a resumed run repeats.
         self.run.define_metric("*", step_metric="step")
 
     def log(self, row: dict) -> None:
@@ -134,13 +137,13 @@ def trackers_of(args: argparse.Namespace) -> list[str]:
 
 
 class Trackers:
-    """The trackers of a run. One that fails gets nothing more, and training goes on."""
+    """The trackers of a run. A tracker that fails gets nothing more, and training goes on."""
 
     def __init__(self):
         self.working: dict[str, Tracker] = {}
 
     def start(self, names: Sequence[str], folder: Path, step: int, config: dict) -> None:
-        """Starts trackers by name, at the step that a run goes on from.
+        """Starts the named trackers at the step that a run goes on from.
 
         Raises:
             UserError: one cannot start.
@@ -148,7 +151,7 @@ class Trackers:
         for name in names:
             try:
                 self.working[name] = KINDS[name](folder, step, config)
-            except Exception as error:  # of the package's own kinds
+            except Exception as error:  # each package has its own error types
                 advice = "; WANDB_MODE=offline logs to a file" if name == "wandb" else ""
                 raise UserError(f"--{name} cannot start: {first_line(error).rstrip('.')}{advice}") from None
 
@@ -168,13 +171,13 @@ class Trackers:
         for name, tracker in list(self.working.items()):
             try:
                 call(tracker)
-            except Exception as error:  # no chart is worth the run
+            except Exception as error:  # a failing tracker must not end the run
                 log.error("--%s has failed, and gets nothing more: %s", name, first_line(error).rstrip("."))
                 del self.working[name]
 
 
 def start_trackers(names: Sequence[str], folder: Path, step: int, config: dict) -> Trackers:
-    """Trackers by name on rank 0, and none on the others. Every rank must call it.
+    """The named trackers on rank 0, and none on other ranks. Every rank must call it.
 
     Raises:
         UserError: one cannot start.
