@@ -74,7 +74,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add_precision_args(parser)
     speed = parser.add_argument_group("speed and memory")
     add_compile_arg(speed)
-    speed.add_argument("--deterministic", action="store_true", help="the same bits again on a GPU too")
+    speed.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU too")
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
     run = parser.add_argument_group("run")
     add_run_args(run)
