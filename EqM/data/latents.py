@@ -48,8 +48,8 @@ class LatentSpace:
 class VAE:
     """A frozen VAE on a device. Frames go through it in chunks, to bound the memory.
 
-    It computes in float32, or with `bf16` in bfloat16. Its weights are cast once, which is faster than autocast. It never
-    computes in float16, where its activations would overflow.
+    It computes in float32, or with `bf16` in bfloat16. Its weights are cast once, which is faster than autocast. It
+    never computes in float16, where its activations would overflow.
     """
 
     def __init__(self, network: nn.Module, name: str, device: torch.device, bf16: bool = False):
