@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import WARM, environment_of, run_command
+from warm_python import WarmPython
 
 SCRIPTS = {
     "words on both streams": "import sys; print('said', sys.argv[1:]); print('wrong', file=sys.stderr)",
@@ -132,3 +133,11 @@ def test_the_server_ends_with_the_tests(tmp_path):
     while server.exists() and time.monotonic() < end:
         time.sleep(0.05)
     assert not server.exists()
+
+
+def test_a_server_that_ends_in_its_imports_fits_nothing(tmp_path, monkeypatch):
+    (tmp_path / "server.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.setattr("warm_python.SERVER", tmp_path / "server.py")
+    without = WarmPython()
+    assert not without.fits(environment_of())
+    without.close()

@@ -35,7 +35,7 @@ from typing import IO
 
 import torch.distributed as dist
 
-from warm_server import LARGEST_REQUEST
+from warm_server import LARGEST_REQUEST, READY
 
 # One thread, since a process with several does not fork well, and no GPU, which no fork can share.
 FIXED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -127,11 +127,15 @@ class WarmPython:
         self.environment = {key: value for key, value in os.environ.items() if key not in FREE} | FIXED
         self._server: subprocess.Popen | None = None
         self._requests: socket.socket | None = None
+        self._ready = False
 
     def fits(self, environment: dict[str, str]) -> bool:
-        """Whether a script in this environment finds there what the server's imports found."""
+        """Whether a script in this environment finds there what the server's imports found.
+
+        On some machines there is no server: imports that start threads, as with many cores, leave nothing to fork.
+        """
         fixed = {key: value for key, value in environment.items() if key not in FREE}
-        return hasattr(os, "pidfd_open") and fixed == self.environment
+        return hasattr(os, "pidfd_open") and fixed == self.environment and self._is_ready()
 
     def start(
         self,
@@ -194,6 +198,12 @@ class WarmPython:
                 time.sleep(0.01)
             status = int(any(process.returncode for process in processes))
             return subprocess.CompletedProcess(processes[0].args, status, *map(read_text, streams))
+
+    def _is_ready(self) -> bool:
+        """Waits for the server's imports; False if it ended in them."""
+        if self._requests is None:
+            self._ready = self._connection().recv(len(READY)) == READY
+        return self._ready
 
     def _connection(self) -> socket.socket:
         if self._requests is None:

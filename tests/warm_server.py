@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 LARGEST_REQUEST = 2**17  # bytes
+READY = b"ready"  # what the server says once it has imported everything
 
 
 @dataclass
@@ -131,7 +132,9 @@ def end_after(run: Callable[[], object]) -> NoReturn:
 
 def main() -> None:
     import_what_scripts_import()
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    requests.send(READY)
+    request = serve(requests)
     if not request:
         os._exit(0)
     request.become()
