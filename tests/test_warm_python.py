@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tqdm
 
 from conftest import WARM, environment_of, run_command
 from warm_python import WarmPython
@@ -118,6 +119,19 @@ def test_the_server_has_imported_nothing_of_the_project(script, tmp_path):
     run = WARM.run(script, cwd=tmp_path, environment=environment_of(), timeout_s=60)
     assert "site-packages/torch/__init__.py" in run.stdout
     assert "/EqM/" not in run.stdout
+
+
+def test_the_server_finds_packages_that_only_pythonpath_names(script, tmp_path, monkeypatch):
+    packages = tmp_path / "packages"
+    (packages / "tqdm").symlink_to(Path(tqdm.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
+    script.write_text("import sys, tqdm; print(tqdm.__file__, sys.path.count(sys.argv[1]))")
+    warm = WarmPython()
+    try:
+        run = warm.run(script, packages, cwd=tmp_path, environment=environment_of(), timeout_s=60)
+    finally:
+        warm.close()
+    assert run.stdout == f"{packages}/tqdm/__init__.py 1\n"
 
 
 @pytest.mark.slow

@@ -125,6 +125,7 @@ class WarmPython:
 
     def __init__(self):
         self.environment = {key: value for key, value in os.environ.items() if key not in FREE} | FIXED
+        self._packages = {key: value for key, value in os.environ.items() if key == "PYTHONPATH"}
         self._server: subprocess.Popen | None = None
         self._requests: socket.socket | None = None
         self._ready = False
@@ -211,7 +212,7 @@ class WarmPython:
             with theirs:
                 self._server = subprocess.Popen(
                     [sys.executable, SERVER, str(theirs.fileno())],
-                    env=self.environment,
+                    env=self.environment | self._packages,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,19 @@ class Request:
         for file in self.files:
             os.close(file)
         os.chdir(self.cwd)
+        inherited, own = packages_of(os.environ), packages_of(self.environment)
         os.environ.clear()
         os.environ.update(self.environment)
-        own_packages = [folder for folder in self.environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
-        sys.argv, sys.path[:1] = self.command, [str(Path(self.command[0]).parent), *own_packages]
+        others = [folder for folder in sys.path[1:] if folder not in inherited]
+        sys.argv, sys.path[:] = self.command, [str(Path(self.command[0]).parent), *own, *others]
         random.seed()
         sys.modules["numpy"].random.seed()
         sys.modules["torch"].default_generator.seed()
+
+
+def packages_of(environment: Mapping[str, str]) -> list[str]:
+    """The folders that PYTHONPATH names, as sys.path has them."""
+    return [str(Path(folder).absolute()) for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
 def import_what_scripts_import() -> None:
