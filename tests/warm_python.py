@@ -133,7 +133,7 @@ class WarmPython:
     def fits(self, environment: dict[str, str]) -> bool:
         """Whether a script in this environment finds there what the server's imports found.
 
-        On some machines there is no server: imports that start threads, as with many cores, leave nothing to fork.
+        A server whose imports fail, or start threads, which a fork would lack, fits nothing.
         """
         fixed = {key: value for key, value in environment.items() if key not in FREE}
         return hasattr(os, "pidfd_open") and fixed == self.environment and self._is_ready()
