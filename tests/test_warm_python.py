@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import WARM, environment_of, run_command
+from warm_python import WarmPython
 
 SCRIPTS = {
     "words on both streams": "import sys; print('said', sys.argv[1:]); print('wrong', file=sys.stderr)",
@@ -117,6 +118,20 @@ def test_the_server_has_imported_nothing_of_the_project(script, tmp_path):
     run = WARM.run(script, cwd=tmp_path, environment=environment_of(), timeout_s=60)
     assert "site-packages/torch/__init__.py" in run.stdout
     assert "/EqM/" not in run.stdout
+
+
+@pytest.mark.slow
+def test_a_server_that_was_killed_is_started_again(script, tmp_path):
+    script.write_text("import os; print(os.getppid())")
+    warm, servers = WarmPython(), []
+    for _ in range(2):
+        run = warm.run(script, cwd=tmp_path, environment=warm.environment, timeout_s=60)
+        servers.append(int(run.stdout))
+        os.kill(servers[-1], signal.SIGKILL)
+        while ") Z " not in Path(f"/proc/{servers[-1]}/stat").read_text():
+            time.sleep(0.01)
+    warm.close()
+    assert len(set(servers)) == 2
 
 
 @pytest.mark.slow
