@@ -135,6 +135,20 @@ def test_the_server_finds_packages_that_only_pythonpath_names(script, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_server_that_was_killed_is_started_again(script, tmp_path):
+    script.write_text("import os; print(os.getppid())")
+    warm, servers = WarmPython(), []
+    for _ in range(2):
+        run = warm.run(script, cwd=tmp_path, environment=warm.environment, timeout_s=60)
+        servers.append(int(run.stdout))
+        os.kill(servers[-1], signal.SIGKILL)
+        while ") Z " not in Path(f"/proc/{servers[-1]}/stat").read_text():
+            time.sleep(0.01)
+    warm.close()
+    assert len(set(servers)) == 2
+
+
+@pytest.mark.slow
 def test_the_server_ends_with_the_tests(tmp_path):
     code = (
         "import os, sys; sys.path.insert(0, {tests!r}); from pathlib import Path; from warm_python import WarmPython\n"

@@ -207,6 +207,8 @@ class WarmPython:
         return self._ready
 
     def _connection(self) -> socket.socket:
+        if self._requests is not None and self._server.poll() is not None:  # killed: one test fails, and not all after
+            self.close()
         if self._requests is None:
             self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
