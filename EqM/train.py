@@ -23,7 +23,6 @@ from data.packs.pack import Pack
 from data.source import (
     Source,
     add_data_args,
-    check_pack,
     class_count,
     find_pack,
     form_of,
@@ -47,6 +46,7 @@ from runs.folder import write_config
 from runs.record import Metrics
 from runs.resume import add_resume_args, asked_of, find_start, is_finished, launcher, log_changes, new_folder
 from runs.schedule import RunOptions, add_run_args, run_options_of
+from runs.settled import settled_of
 from runs.signals import EXIT_STATUS, StopSignals
 from runs.trackers import add_tracker_args, start_trackers, trackers_of
 from runtime import cli, distributed
@@ -190,25 +190,6 @@ def train(
     return not stopped
 
 
-def settled_args(
-    args: argparse.Namespace, defaults: dict, before: Config | None, pack: Pack | None
-) -> argparse.Namespace:
-    """The flags, with those that nobody gave taken from the run that goes on, or for a new run from the defaults.
-
-    Raises:
-        UserError: flags contradict one another, or the pack.
-    """
-    kept = before.kept_flags() if before else {}
-    if pack:
-        kept.pop("vae", None)  # a pack has its own
-    settled = argparse.Namespace(**cli.settled(vars(args), kept, defaults))
-    if settled.ebm != "none" and settled.grad_checkpoint:
-        raise UserError(f"--grad-checkpoint does not work with --ebm {settled.ebm}: use --micro-batch-size for memory")
-    check_pack(settled, pack)
-    objective_of(settled)
-    return settled
-
-
 def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device, precision: Precision) -> Source:
     """What --data-path names, in the form that the flags ask for. Every rank must call it.
 
@@ -221,10 +202,13 @@ def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device,
     return open_source(args.data_path, form, pack, space, vae)
 
 
-def make_config(args: argparse.Namespace, source: Source, precision: Precision, batch: int) -> Config:
-    """What the run's checkpoints say of it."""
+def make_config(
+    args: argparse.Namespace, source: Source, precision: Precision, batch: int, least_classes: int
+) -> Config:
+    """What the run's checkpoints say of it. A checkpoint's network knows at least `least_classes` classes."""
     form, found = source.form, source.found
-    network = network_of(args, form, source.space, class_count(found, args.num_classes))
+    classes = class_count(found, args.num_classes or max(least_classes, len(found.classes)))
+    network = network_of(args, form, source.space, classes)
     rate = found.mean_frame_rate() / form.frame_interval if form.video else None
     objective, ranks = objective_of(args), distributed.world_size()
     return Config(network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))
@@ -256,16 +240,16 @@ def main() -> None:
 
     # Start: a new run, or one that goes on with its own settings
     pack = find_pack(args.data_path)
-    start = distributed.on_main(lambda: find_start(asked_of(args)))
+    start = distributed.on_main(lambda: find_start(asked_of(args, defaults)))
     saved = load_checkpoint(start.checkpoint) if start.checkpoint else None
     before = config_of(saved["config"], start.checkpoint) if saved else start.config
     by_default = args.global_batch_size is None and not before
-    args = settled_args(args, defaults, before, pack)
+    args = settled_of(args, defaults, before, pack)
 
     # Data, and the network for them
     batch = batch_of(args, device.type)
     source = open_data(args, pack, device, precision)
-    config = make_config(args, source, precision, batch)
+    config = make_config(args, source, precision, batch, before.network.num_classes if saved else 0)
     last_sample = sample_limit(args.epochs, args.max_steps, len(source.found))
     if saved:
         check_resumable(before, config, start.checkpoint)
@@ -304,7 +288,7 @@ def main() -> None:
         if fast:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
-        writer = CheckpointWriter(folder, args.keep, start.checkpoint)
+        writer = CheckpointWriter(folder, options.keep, start.checkpoint)
         finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
         trackers.close()
         signals.close()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import benchmark
-from compiled import Graphed
+from compiled import Graphed, freeze_garbage_collector
 from conftest import ROOT, SMALL, run_command, run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from measuring import agreement
@@ -138,6 +138,7 @@ def test_one_compilation_serves_all_blocks():
 @pytest.mark.slow
 def test_no_collection_looks_through_what_compiling_left_behind_and_starting_over_frees_it():
     trained = Trained(fast=True)
+    freeze_garbage_collector()
     assert gc.get_freeze_count() > 10 * len(gc.get_objects())
     network, trained.myself = weakref.ref(trained.state.network), trained
     del trained

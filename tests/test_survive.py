@@ -321,7 +321,11 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
     assert lock(run)
     monkeypatch.setattr("runs.resume.LOCK_PATIENCE_S", 0)
     with pytest.raises(UserError, match="another process trains in"):
-        find_start(Asked(tmp_path / "results", resume=True, checkpoint=None, given={"model": "EqM-Ti/4"}))
+        find_start(
+            Asked(
+                tmp_path / "results", resume=True, checkpoint=None, given={}, new_name="EqM-Ti-4-Linear-velocity-None"
+            )
+        )
 
 
 def test_resume_and_ckpt_together_are_refused(shapes, checkpoint, tmp_path):

@@ -167,7 +167,7 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     form = Form(True, 16, clip_len=4, frame_interval=3, flip=True)
     batches = TrainingBatches(Source(form, found, None, None, None), 0, 0, 10**9, 4, 0, cpu)
     config = Config(network, found.classes, 25 / 3, fp16.as_dict(), global_batch_size=4)
-    options = RunOptions(tmp_path, 2, 3, None, None, math.inf, 20, last_step=5)
+    options = RunOptions(2, 3, None, None, math.inf, 20, last_step=5)
     step = training_step(state, Recipe(1e-4, 0, 0, 0.9999), 4, seed=0, fast=False)
     previews = Previews(None, 4, state, config, None, tmp_path, Trackers())
     writer, record = CheckpointWriter(tmp_path, None, None), Metrics(tmp_path, cpu, 0, 0)

@@ -113,7 +113,9 @@ def config_of(contents: dict, source: str | Path) -> Config:
     try:
         network = dict(contents["network"])
         size = network["input_size"]
-        network["input_size"] = size if isinstance(size, int) else tuple(size)
+        if not isinstance(size, int):
+            frames, height, width = size
+            network["input_size"] = (frames, height, width)
         space = contents.get("vae")
         return Config(
             network=NetworkSettings(**network),

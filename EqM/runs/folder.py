@@ -15,6 +15,11 @@ def run_folders(results_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def run_name(model: str, path_type: str) -> str:
+    """The name of a run after its number."""
+    return f"{model.replace('/', '-')}-{path_type}-velocity-None"
+
+
 def create_run_folder(results_dir: Path, model: str, path_type: str = "Linear") -> Path:
     """Makes and returns the next numbered folder, for example 027-EqM-S-4-Linear-velocity-None.
 
@@ -23,7 +28,7 @@ def create_run_folder(results_dir: Path, model: str, path_type: str = "Linear") 
     Raises:
         UserError: the folder cannot be written.
     """
-    name = f"{model.replace('/', '-')}-{path_type}-velocity-None"
+    name = run_name(model, path_type)
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
         while True:

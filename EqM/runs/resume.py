@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
 from runs.config import Config, config_of
-from runs.folder import create_run_folder, run_folders
+from runs.folder import create_run_folder, run_folders, run_name
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import leftovers, lock
@@ -25,7 +26,8 @@ TELLING += ("path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", 
 # Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
-SILENT |= {"num_workers", "max_bad_steps", "global_batch_size", "use_amp", "use_bf16"}  # the last 3: see log_changes
+SILENT |= {"num_workers", "max_bad_steps", "vae"}  # check_resumable compares the VAEs themselves
+SILENT |= {"global_batch_size", "use_amp", "use_bf16"}  # log_changes has lines of its own for these
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Asked:
         resume: go on with the newest run that has the given settings, if there is one.
         checkpoint: go on from this file in a new folder; None: start at the beginning.
         given: the flags of TELLING that were given, by name.
+        new_name: the name that a new run would get, after its number.
     """
 
     results_dir: Path
     resume: bool
     checkpoint: Path | None
     given: dict
+    new_name: str = ""
 
 
 def add_resume_args(parser: argparse._ActionsContainer) -> None:
@@ -53,10 +57,11 @@ def add_resume_args(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def asked_of(args: argparse.Namespace) -> Asked:
+def asked_of(args: argparse.Namespace, defaults: dict) -> Asked:
     """Where the flags ask a run to start. A flag that was not given must be None."""
     given = {name: value for name in TELLING if (value := getattr(args, name)) is not None}
-    return Asked(args.results_dir, args.resume, args.ckpt, given)
+    new = defaults | given
+    return Asked(args.results_dir, args.resume, args.ckpt, given, run_name(new["model"], new["path_type"]))
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,11 @@ def find_start(asked: Asked) -> Start:
         if restarted and not asked.resume:
             folder = next((each for each in reversed(folders) if launcher_of(each) == launcher()), None)
         else:
-            folder = next((each for each in reversed(folders) if has_settings(each, asked.given)), None)
+            newest = list(reversed(folders))
+            fit = [each for each in newest if has_settings(each, asked)] or [
+                each for each in newest if has_settings(each, asked, unused=(None,))
+            ]
+            folder = fit[0] if fit else None
             if folders and not folder:
                 notes.append(f"no run in {asked.results_dir} has the given settings: this one is new")
         if not folder:
@@ -115,14 +124,26 @@ def find_start(asked: Asked) -> Start:
     return Start(folder, checkpoint or asked.checkpoint, config_of_run(folder), notes)
 
 
-def has_settings(folder: Path, given: dict) -> bool:
-    """True if a run has all of these settings. A setting that the run does not use counts as equal."""
+def has_settings(folder: Path, asked: Asked, unused: tuple = ()) -> bool:
+    """True if a run has all given settings. A run without a config must have the name that a new run would get.
+
+    Args:
+        unused: what also counts as equal for the length of clips: (None,), for runs of images.
+    """
     config = config_of_run(folder)
     if not config:
-        name = given.get("model", "").replace("/", "-")
-        return f"-{name}-" in folder.name and given.get("path_type", "") in folder.name
+        return re.sub(r"^\d+-", "", folder.name) == asked.new_name
     kept = config.kept_flags()
-    return all(kept[name] in (None, value) for name, value in given.items())
+    kept["vae"] = same_vae(kept["vae"], asked.given.get("vae"))
+    return all(
+        kept[name] == value or (name in ("clip_len", "temporal_patch") and kept[name] in unused)
+        for name, value in asked.given.items()
+    )
+
+
+def same_vae(kept: str, given: str | None) -> str:
+    """The VAE of a run, spelt as it was given if both name one folder."""
+    return given if given and Path(kept).resolve() == Path(given).resolve() else kept
 
 
 def config_of_run(folder: Path) -> Config | None:
@@ -131,7 +152,10 @@ def config_of_run(folder: Path) -> Config | None:
         return config_of(json.loads((folder / "config.json").read_text()), folder / "config.json")
     except (OSError, ValueError, UserError):
         checkpoint, _ = newest_good(folder)
+    try:
         return config_of(load_checkpoint(checkpoint)["config"], checkpoint) if checkpoint else None
+    except UserError:  # of another program or version: who goes on with this run is told
+        return None
 
 
 def lock_run(folder: Path) -> None:
@@ -184,7 +208,7 @@ def launcher_of(folder: Path) -> str | None:
     """The `launcher` in a run's config; None if the run was stopped before it wrote one."""
     try:
         return json.loads((folder / "config.json").read_text())["launcher"]
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -27,7 +27,6 @@ class RunOptions:
     """How often a run logs, saves and shows samples, and when it ends.
 
     Attributes:
-        results_dir: gets the run folders.
         log_every, ckpt_every: steps between log lines and between checkpoints.
         sample_every: steps between previews; None: no previews.
         keep: how many checkpoints to keep, the newest ones; None: all.
@@ -36,7 +35,6 @@ class RunOptions:
         last_step: the run ends at this step.
     """
 
-    results_dir: Path
     log_every: int
     ckpt_every: int
     sample_every: int | None
@@ -70,7 +68,6 @@ def add_run_args(parser: argparse._ActionsContainer) -> None:
 def run_options_of(args: argparse.Namespace, last_step: float) -> RunOptions:
     """The options that the flags ask for."""
     return RunOptions(
-        args.results_dir,
         args.log_every,
         args.ckpt_every,
         args.sample_every,

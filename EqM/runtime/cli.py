@@ -73,7 +73,7 @@ def add_kept(group: argparse._ActionsContainer, flag: str, default: object = Non
     argparse's default is None. If the flag is not given, a resumed run takes the checkpoint's value, and a new run
     takes `default`.
     """
-    if default not in (None, False):
+    if default is not None and default is not False:
         settings["help"] = f"{settings['help']}; default {flag if default is True else default}"
     group.add_argument(flag, default=None, **settings).new_run_default = default
 
