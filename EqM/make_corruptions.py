@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.scan import find_loose_files
-from data.untrusted import UnreadableVideo
+from data.untrusted import Unreadable
 from data.video import iterate_frames, probe_video, write_video
 from runtime import cli
 from runtime.errors import UserError
@@ -62,7 +62,7 @@ def main() -> None:
         try:
             info = probe_video(path)
             frames = np.stack(list(iterate_frames(path, info, args.image_size)))  # (T, H, W, 3)
-        except (UnreadableVideo, OSError) as error:
+        except Unreadable as error:
             unreadable.append((path, error))
             continue
         for kind, spoiled in spoil(frames, np.random.default_rng((args.seed, number))):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.contents import Content, open_path
 from data.latents import VAE, encode
-from data.scan import unreadable_errors
+from data.untrusted import Unreadable
 from drawing.plots import Histogram, check_plots, write_plots
 from models import EqM, sample_energy
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
@@ -90,8 +90,8 @@ def score(
     def read(place: int) -> tuple[Tensor, float] | str:
         try:
             return content.read(place)
-        except unreadable_errors(network.is_video) as error:
-            return str(error) or type(error).__name__
+        except Unreadable as error:
+            return str(error)
 
     batches = batches_of_rank(len(content.names), batch)
     hidden = not distributed.is_main()

@@ -16,7 +16,7 @@ from data.batches import EpochStream, UnreadableLog, make_loader
 from data.clips import Samples, read_sample
 from data.form import Form
 from data.scan import scan_for_training
-from data.video import UnreadableVideo
+from data.untrusted import Unreadable
 from runs.record import process_memory_gb
 from runtime.random_numbers import keyed_uniforms
 
@@ -26,7 +26,7 @@ BATCH = 50
 def does_not_read(samples: Samples, key: tuple[int, int]) -> bool:
     try:
         read_sample(samples.found[key[1]], samples.form, keyed_uniforms(0, [key])[0][0])
-    except UnreadableVideo:
+    except Unreadable:
         return True
     return False
 

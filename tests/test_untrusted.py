@@ -18,18 +18,20 @@ from PIL import Image
 from conftest import ROOT, run_command, run_script
 from data import untrusted, video
 from data.clips import read_image
-from data.scan import UNREADABLE_IMAGE, probe_image
-from data.video import UnreadableVideo, iterate_frames, probe_video, read_frames
+from data.images import probe_image
+from data.untrusted import Unreadable
+from data.video import iterate_frames, probe_video, read_frames
 from test_video import H264, LEVELS, encode, encode_kind, grey
 
 REPORT_MEMORY = """
 import sys
 from runs.record import process_memory_gb
-from data.video import UnreadableVideo, probe_video
+from data.untrusted import Unreadable
+from data.video import probe_video
 before = process_memory_gb()
 try:
     probe_video(sys.argv[1])
-except UnreadableVideo as error:
+except Unreadable as error:
     print("unreadable", error, file=sys.stderr)
 print((process_memory_gb() - before) * 1e9 / 2**20)
 """
@@ -85,7 +87,7 @@ def test_a_pipe_in_the_place_of_a_scanned_file_is_unreadable(tmp_path):
     info = probe_video(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(UnreadableVideo, match="pipe"):
+    with pytest.raises(Unreadable, match="pipe"):
         read_frames(path, info, [0, 3], 16)
 
 
@@ -102,7 +104,7 @@ def test_a_pipe_in_the_place_of_a_scanned_file_is_unreadable(tmp_path):
 def test_a_list_of_other_files_or_addresses_is_not_followed(tmp_path, playlist):
     encode_kind(tmp_path, "mpeg4.avi")
     (tmp_path / "list.avi").write_text(playlist)
-    with pytest.raises(UnreadableVideo, match=r"is no avi|Invalid data"):
+    with pytest.raises(Unreadable, match=r"is no avi|Invalid data"):
         probe_video(tmp_path / "list.avi")
 
 
@@ -135,19 +137,19 @@ def test_a_header_that_claims_huge_frames_is_read_by_its_frames_or_skipped(tmp_p
     if codec == b"FMP4":
         assert read_frames(path, probe_video(path), [0, 3], 16).shape == (2, 16, 16, 3)
     else:
-        with pytest.raises(UnreadableVideo):
+        with pytest.raises(Unreadable):
             probe_video(path)
 
 
 def test_frames_of_too_many_pixels_are_not_decoded(tmp_path):
     large = png(4112, 4112)
-    with pytest.raises(UnreadableVideo, match="pixels a frame"):
+    with pytest.raises(Unreadable, match="pixels a frame"):
         probe_video(video_of_pngs(tmp_path / "all.avi", [large] * 3))
     path = video_of_pngs(tmp_path / "later.avi", [png(32, 32)] * 5 + [large] * 3)
     info = probe_video(path)
     assert len(info.times) == 8
     assert read_frames(path, info, [0, 4], 16).shape == (2, 16, 16, 3)
-    with pytest.raises(UnreadableVideo, match="pixels a frame"):
+    with pytest.raises(Unreadable, match="pixels a frame"):
         read_frames(path, info, [6, 7], 16)
     largest = video_of_pngs(tmp_path / "largest.avi", [png(4096, 4096)])
     assert read_frames(largest, probe_video(largest), [0], 16).shape == (1, 16, 16, 3)
@@ -155,11 +157,11 @@ def test_frames_of_too_many_pixels_are_not_decoded(tmp_path):
 
 @pytest.mark.parametrize(("width", "height"), [(4000, 100), (100, 4000)])
 def test_long_and_thin_frames_are_not_resized(tmp_path, width, height):
-    with pytest.raises(UnreadableVideo, match=f"{width}x{height}"):
+    with pytest.raises(Unreadable, match=f"{width}x{height}"):
         probe_video(video_of_pngs(tmp_path / "all.avi", [png(width, height)] * 2))
     path = video_of_pngs(tmp_path / "later.avi", [png(32, 32)] + [png(width, height)] * 2)
     info = probe_video(path)
-    with pytest.raises(UnreadableVideo, match=f"{width}x{height}"):
+    with pytest.raises(Unreadable, match=f"{width}x{height}"):
         read_frames(path, info, [1, 2], 16)
     assert len(list(iterate_frames(path, info, 16))) == 1  # a pack keeps what comes before
 
@@ -169,12 +171,12 @@ def test_a_file_of_too_many_frames_is_refused_with_advice(tmp_path, monkeypatch)
     monkeypatch.setattr(video, "MAX_FRAMES", 40)
     assert len(probe_video(path).times) == 40
     monkeypatch.setattr(video, "MAX_FRAMES", 39)
-    with pytest.raises(UnreadableVideo, match="more than 39 frames: cut it"):
+    with pytest.raises(Unreadable, match="more than 39 frames: cut it"):
         probe_video(path)
 
 
 def test_a_file_of_too_many_streams_is_refused(tmp_path):
-    with pytest.raises(UnreadableVideo, match="over 32 streams"):
+    with pytest.raises(Unreadable, match="over 32 streams"):
         probe_video(video_of_pngs(tmp_path / "a.avi", [png(32, 32)] * 2, streams=40))
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         streams = [container.add_stream("mpeg4", rate=25) for _ in range(40)]
@@ -183,7 +185,7 @@ def test_a_file_of_too_many_streams_is_refused(tmp_path):
         for stream in streams:
             container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
             container.mux(stream.encode())
-    with pytest.raises(UnreadableVideo, match="32 or more streams|over 32 streams"):
+    with pytest.raises(Unreadable, match="32 or more streams|over 32 streams"):
         probe_video(tmp_path / "a.mkv")
 
 
@@ -197,7 +199,7 @@ def test_a_file_that_computes_for_long_without_a_wanted_frame_is_given_up(tmp_pa
         lambda: read_frames(path, info, [30], 16),
         lambda: list(iterate_frames(path, info, 16)),
     ):
-        with pytest.raises(UnreadableVideo, match="computing"):
+        with pytest.raises(Unreadable, match="computing"):
             read()
 
 
@@ -219,7 +221,7 @@ def test_a_picture_that_pillow_would_give_to_a_program_is_unreadable(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n{} loop\n%%EOF\n")
     for read in (lambda: probe_image(str(path)), lambda: read_image(str(path), 16)):
-        with pytest.raises(UNREADABLE_IMAGE, match="cannot identify"):
+        with pytest.raises(Unreadable, match="cannot identify"):
             read()
 
 
@@ -227,11 +229,11 @@ def test_long_and_thin_images_and_images_of_very_many_pixels_are_unreadable(tmp_
     path = tmp_path / "a.png"
     Image.new("1", (33, 1)).save(path)
     for read in (lambda: probe_image(str(path)), lambda: read_image(str(path), 16)):
-        with pytest.raises(UNREADABLE_IMAGE, match="33x1"):
+        with pytest.raises(Unreadable, match="33x1"):
             read()
     Image.new("1", (14_000, 14_000)).save(path)
     for read in (lambda: probe_image(str(path)), lambda: read_image(str(path), 16)):
-        with pytest.raises(UNREADABLE_IMAGE, match="decompression bomb"):
+        with pytest.raises(Unreadable, match="decompression bomb"):
             read()
 
 
@@ -316,7 +318,7 @@ def test_a_thousand_damaged_clips_among_ten_thousand_are_skipped_and_counted(sha
         try:
             probe_video(path)
             readable = True
-        except UnreadableVideo:
+        except Unreadable:
             readable = False
         assert readable == (str(path) not in scanned)
     assert skipped.isdisjoint(scanned)

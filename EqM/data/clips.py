@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from data.file_list import Found, Item
 from data.form import Form
-from data.scan import unreadable_errors
-from data.untrusted import open_image
+from data.images import decode_image
+from data.untrusted import Unreadable
 from data.video import read_frames
 from runtime.random_numbers import keyed_uniforms
 
@@ -38,7 +38,7 @@ class Samples(Dataset):
             try:
                 x, seconds_per_frame = read_sample(item, self.form, start)
                 break
-            except unreadable_errors(self.form.video):
+            except Unreadable:
                 unreadable.append(item.path)
                 index = int(np.random.default_rng((self.seed, *key, len(unreadable))).integers(len(self.found)))
         else:
@@ -58,7 +58,7 @@ def read_sample(item: Item, form: Form, start: float) -> tuple[Tensor, float]:
         start: where the clip starts, from 0, the video's first frame, up to, but not including, 1.
 
     Raises:
-        One of `unreadable_errors`.
+        Unreadable: it cannot be read.
     """
     if item.video is None:
         return read_image(item.path, form.image_size), 0.0
@@ -77,10 +77,9 @@ def read_image(path: str, size: int) -> Tensor:
     """The centre square of an image whose short side is resized to `size`: (3, size, size) uint8.
 
     Raises:
-        One of `unreadable_errors`.
+        Unreadable: it cannot be read.
     """
-    with open_image(path) as image:
-        pixels = image.convert("RGB")
+    pixels = decode_image(path)
     short = min(pixels.size)
     width, height = (size if side == short else int(size * side / short) for side in pixels.size)
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,12 +17,13 @@ from torch import Tensor
 from data.clips import frame_indices, read_sample
 from data.file_list import Item
 from data.form import Form
+from data.images import image_size
 from data.latents import LatentSpace
 from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack, read_pack
-from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files, unreadable_errors
-from data.untrusted import open_image, open_video
-from data.video import probe_video
+from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files
+from data.untrusted import Unreadable
+from data.video import probe_video, video_size
 from runtime import distributed
 from runtime.errors import UserError, first_line
 
@@ -41,7 +41,7 @@ class Content:
     """The names of samples, the names of their classes ("" for none), and how to read a sample by its index.
 
     `read` returns the sample and its seconds per frame: pixels (3, [T,] H, W) uint8, or the means of packed latents
-    (C, [T,] h, w). It raises one of `unreadable_errors`.
+    (C, [T,] h, w). It raises Unreadable.
     """
 
     names: list[str]
@@ -209,31 +209,14 @@ def kind_of_folder(folder: Path, video: bool) -> Kind:
     problem = ""
     for file, _ in find_loose_files(folder, video):
         try:
-            side = min(file_size(file, video))
+            side = min(video_size(file) if video else image_size(file))
             if not video:
                 return Kind(False, side, 1, None)
-            info = probe_video(Path(file))
+            info = probe_video(file)
             return Kind(True, side, len(info.times), info.frames_per_second)
-        except unreadable_errors(video) as error:
+        except Unreadable as error:
             problem = problem or f"{file}: {error}"
     raise UserError(f"no readable {'clip' if video else 'image'} in {folder}: {problem}")
-
-
-def file_size(path: str, video: bool) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header.
-
-    Raises:
-        One of `unreadable_errors`.
-    """
-    if not video:
-        with open_image(path) as image:
-            return image.size
-    try:
-        container, stream = open_video(Path(path))
-    except av.error.FFmpegError as error:
-        raise OSError(str(error)) from None
-    with container:
-        return stream.width, stream.height
 
 
 def folder_sizes(folder: Path, video: bool) -> Counter:
@@ -241,8 +224,8 @@ def folder_sizes(folder: Path, video: bool) -> Counter:
 
     def size(file: tuple[str, str]) -> tuple[int, int] | None:
         try:
-            return file_size(file[0], video)
-        except unreadable_errors(video):
+            return video_size(file[0]) if video else image_size(file[0])
+        except Unreadable:
             return None
 
     with ThreadPoolExecutor() as pool:

@@ -3,17 +3,16 @@
 import csv
 import os
 import re
-import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from data.file_list import Found, Item
-from data.untrusted import open_image
-from data.video import UnreadableVideo, probe_video
+from data.images import probe_image
+from data.untrusted import Unreadable
+from data.video import probe_video
 from runtime.errors import UserError
 
 VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
@@ -21,8 +20,6 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".t
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
 MAX_UNREADABLE = 0.1  # share of a set; training stops if more cannot be read
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
-# Pillow's readers raise these if a file holds no whole image.
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
@@ -159,8 +156,11 @@ def check_files(
     def check(sample: tuple[str, int]) -> Item | tuple[str, str]:
         path, label = sample
         try:
-            return Item(path, label, probe_video(path) if video else probe_image(path))
-        except unreadable_errors(video) as error:
+            if video:
+                return Item(path, label, probe_video(path))
+            probe_image(path)
+            return Item(path, label, None)
+        except Unreadable as error:
             return path, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -169,17 +169,6 @@ def check_files(
     items = tuple(result for result in results if isinstance(result, Item))
     unreadable = tuple(result for result in results if not isinstance(result, Item))
     return items, unreadable
-
-
-def unreadable_errors(video: bool) -> tuple[type[Exception], ...]:
-    """The errors of reading a file that is not a readable video, or image."""
-    return (UnreadableVideo, OSError) if video else UNREADABLE_IMAGE
-
-
-def probe_image(path: str) -> None:
-    """Checks an image's header and checksums without decoding it. Raises one of UNREADABLE_IMAGE."""
-    with open_image(path) as image:
-        image.verify()
 
 
 def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:

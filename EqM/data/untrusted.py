@@ -3,6 +3,7 @@
 import ctypes
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -27,12 +28,30 @@ MAX_ALLOCATION = 2**27
 # FFmpeg's names for the formats of files with VIDEO_EXTENSIONS. FFmpeg's playlists (concat, hls) would open other
 # files and addresses, and some of its other readers never end.
 VIDEO_FORMATS = "avi,matroska,mov,asf,flv,mpeg,mpegts,ogg"
-# The formats of files with IMAGE_EXTENSIONS. Pillow would hand some others, such as EPS, to programs.
-IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
-class UnreadableVideo(Exception):
-    """No frame could be decoded; the text says why."""
+class Unreadable(Exception):
+    """A video or an image cannot be read. The text says why, in one line."""
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around what PyAV and Pillow do with a file, or as a decorator: any error of theirs means an unreadable file.
+
+    On damaged files both raise nearly all of Python's errors. MemoryError stays, because other files meet it too; only
+    FFmpeg's own is the file's.
+
+    Raises:
+        Unreadable: in place of the error.
+    """
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) and not isinstance(error, av.error.FFmpegError):
+            raise
+        raise Unreadable(describe(error)) from error
 
 
 class Patience:
@@ -45,15 +64,15 @@ class Patience:
         self.end = time.thread_time() + MAX_COMPUTING_S
 
     def check(self) -> None:
-        """Raises UnreadableVideo if the time is used up."""
+        """Raises Unreadable if the time is used up."""
         if time.thread_time() > self.end:
-            raise UnreadableVideo(f"it takes more than {MAX_COMPUTING_S:g} s of computing to come to a frame")
+            raise Unreadable(f"it takes more than {MAX_COMPUTING_S:g} s of computing to come to a frame")
 
 
 def check_regular_file(path: str | Path) -> None:
-    """Raises ValueError for a folder, a pipe (it may wait for its other end) or a device (it may never end)."""
+    """Raises Unreadable for a folder, a pipe (it may wait for its other end) or a device (it may never end)."""
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError("it is a directory, a pipe or a device, not a file")
+        raise Unreadable("it is a directory, a pipe or a device, not a file")
 
 
 @cache
@@ -68,34 +87,29 @@ def limit_ffmpeg_memory() -> None:
         limit(MAX_ALLOCATION)
 
 
-def open_video(path: Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
-    """Opens a file's first video stream, to decode in one thread.
+@contextmanager
+def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+    """A file's first video stream, to decode in one thread. To be used inside `reading`.
 
     Raises:
-        UnreadableVideo: it is not a file, has too many streams, or has no video of a known codec.
+        Unreadable: it is not a file, has too many streams, or has no video of a known codec.
         av.error.FFmpegError: it cannot be opened.
     """
     limit_ffmpeg_memory()  # here, so that no reader forgets it
-    try:
-        check_regular_file(path)
-    except ValueError as error:
-        raise UnreadableVideo(str(error)) from None
+    check_regular_file(path)
     limits = {"format_whitelist": VIDEO_FORMATS, "max_streams": str(MAX_STREAMS), "max_pixels": str(MAX_PIXELS)}
     # Without "file:", a file named http:a.avi would be taken for an address.
-    container = av.open(f"file:{path}", metadata_errors="ignore", timeout=TIMEOUT_S, options=limits)
-    if len(container.streams) >= MAX_STREAMS:  # FFmpeg has left out the rest
-        container.close()
-        raise UnreadableVideo(f"it has {MAX_STREAMS} or more streams")
-    if not container.streams.video:
-        container.close()
-        raise UnreadableVideo("it has no video stream")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        container.close()
-        raise UnreadableVideo("its codec is not known")
-    stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    return container, stream
+    with av.open(f"file:{path}", metadata_errors="ignore", timeout=TIMEOUT_S, options=limits) as container:
+        if len(container.streams) >= MAX_STREAMS:  # FFmpeg has left out the rest
+            raise Unreadable(f"it has {MAX_STREAMS} or more streams")
+        if not container.streams.video:
+            raise Unreadable("it has no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise Unreadable("its codec is not known")
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield container, stream
 
 
 def packets_of(
@@ -109,31 +123,20 @@ def packets_of(
 
 
 def describe(error: Exception) -> str:
-    """The reason of an error, in a few words."""
+    """The reason of an error, in one line."""
     if isinstance(error, av.error.ExitError):
         return f"reading it takes more than {max(TIMEOUT_S):g} s"
     if isinstance(error, av.error.ArgumentError):
         return f"it is damaged, has over {MAX_PIXELS:,} pixels a frame, or is no {VIDEO_FORMATS.replace(',', ', ')}"
     if isinstance(error, av.error.MemoryError):
         return f"it asks for more than {MAX_ALLOCATION // 2**20} MiB at once, or has over {MAX_STREAMS} streams"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, av.error.FFmpegError | OSError | ValueError | SyntaxError | Image.DecompressionBombError):
+        words = (getattr(error, "strerror", None) or str(error)).split()  # written for people
+    else:
+        words = [f"{type(error).__name__}:", *str(error).split()]
+    return " ".join(words).removesuffix(":") or type(error).__name__
 
 
 def is_long_and_thin(width: int, height: int) -> bool:
     """Whether a picture's long side is over MAX_ASPECT times its short side."""
     return max(width, height) > MAX_ASPECT * min(width, height)
-
-
-def open_image(path: str) -> Image.Image:
-    """Opens an image of IMAGE_FORMATS, but does not read its pixels. The caller closes it.
-
-    Raises:
-        ValueError: it is not a file, or too long and thin.
-        OSError, Image.DecompressionBombError and other errors of Pillow's readers: it cannot be opened.
-    """
-    check_regular_file(path)
-    image = Image.open(path, formats=IMAGE_FORMATS)
-    if is_long_and_thin(*image.size):
-        image.close()
-        raise ValueError(f"its {image.width}x{image.height} pixels are over {MAX_ASPECT} times as long as wide")
-    return image

@@ -13,11 +13,11 @@ from data.untrusted import (
     MAX_ASPECT,
     MAX_FRAMES,
     Patience,
-    UnreadableVideo,
-    describe,
+    Unreadable,
     is_long_and_thin,
     open_video,
     packets_of,
+    reading,
 )
 
 # FFmpeg gives reordered frames of these codecs wrong times if the container, such as AVI, keeps no times.
@@ -32,12 +32,14 @@ class VideoInfo:
     `seekable` is False if decoded frames do not carry these times (H.264 with B-frames in AVI).
     `seek_margin` is the longest time from a frame's decoding to its display, in the stream's unit. Seek to a frame's
     time less this margin: the seek then does not end behind the frame.
+    `remarks` say what reading changes about its pictures. A data set counts them, and does not keep them by file.
     """
 
     times: range | tuple[int, ...]
     frames_per_second: float
     seekable: bool = True
     seek_margin: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 def frames_of(
@@ -48,36 +50,33 @@ def frames_of(
         yield from packet.decode()
 
 
-def probe_video(path: Path) -> VideoInfo:
+@reading()
+def probe_video(path: str | Path) -> VideoInfo:
     """Counts a file's frames by reading its packets, not its header, and decodes the first one.
 
     Raises:
-        UnreadableVideo: it is not a video, its first frame does not decode, or it goes beyond a limit.
+        Unreadable: it is not a video, its first frame does not decode, or it goes beyond a limit.
     """
     stamps: list[tuple[int | None, int | None]] = []
     patience = Patience()
-    try:
-        container, stream = open_video(path)
-        with container:
-            check_aspect(next(frames_of(container, stream, patience)))  # here, so that no run stops at it later
-            codec = stream.codec_context
-            untimed = codec.has_b_frames and codec.name in TIMES_FROM_CONTAINER
-        container, stream = open_video(path)
-        with container:
-            for packet in packets_of(container, stream, patience):
-                # The edit list of a cut .mp4 discards frames that the file still holds.
-                if packet.size and not packet.is_discard:
-                    stamps.append((packet.pts, packet.dts))
-                if len(stamps) > MAX_FRAMES:
-                    raise UnreadableVideo(f"it has more than {MAX_FRAMES:,} frames: cut it into shorter files")
-            time_base, header_rate = stream.time_base, stream.average_rate
-    except StopIteration:
-        raise UnreadableVideo("it has no frames") from None
-    except av.error.FFmpegError as error:
-        raise UnreadableVideo(describe(error)) from None
+    with open_video(path) as (container, stream):
+        frame = next(frames_of(container, stream, patience), None)
+        if frame is None:
+            raise Unreadable("it has no frames")
+        check_aspect(frame)  # here, so that no run stops at it later
+        codec = stream.codec_context
+        untimed = codec.has_b_frames and codec.name in TIMES_FROM_CONTAINER
+    with open_video(path) as (container, stream):
+        for packet in packets_of(container, stream, patience):
+            # The edit list of a cut .mp4 discards frames that the file still holds.
+            if packet.size and not packet.is_discard:
+                stamps.append((packet.pts, packet.dts))
+            if len(stamps) > MAX_FRAMES:
+                raise Unreadable(f"it has more than {MAX_FRAMES:,} frames: cut it into shorter files")
+        time_base, header_rate = stream.time_base, stream.average_rate
     times = [dts if pts is None else pts for pts, dts in stamps]
     if not times or None in times:
-        raise UnreadableVideo("its frames carry no times")
+        raise Unreadable("its frames carry no times")
     # If frames are reordered and the container keeps their times, the packets' times are unsorted.
     seekable = not (untimed and times == sorted(times))
     margin = max((pts - dts for pts, dts in stamps if None not in (pts, dts)), default=0)
@@ -86,8 +85,19 @@ def probe_video(path: Path) -> VideoInfo:
     if len(times) > 1:
         rate = (len(times) - 1) / float((times[-1] - times[0]) * time_base)
     if not rate:
-        raise UnreadableVideo("it has one frame and no frame rate")
+        raise Unreadable("it has one frame and no frame rate")
     return VideoInfo(evenly_spaced(times), rate, seekable, max(margin, 0))
+
+
+@reading()
+def video_size(path: str | Path) -> tuple[int, int]:
+    """Width and height in pixels, from the file's header.
+
+    Raises:
+        Unreadable: as `open_video`.
+    """
+    with open_video(path) as (container, stream):
+        return stream.width, stream.height
 
 
 def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
@@ -97,35 +107,37 @@ def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
     return progression if all(a == b for a, b in zip(times, progression, strict=True)) else tuple(times)
 
 
-def read_frames(path: Path, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray:
+def read_frames(path: str | Path, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray:
     """Frames by ascending index, resized and centre-cropped: (T, size, size, 3) uint8.
 
     Seeks to the first frame and decodes to the last. If seeking fails, decodes from the start. If the file ends
     early, repeats the last frame found.
 
     Raises:
-        UnreadableVideo: none of the frames decodes.
+        Unreadable: none of the frames decodes.
     """
+    times, patience = [info.times[i] for i in indices], Patience()
     try:
-        times = [info.times[i] for i in indices]
-        frames = seek_and_decode(path, times, info.seek_margin, size) if info.seekable else []
-    except av.error.FFmpegError:
+        frames = seek_and_decode(path, times, info.seek_margin, size, patience) if info.seekable else []
+    except Unreadable:
         frames = []
     if not frames:
-        frames = decode_from_start(path, indices, size)
+        frames = decode_from_start(path, indices, size, patience)
     if not frames:
-        raise UnreadableVideo("no frame decodes at the wanted place")
+        raise Unreadable("no frame decodes at the wanted place")
     return np.stack(frames + [frames[-1]] * (len(indices) - len(frames)))
 
 
-def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: int) -> list[np.ndarray]:
+@reading()
+def seek_and_decode(
+    path: str | Path, times: Sequence[int], seek_margin: int, size: int, patience: Patience
+) -> list[np.ndarray]:
     """The first frame at or after each time; an empty list if the seek ended behind the first time."""
     frames: list[np.ndarray] = []
     reformatter = VideoReformatter()
-    container, stream = open_video(path)
-    with container:
+    with open_video(path) as (container, stream):
         container.seek(times[0] - seek_margin, stream=stream)
-        for i, frame in enumerate(frames_of(container, stream, Patience())):
+        for i, frame in enumerate(frames_of(container, stream, patience)):
             if frame.pts is None or (i == 0 and frame.pts > times[0]):
                 return []
             while len(frames) < len(times) and frame.pts >= times[len(frames)]:
@@ -135,21 +147,20 @@ def seek_and_decode(path: Path, times: Sequence[int], seek_margin: int, size: in
     return frames
 
 
-def decode_from_start(path: Path, indices: Sequence[int], size: int) -> list[np.ndarray]:
+def decode_from_start(path: str | Path, indices: Sequence[int], size: int, patience: Patience) -> list[np.ndarray]:
     """The frames with these indices, found by counting decoded frames; fewer if the file ends or breaks early."""
     frames: list[np.ndarray] = []
     reformatter = VideoReformatter()
     try:
-        container, stream = open_video(path)
-        with container:
-            for i, frame in enumerate(frames_of(container, stream, Patience())):
+        with reading(), open_video(path) as (container, stream):
+            for i, frame in enumerate(frames_of(container, stream, patience)):
                 while len(frames) < len(indices) and i >= indices[len(frames)]:
                     frames.append(square(frame, size, reformatter))
                 if len(frames) == len(indices):
                     break
-    except av.error.FFmpegError as error:
+    except Unreadable:
         if not frames:
-            raise UnreadableVideo(describe(error)) from None
+            raise
     return frames
 
 
@@ -159,14 +170,13 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
     Decodes from the start and holds one frame at a time. Passes over packets that do not decode, and ends at a limit.
 
     Raises:
-        UnreadableVideo: no frame decodes.
+        Unreadable: no frame decodes.
     """
     shown, timed = 0, info.seekable
     reformatter = VideoReformatter()
     patience = Patience()
     try:
-        container, stream = open_video(path)
-        with container:
+        with reading(), open_video(path) as (container, stream):
             for i, frame in enumerate(decodable(container, stream, patience)):
                 # As in `read_frames`: by time, or by count if the times are wrong.
                 timed = timed and frame.pts is not None and (i > 0 or frame.pts <= info.times[0])
@@ -174,11 +184,11 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
                     yield square(frame, size, reformatter)
                     patience.restart()
                     shown += 1
-    except (av.error.FFmpegError, UnreadableVideo) as error:
+    except Unreadable:
         if not shown:
-            raise UnreadableVideo(describe(error)) from None
+            raise
     if not shown:
-        raise UnreadableVideo("it has no frame that decodes")
+        raise Unreadable("it has no frame that decodes")
 
 
 def decodable(
@@ -194,16 +204,16 @@ def decodable(
 
 
 def check_aspect(frame: av.VideoFrame) -> None:
-    """Raises UnreadableVideo if a frame is too long and thin."""
+    """Raises Unreadable if a frame is too long and thin."""
     if is_long_and_thin(frame.width, frame.height):
-        raise UnreadableVideo(f"a frame of {frame.width}x{frame.height} is over {MAX_ASPECT} times as long as wide")
+        raise Unreadable(f"a frame of {frame.width}x{frame.height} is over {MAX_ASPECT} times as long as wide")
 
 
 def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
     """The centre square of a frame whose short side is resized to `size`: (size, size, 3) uint8 RGB.
 
     Raises:
-        UnreadableVideo: as `check_aspect`.
+        Unreadable: as `check_aspect`.
     """
     check_aspect(frame)
     scale = size / min(frame.height, frame.width)

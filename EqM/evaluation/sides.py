@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
 from data.form import Form
 from data.packs.pack import is_pack
-from data.scan import unreadable_errors
+from data.untrusted import Unreadable
 from evaluation.features import Features
 from evaluation.judge import small
 from runtime.errors import UserError
@@ -151,8 +151,8 @@ def read_batches(
     def read(place: int) -> Tensor | str:
         try:
             return content.read(place)[0]
-        except unreadable_errors(video) as error:
-            return str(error) or type(error).__name__
+        except Unreadable as error:
+            return str(error)
 
     total = len(content.names)
     with ThreadPoolExecutor() as pool, tqdm(total=total, desc=f"reading {side.name}", unit="file") as bar:

@@ -16,7 +16,8 @@ from torch import Tensor
 from data.clips import read_sample
 from data.form import Form
 from data.latents import VAE, encode
-from data.scan import Item, check_files, find_loose_files, unreadable_errors
+from data.scan import Item, check_files, find_loose_files
+from data.untrusted import Unreadable
 from objective import Objective
 from runs.config import Config
 from runtime import cli, distributed
@@ -132,7 +133,7 @@ class Starts:
         """
         try:
             return read_sample(item, self.form, 0.0)[0]
-        except unreadable_errors(item.video is not None) as error:
+        except Unreadable as error:
             raise UserError(f"--init: {item.path} cannot be read: {error}: remove it") from None
 
 

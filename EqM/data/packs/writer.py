@@ -11,7 +11,7 @@ import numpy as np
 from data.clips import read_image
 from data.packs.format import Settings, shard_path
 from data.packs.packing import PackPlan, disk_errors, name_in
-from data.scan import unreadable_errors
+from data.untrusted import Unreadable
 from data.video import iterate_frames, probe_video
 from runtime.files import write_json, write_whole
 
@@ -56,7 +56,7 @@ def write_frames(
             try:
                 rate, frames = read_source(source_path, settings.video, settings.image_size)
                 first = next(frames)
-            except unreadable_errors(settings.video) as error:
+            except Unreadable as error:
                 writer.add_unreadable(name, str(error))
             else:
                 writer.add_item(name, label, rate, chain([first], frames))
