@@ -1,6 +1,6 @@
 """Prints what training would find in a folder or a pack.
 
-python EqM/check_data.py datasets/ucf-101/train --video
+python EqM/check_data.py datasets/ucf-101/train --video --decode
 """
 
 from collections import Counter
@@ -11,8 +11,9 @@ import numpy as np
 
 from data.file_list import Found
 from data.packs.pack import is_pack, open_pack
-from data.scan import scan
+from data.scan import check_readable, scan
 from runtime import cli
+from runtime.errors import UserError, shown
 
 
 def summary(found: Found, video: bool) -> Iterator[str]:
@@ -20,31 +21,38 @@ def summary(found: Found, video: bool) -> Iterator[str]:
     kind = "clips" if video else "images"
     yield f"{found.root}: {len(found)} {kind} of {len(found.classes)} classes"
     for name, count in zip(found.classes, found.count_by_class(), strict=True):
-        yield f"  {name}: {count}"
+        yield f"  {shown(name)}: {count}"
     if video and len(found):
         rates = Counter(found.videos.rates.round(2).tolist())
         yield "frames a second: " + ", ".join(f"{rate:g} ({n} clips)" for rate, n in sorted(rates.items()))
         lengths = found.videos.lengths
         yield f"frames a clip: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}"
+    yield from found.notes
     yield f"unreadable files: {len(found.unreadable)}"
     for path, reason in found.unreadable:
-        yield f"  {path}: {reason}"
+        yield f"  {shown(path)}: {shown(reason)}"
 
 
 def main() -> None:
     parser = cli.ArgumentParser("Prints what training would find in a folder or a pack.")
     parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
     parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
+    decode = "decode all of each file, which takes long and finds all damage; fails if training would refuse the set"
+    parser.add_argument("--decode", action="store_true", help=decode)
     args = parser.parse_args()
 
     if is_pack(args.path):
+        if args.decode:
+            raise UserError(f"{args.path} is a pack, which holds decoded frames: --decode is for folders of files")
         pack = open_pack(args.path)
         print(pack.describe())
         found, video = pack.found(), pack.settings.video
     else:
-        found, video = scan(args.path, args.video), args.video
+        found, video = scan(args.path, args.video, decode=args.decode), args.video
     for line in summary(found, video):
         print(line)
+    if args.decode:
+        check_readable(found, video)
 
 
 if __name__ == "__main__":

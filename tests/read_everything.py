@@ -43,7 +43,7 @@ def main() -> None:
         reports += batch["unreadable"]
     for (epoch, index), report in zip(keys, reports, strict=True):
         if report and not epoch:
-            met[found[index].path] = report.split("\n")
+            met[found[index].path] = [path for path, _ in report]
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     suspects = [(0, i) for i, item in enumerate(found) if found.classes[item.label] == sys.argv[2]]
     alone = [found[key[1]].path for key in suspects if does_not_read(samples, key)]

@@ -10,14 +10,14 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.clips import MAX_TRIES
 from data.file_list import Found
-from data.scan import MAX_UNREADABLE
+from data.scan import too_many
 from data.source import Source
 from runtime import cli, distributed
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 from runtime.logs import log
 from runtime.transfers import to_device
 
@@ -99,10 +99,10 @@ class TrainingBatches:
         """Logs the files found unreadable since the last call; returns the count so far. Every rank must call it.
 
         Raises:
-            UserError: more than MAX_UNREADABLE of the files cannot be read.
+            UserError: too many of the files cannot be read.
         """
-        for path in self.unreadable.exchange():
-            log.warning("skipped unreadable %s", path)
+        for path, reason in self.unreadable.exchange():
+            log.warning("skipped unreadable %s: %s", shown(path), shown(reason))
         return len(self.unreadable.known)
 
     def take_idle_seconds(self) -> float:
@@ -142,7 +142,7 @@ class EpochStream(Sampler[list[tuple[int, int]]]):
 
 def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of batches as dicts of tensors, in the stream's order."""
-    collate = as_it_is if hasattr(samples, "__getitems__") else None
+    collate = as_it_is if hasattr(samples, "__getitems__") else collate_samples
     return DataLoader(
         samples,
         batch_sampler=stream,
@@ -162,6 +162,12 @@ def leave_signals_to_the_trainer(worker: int) -> None:
 def as_it_is(batch: dict) -> dict:
     """Collates nothing: the data set returns whole batches."""
     return batch
+
+
+def collate_samples(samples: list[dict]) -> dict:
+    """One batch of samples. What could not be read stays a list, of a list for each sample."""
+    batch = default_collate([{name: x for name, x in each.items() if name != "unreadable"} for each in samples])
+    return batch | {"unreadable": [each["unreadable"] for each in samples]}
 
 
 class DeviceLoader:
@@ -216,34 +222,37 @@ class UnreadableLog:
     def __init__(self, found: Found):
         self.total = len(found) + len(found.unreadable)
         self.known = {path for path, _ in found.unreadable}
-        self.new: set[str] = set()
+        self.new: dict[str, str] = {}
 
-    def add(self, reports: list[str]) -> None:
-        """Takes a batch's `unreadable`.
+    def add(self, reports: list[list[tuple[str, str]]]) -> None:
+        """Takes a batch's `unreadable`: for each sample, (path, reason) of the files that could not be read for it.
 
         Raises:
             UserError: MAX_TRIES files in a row could not be read.
         """
-        self.new |= {path for report in reports for path in report.split("\n") if path}
-        if any(report.count("\n") + 1 >= MAX_TRIES for report in reports):
+        for report in reports:
+            self.new.update(report)
+        if any(len(report) >= MAX_TRIES for report in reports):
             self.give_up(self.new)
 
-    def exchange(self) -> list[str]:
-        """The unreadable paths that any rank met since the last call. Every rank must call it.
+    def exchange(self) -> list[tuple[str, str]]:
+        """(path, reason) of the files that any rank found unreadable since the last call. Every rank must call it.
 
         Raises:
-            UserError: more than MAX_UNREADABLE of the files cannot be read.
+            UserError: too many of the files cannot be read.
         """
-        new = set().union(*distributed.gather(self.new)) - self.known
-        self.known |= new
-        self.new = set()
-        if new and len(self.known) > MAX_UNREADABLE * self.total:
+        new: dict[str, str] = {}
+        for of_rank in distributed.gather(self.new):
+            new |= {path: reason for path, reason in of_rank.items() if path not in self.known}
+        self.known |= new.keys()
+        self.new = {}
+        if new and too_many(len(self.known), self.total):
             self.give_up(new)
-        return sorted(new)
+        return sorted(new.items())
 
-    def give_up(self, paths: set[str]) -> NoReturn:
-        count = len(self.known | paths)
+    def give_up(self, new: dict[str, str]) -> NoReturn:
+        count, (path, reason) = len(self.known | new.keys()), min(new.items())
         raise UserError(
-            f"{count} of {self.total} files cannot be read any more, for example {min(paths)}:"
-            " check the disk, then go on with --resume"
+            f"{count} of {self.total} files cannot be read, for example {shown(path)}: {shown(reason)}: check the disk,"
+            " remove or replace what python EqM/check_data.py --decode lists, then go on with --resume"
         )

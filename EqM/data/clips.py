@@ -22,8 +22,8 @@ class Samples(Dataset):
     """Samples as dicts, by key (epoch, index). The same key gives the same sample in any process.
 
     `x` is uint8, (3, T, size, size) for videos and (3, size, size) for images. `label` is an int.
-    `seconds_per_frame` is a float, 0 for images. `unreadable` has one line for each path that could not be read.
-    Another file of the set stands in for such a path.
+    `seconds_per_frame` is a float, 0 for images. `unreadable` lists (path, reason) of what could not be read.
+    Another file of the set stands in for it.
     """
 
     def __init__(self, found: Found, form: Form, seed: int):
@@ -38,8 +38,8 @@ class Samples(Dataset):
             try:
                 x, seconds_per_frame = read_sample(item, self.form, start)
                 break
-            except Unreadable:
-                unreadable.append(item.path)
+            except Unreadable as error:
+                unreadable.append((item.path, str(error)))
                 index = int(np.random.default_rng((self.seed, *key, len(unreadable))).integers(len(self.found)))
         else:
             # Nothing trains on these zeros: `UnreadableLog` ends the run at MAX_TRIES paths.
@@ -48,7 +48,7 @@ class Samples(Dataset):
         if self.form.flip and mirror < 0.5:
             x = x.flip(-1)
         seconds = np.float32(seconds_per_frame)
-        return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": "\n".join(unreadable)}
+        return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": unreadable}
 
 
 def read_sample(item: Item, form: Form, start: float) -> tuple[Tensor, float]:

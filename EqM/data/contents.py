@@ -1,7 +1,6 @@
 """The samples of a PATH, in order. A PATH is a folder of files, a pack, or an .npz."""
 
 import csv
-import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -21,9 +20,10 @@ from data.images import image_size
 from data.latents import LatentSpace
 from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack, read_pack
-from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files
+from data.scan import find_loose_files
 from data.untrusted import Unreadable
 from data.video import probe_video, video_size
+from data.walk import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, walk
 from runtime import distributed
 from runtime.errors import UserError, first_line
 
@@ -193,8 +193,8 @@ def folder_holds_videos(folder: Path) -> bool:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder, a pack or an .npz")
-    suffixes = {Path(name).suffix.lower() for _, _, names in os.walk(folder, followlinks=True) for name in names}
-    found = [bool(suffixes & set(extensions)) for extensions in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS)]
+    suffixes = {Path(path).suffix.lower() for path, _ in walk(folder, VIDEO_EXTENSIONS + IMAGE_EXTENSIONS).taken}
+    found = [bool(suffixes & {*extensions} - {".gif"}) for extensions in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS)]
     if all(found):
         raise UserError(f"{folder} holds videos and images: give a folder of one kind")
     if not any(found) and ".gif" in suffixes:

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data.video import VideoInfo
+from data.walk import MISTAKE, listed
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Found:
         labels: their class indices, (N,) int64.
         videos: their frame times; None for images.
         unreadable: the other files, as (path, reason).
+        notes: lines for people: what is left out, what looks like a mistake, how pictures are read.
     """
 
     root: str
@@ -87,6 +89,7 @@ class Found:
     labels: np.ndarray
     videos: Videos | None
     unreadable: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def of_items(
@@ -94,12 +97,24 @@ class Found:
         classes: tuple[str, ...],
         items: Sequence[Item],
         unreadable: tuple[tuple[str, str], ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> "Found":
         """Collects one Item a file. All are videos, or all are images."""
         videos = [item.video for item in items if item.video]
         labels = np.array([item.label for item in items], np.int64)  # (N,)
         paths = Names(item.path for item in items)
-        return Found(root, classes, paths, labels, Videos(videos) if videos else None, unreadable)
+        return Found(root, classes, paths, labels, Videos(videos) if videos else None, unreadable, notes)
+
+    def without_empty_classes(self) -> "Found":
+        """The same files, without the classes that have none: no network learns these. A set without files is kept."""
+        used = np.unique(self.labels)
+        if len(used) in (0, len(self.classes)):
+            return self
+        names = [self.classes[i] for i in used]
+        empty = [name for name in self.classes if name not in set(names)]
+        note = f"{MISTAKE}no readable file in {listed(empty)}: it is no class"
+        labels = np.searchsorted(used, self.labels)  # (N,)
+        return replace(self, classes=tuple(names), labels=labels, notes=(*self.notes, note))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,11 +1,13 @@
 """Image files through Pillow: checks a file, and reads its pixels."""
 
-from PIL import Image
+from PIL import Image, features
 
 from data.untrusted import MAX_ASPECT, Unreadable, check_regular_file, is_long_and_thin, reading
 
 # The formats of files with IMAGE_EXTENSIONS. Pillow would hand some others, such as EPS, to programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+if "avif" in features.modules and features.check("avif"):  # not every Pillow has it
+    IMAGE_FORMATS += ("AVIF",)
 
 
 def open_image(path: str) -> Image.Image:

@@ -1,69 +1,155 @@
 """Finds the files of a data set and their classes, and opens each file once to check it."""
 
-import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.file_list import Found, Item
-from data.images import probe_image
+from data.images import decode_image, probe_image
+from data.tables import chosen_by, find_list, find_table, no_match, read_table, repeated
 from data.untrusted import Unreadable
-from data.video import probe_video
-from runtime.errors import UserError
+from data.video import VideoInfo, iterate_frames, probe_video
+from data.walk import IMAGE_EXTENSIONS, MISTAKE, VIDEO_EXTENSIONS, Walk, listed, walk
+from runtime.errors import UserError, shown
 
-VIDEO_EXTENSIONS = (".avi", ".mp4", ".mkv", ".webm", ".mov")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
-MAX_UNREADABLE = 0.1  # share of a set; training stops if more cannot be read
-SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
+MAX_UNREADABLE = 0.1  # share of a set; training stops if more cannot be read, and more than one file
+MIN_DECODED = 0.9  # share of a video's frames: some codecs hold packets that show nothing
+DECODED_SIDE = 16  # pixels; decoding takes as long for any
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
+JOIN_FRAMES = "join frames to videos first (ffmpeg -framerate 25 -pattern_type glob -i 'FOLDER/*.png' CLIP.mp4)"
 
 
-def find_files(root: Path, video: bool) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Class names, and (path, class index) of every file. Opens no file.
+@dataclass(frozen=True)
+class Listing:
+    """The files of a folder, before any is opened.
 
-    Class folders give the classes. Without such folders, a CSV or UCF-101 file names give the classes of videos.
+    Attributes:
+        classes: names of the classes, sorted.
+        samples: (path, class index) of every file.
+        notes: lines for people: what is left out, and what looks like a mistake.
+    """
+
+    classes: tuple[str, ...]
+    samples: list[tuple[str, int]]
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of_rows(rows: Iterable[tuple[str, str]], notes: Iterable[str]) -> "Listing":
+        """Numbers the classes of (path, class name)."""
+        rows = list(rows)
+        classes = tuple(sorted({label for _, label in rows}))
+        index = {label: i for i, label in enumerate(classes)}
+        return Listing(classes, [(path, index[label]) for path, label in rows], tuple(notes))
+
+
+def find_files(root: Path, video: bool) -> Listing:
+    """Finds every file and its class. Opens no file.
+
+    Class folders give the classes. Without such folders, a CSV or UCF-101 file names give the classes of videos. A list
+    of UCF-101 (trainlist01.txt) chooses among the videos.
 
     Raises:
         UserError: there are no files, or no classes for them.
     """
     if not root.is_dir():
         raise UserError(f"--data-path {root} is not a folder: give one that holds class folders")
-    extensions = VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS
-    if any(entry.is_dir() for entry in root.iterdir()):
-        # A folder without such files is not a class.
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        labelled = [(path, name) for name in folders for path in walk(root / name, extensions)]
-        if labelled and {label for _, label in labelled} <= SPLIT_NAMES:
-            raise UserError(f"{root} holds splits, not classes: give one split, for example {root / labelled[0][1]}")
-        if labelled:
-            return index_labels(labelled)
-    if not video:
-        raise UserError(f"no class folders of images in {root} (for videos add --video)")
+    found = walk(root, VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS)
+    rows = [(path, name) for path, name in found.taken if name]
+    flat = [path for path, name in found.taken if not name]
+    if rows:
+        notes = check_class_folders(root, found)
+        notes += [f"left out: {len(flat)} files in no class folder (such as {shown(flat[0])})"] if flat else []
+    elif video:
+        rows = read_flat(root, flat, found)
+        notes = repeated(rows)
+    else:
+        raise UserError(no_images(root, flat, found))
+    others = count_media(found)
+    if others:
+        kind, advice = ("images", "leave out --video") if video else ("videos", "add --video")
+        notes.append(f"{MISTAKE}{others} {kind} are left out: {advice} to train on them in place of these")
+    rows, unlisted = chosen_by(find_list(root), rows) if video else (rows, [])
+    return Listing.of_rows(rows, notes + unlisted + found.left_out())
+
+
+def count_media(found: Walk) -> int:
+    """How many videos, if images were looked for, or how many images, lie in a folder."""
+    return sum(files for (ending, _), files in found.others.items() if ending in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS)
+
+
+def check_class_folders(root: Path, found: Walk) -> list[str]:
+    """Lines about class folders that look like something else.
+
+    Raises:
+        UserError: they are splits, or the class folders lie in a folder of their own.
+    """
+    places = {name: folders for name, folders in found.folders.items() if name and folders}
+    names, splits = sorted(places), sorted(name for name in places if name.lower() in SPLIT_NAMES)
+    if splits == names:
+        raise UserError(f"{root} holds splits, not classes: give one split, for example {root / names[0]}")
+    inner = {name: {Path(folder).relative_to(root / name).parts[:1] for folder in places[name]} for name in names}
+    common = set.intersection(*inner.values()) - {()}
+    notes = []
+    if len(names) == 1 and common:
+        top = Path(os.path.commonpath(places[names[0]]))
+        below = {Path(folder).relative_to(top).parts[:1] for folder in places[names[0]]}
+        says = f"all files lie in {len(below)} folders in {shown(top)}: if these are the classes, give {shown(top)}"
+        if len(below) > 1 and () not in below:
+            # Numbers may be parts of one large class, as well as the names of classes.
+            if not all(name.isdigit() for (name,) in below):
+                raise UserError(f"{root} holds one class, {names[0]}, and {says}")
+            notes.append(MISTAKE + says)
+    elif len(common) > 1:
+        notes.append(f"{MISTAKE}all class folders hold the same folders, such as {shown(min(common)[0])}")
+    if len(splits) > 1:
+        notes.append(f"{MISTAKE}{listed(splits)} are classes")
+    frames = [name for name in names if name.lower().endswith(VIDEO_EXTENSIONS)]
+    if frames:
+        notes.append(f"{MISTAKE}the classes {listed(frames)} are named as videos: {JOIN_FRAMES}")
+    empty = sorted(name for name, folders in found.folders.items() if name and not folders)
+    return notes + ([f"{MISTAKE}no class folder, since it has none of these files: {listed(empty)}"] if empty else [])
+
+
+def read_flat(root: Path, files: list[str], found: Walk) -> list[tuple[str, str]]:
+    """(path, class name) of videos without class folders: from a CSV, or from names as those of UCF-101.
+
+    Raises:
+        UserError: there are no videos, no classes for them, or a CSV that cannot be used.
+    """
     table = find_table(root)
-    rows = read_table(table, root) if table else []
-    flat = sorted(path for path in root.iterdir() if path.suffix.lower() in extensions)
+    columns, rows = read_table(table, root) if table else ("", [])
     # A train.csv beside this folder may describe only the training folder.
-    if any(Path(path).is_file() for path, _ in rows) or (rows and not flat):
-        return index_labels(rows)
-    if not flat:
-        raise UserError(f"no videos ({' '.join(VIDEO_EXTENSIONS)}) in {root} or its class folders")
-    names = [(str(path), UCF_NAME.match(path.name)) for path in flat]
-    unnamed = [path for path, match in names if not match]
+    if any(os.path.isfile(path) for path, _ in rows):  # noqa: PTH113
+        return rows
+    matches = [(path, UCF_NAME.match(Path(path).name)) for path in files]
+    if rows and not (files and all(match for _, match in matches)):
+        raise UserError(no_match(table, columns, rows, files))
+    if not files:
+        images = f", but {count_media(found)} images: leave out --video, or {JOIN_FRAMES}" if count_media(found) else ""
+        raise UserError("; ".join([f"no videos in {root} or its class folders{images}", *found.left_out()]))
+    unnamed = [path for path, match in matches if not match]
     if unnamed:
-        raise UserError(f"{unnamed[0]} has no class: use class folders, {root.name}.csv, or UCF-101 file names")
-    return index_labels((path, match["label"]) for path, match in names)
+        raise UserError(
+            f"{shown(unnamed[0])} has no class: put it into a folder of its class, {root / 'ClassName'}, list it in"
+            f" {root.resolve().name}.csv (columns video_name,tag), or name it as UCF-101 does"
+        )
+    return [(path, match["label"]) for path, match in matches]
 
 
-def walk(folder: Path, extensions: tuple[str, ...]) -> list[str]:
-    """The files with these extensions in a folder and below, sorted, folder by folder."""
-    found = []
-    for below, _, names in sorted(os.walk(folder, followlinks=True)):
-        found += [os.path.join(below, name) for name in sorted(names) if name.lower().endswith(extensions)]  # noqa: PTH118
-    return found
+def no_images(root: Path, files: list[str], found: Walk) -> str:
+    """The error of a folder without class folders of images."""
+    says = f"no class folders of images in {root}"
+    if files:
+        target = root / "ClassName" / Path(files[0]).name
+        return f"{says}, but {len(files)} images: move each into a folder of its class, such as {shown(target)}"
+    return "; ".join([f"{says} (for videos add --video)", *found.left_out()])
 
 
 def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
@@ -74,101 +160,74 @@ def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
     Raises:
         UserError: there is no such folder, or no such file.
     """
-    kinds = [("videos", VIDEO_EXTENSIONS), ("images", IMAGE_EXTENSIONS)]
-    (kind, extensions), (other_kind, other_extensions) = kinds if video else kinds[::-1]
+    kinds = ("videos", "images") if video else ("images", "videos")
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give one of {kind}")
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    found = [path for path in files if path.suffix.lower() in extensions]
-    if not found:
-        instead = f", but {other_kind}" if any(path.suffix.lower() in other_extensions for path in files) else ""
-        raise UserError(f"no {kind} ({' '.join(extensions)}) in {root}{instead}: give a folder of {kind}")
-    return [(str(path), path.relative_to(root).parts[0] if path.parent != root else "") for path in found]
+        raise UserError(f"{root} is not a folder: give one of {kinds[0]}")
+    found = walk(root, VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS)
+    if not found.taken:
+        instead = f", but {kinds[1]}" if count_media(found) else ""
+        raise UserError(
+            "; ".join([f"no {kinds[0]} in {root}{instead}: give a folder of {kinds[0]}", *found.left_out()])
+        )
+    return sorted(found.taken, key=lambda row: Path(row[0]))
 
 
-def index_labels(samples: Iterable[tuple[str, str]]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """The sorted class names, and (path, class index) in place of each (path, class name)."""
-    samples = list(samples)
-    classes = tuple(sorted({label for _, label in samples}))
-    index = {label: i for i, label in enumerate(classes)}
-    return classes, [(path, index[label]) for path, label in samples]
+def scan(root: Path, video: bool, show_progress: bool = True, decode: bool = False) -> Found:
+    """Finds every file and checks that it can be read. Leaves out classes without a readable file, if others have one.
 
-
-def find_table(root: Path) -> Path | None:
-    """The CSV named after the folder, or train.csv, inside the folder or beside it."""
-    names = dict.fromkeys([f"{root.resolve().name}.csv", "train.csv"])
-    tables = [folder / name for name in names for folder in (root, root.resolve().parent)]
-    return next((table for table in tables if table.is_file()), None)
-
-
-def read_table(table: Path, root: Path) -> list[tuple[str, str]]:
-    """(path, class name) for every row of a CSV.
-
-    Raises:
-        UserError: it is not a CSV in UTF-8, its columns are unknown, it has no rows, or a row has an empty cell.
-    """
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = set(reader.fieldnames or ())
-            if {"video_name", "tag"} <= columns:
-                rows = [(row["video_name"], row["tag"]) for row in reader]
-            elif {"clip_name", "clip_path", "label"} <= columns:
-                rows = [(row["clip_path"], row["label"]) for row in reader]
-            else:
-                raise UserError(f"{table} needs the columns video_name,tag or clip_name,clip_path,label")
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} is not a CSV in UTF-8: {error}") from None
-    if not rows:
-        raise UserError(f"{table} has no rows")
-    incomplete = next((i for i, row in enumerate(rows) if not all(row)), None)
-    if incomplete is not None:
-        raise UserError(f"{table}: row {incomplete + 1} lacks a file or a class: fill it in")
-    return [(str(resolve(root, name)), label) for name, label in rows]
-
-
-def resolve(root: Path, name: str) -> Path:
-    """The file that a CSV names: by a path from the folder or from its parent, or by its last part alone."""
-    relative = name.lstrip("/")
-    from_parent = root.resolve().parent / relative
-    candidates = [root / relative, root / Path(name).name]
-    if from_parent.is_relative_to(root.resolve()):
-        candidates.insert(1, from_parent)
-    return next((path for path in candidates if path.is_file()), candidates[0])
-
-
-def scan(root: Path, video: bool, show_progress: bool = True) -> Found:
-    """Finds every file and checks that it can be read.
+    Args:
+        decode: decode all of each file. Without it, damage behind a file's header may stay unseen.
 
     Raises:
         UserError: there are no files, or no classes for them.
     """
-    classes, samples = find_files(root, video)
-    items, unreadable = check_files(samples, video, show_progress)
-    return Found.of_items(str(root), classes, items, unreadable)
+    listing = find_files(root, video)
+    items, unreadable, remarks = check_files(listing.samples, video, show_progress, decode)
+    notes = [*listing.notes, *(f"{count} files: {text}" for text, count in remarks.items())]
+    return Found.of_items(str(root), listing.classes, items, unreadable, tuple(notes)).without_empty_classes()
 
 
 def check_files(
-    samples: list[tuple[str, int]], video: bool, show_progress: bool = True
-) -> tuple[tuple[Item, ...], tuple[tuple[str, str], ...]]:
-    """Opens every (path, class index). Returns the readable ones as items, and the others as (path, reason)."""
+    samples: list[tuple[str, int]], video: bool, show_progress: bool = True, decode: bool = False
+) -> tuple[tuple[Item, ...], tuple[tuple[str, str], ...], Counter]:
+    """Opens every (path, class index).
 
-    def check(sample: tuple[str, int]) -> Item | tuple[str, str]:
+    Returns the readable ones as items, the others as (path, reason), and how many files each remark of a reader is
+    about.
+    """
+
+    def check(sample: tuple[str, int]) -> tuple[Item | tuple[str, str], tuple[str, ...]]:
         path, label = sample
         try:
-            if video:
-                return Item(path, label, probe_video(path))
-            probe_image(path)
-            return Item(path, label, None)
+            info = probe_video(path) if video else None
+            remarks = info.remarks if info else probe_image(path)
+            if decode:
+                decode_whole(path, info)
+            return Item(path, label, info), remarks
         except Unreadable as error:
-            return path, str(error)
+            return (path, str(error)), ()
 
+    title = "decoding files" if decode else "checking files"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checks, total = pool.map(check, samples), len(samples)
-        results = list(tqdm(checks, "checking files", total, unit="file", disable=not show_progress))
-    items = tuple(result for result in results if isinstance(result, Item))
-    unreadable = tuple(result for result in results if not isinstance(result, Item))
-    return items, unreadable
+        results = list(tqdm(checks, title, total, unit="file", disable=not show_progress))
+    items = tuple(result for result, _ in results if isinstance(result, Item))
+    unreadable = tuple(result for result, _ in results if not isinstance(result, Item))
+    return items, unreadable, Counter(remark for _, remarks in results for remark in remarks)
+
+
+def decode_whole(path: str, info: VideoInfo | None) -> None:
+    """Decodes all frames of a video, or an image.
+
+    Raises:
+        Unreadable: it does not decode, or less than MIN_DECODED of the video's frames do.
+    """
+    if not info:
+        decode_image(path)
+        return
+    frames = sum(1 for _ in iterate_frames(path, info, DECODED_SIDE))
+    if frames < MIN_DECODED * len(info.times):
+        raise Unreadable(f"only {frames} of its {len(info.times)} frames decode")
 
 
 def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:
@@ -178,15 +237,20 @@ def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Fo
     return found
 
 
+def too_many(unreadable: int, total: int) -> bool:
+    """Whether a set has so many unreadable files that something else is wrong. One file is never too many."""
+    return unreadable > max(1, MAX_UNREADABLE * total)
+
+
 def check_readable(found: Found, video: bool) -> None:
-    """Raises UserError if no file can be read, or if more than MAX_UNREADABLE of them cannot."""
+    """Raises UserError if no file can be read, or `too_many` cannot."""
     if not found.unreadable:
         return
-    path, reason = found.unreadable[0]
+    path, reason = map(shown, found.unreadable[0])
     if not len(found):
         raise UserError(f"no readable {'clip' if video else 'image'} in {found.root}: {path}: {reason}")
     total = len(found) + len(found.unreadable)
-    if len(found.unreadable) > MAX_UNREADABLE * total:
+    if too_many(len(found.unreadable), total):
         raise UserError(
             f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, for example {path}: {reason}"
             " (python EqM/check_data.py lists them)"

@@ -17,7 +17,7 @@ from data.packs.pack import Pack, is_pack, open_pack
 from data.scan import scan_for_training
 from precision import Precision
 from runtime import cli, distributed
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 from runtime.logs import log
 from runtime.random_numbers import seed_draws
 
@@ -75,11 +75,13 @@ class Source:
         return vae
 
     def announce(self) -> None:
-        """Logs the size of the data, and the files that cannot be read."""
+        """Logs the size of the data, what is left out of them, and the files that cannot be read."""
         found, form = self.found, self.form
         log.info("data: %s, %d %s, %d classes", self, len(found), form.kind, len(found.classes))
+        for note in found.notes:
+            log.warning("%s", note)
         for path, reason in found.unreadable:
-            log.warning("skipped unreadable %s: %s", path, reason)
+            log.warning("skipped unreadable %s: %s", shown(path), shown(reason))
         if form.video:
             short = found.shorter_than(form.window)
             log.info("clips of %d frames, %d apart", form.clip_len, form.frame_interval)

@@ -27,7 +27,7 @@ MAX_STREAMS = 32  # FFmpeg may decode a part of each when it opens a file
 MAX_ALLOCATION = 2**27
 # FFmpeg's names for the formats of files with VIDEO_EXTENSIONS. FFmpeg's playlists (concat, hls) would open other
 # files and addresses, and some of its other readers never end.
-VIDEO_FORMATS = "avi,matroska,mov,asf,flv,mpeg,mpegts,ogg"
+VIDEO_FORMATS = "avi,matroska,mov,asf,flv,mpeg,mpegts,ogg,gif"
 
 
 class Unreadable(Exception):

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from data.clips import read_sample
+from data.file_list import Item
 from data.form import Form
 from data.latents import VAE, encode
-from data.scan import Item, check_files, find_loose_files
+from data.scan import check_files, find_loose_files
 from data.untrusted import Unreadable
 from objective import Objective
 from runs.config import Config
@@ -168,7 +169,7 @@ def first_readable(folder: Path, video: bool, wanted: int, names: Sequence[str])
     unreadable: tuple[tuple[str, str], ...] = ()
     while labelled and len(items) < wanted:
         missing = wanted - len(items)
-        readable, rest = check_files(labelled[:missing], video)
+        readable, rest, _ = check_files(labelled[:missing], video)
         items, unreadable, labelled = items + readable, unreadable + rest, labelled[missing:]
     if not items:
         path, reason = unreadable[0]

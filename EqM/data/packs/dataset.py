@@ -41,7 +41,7 @@ class PackedSamples(Dataset):
             "flip": torch.from_numpy(flips & self.pixels),
             "label": torch.from_numpy(self.pack.labels[indices]),
             "seconds_per_frame": torch.from_numpy(seconds.astype(np.float32)),
-            "unreadable": [""] * len(keys),
+            "unreadable": [[]] * len(keys),
         }
 
     def gather(self, indices: np.ndarray, places: np.ndarray, flips: np.ndarray) -> np.ndarray:

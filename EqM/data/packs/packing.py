@@ -66,7 +66,10 @@ def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None)
     Raises:
         UserError: no files; an image size that the VAE does not divide; a folder with other settings or other files.
     """
-    classes, samples = find_files(source, form.video)
+    listing = find_files(source, form.video)
+    for note in listing.notes:
+        tqdm.write(note)
+    samples = listing.samples
     names = "\n".join(f"{name_in(source, path)}\t{label}" for path, label in samples)
     settings = Settings(
         format=FORMAT,
@@ -76,7 +79,7 @@ def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None)
         image_size=form.image_size,
         values="latents" if space else "pixels",
         vae=vae_settings(space, form.image_size) if space else {},
-        classes=list(classes),
+        classes=list(listing.classes),
         files=len(samples),
         names_crc32=zlib.crc32(os.fsencode(names)),
     )
