@@ -204,7 +204,7 @@ def csv_with(content: bytes, *words: str) -> Callable[[Path, Path], list]:
 def a_csv_of_files_that_are_not_there(folder: Path, shapes: Path) -> list:
     folder.mkdir()
     (folder / "train.csv").write_text("video_name,tag\ngone.avi,Walking\n")
-    return ["no readable clip", folder / "gone.avi", "No such file"]
+    return [folder / "train.csv", "video_name,tag", "none of its rows (1)", folder / "gone.avi"]
 
 
 def more_than_a_tenth_unreadable(folder: Path, shapes: Path) -> list:

@@ -58,8 +58,8 @@ def frame_indices(sample: dict) -> list[int]:
 
 def labels(folder: Path, video: bool = True) -> dict[str, str]:
     """Class by path below the folder."""
-    classes, samples = find_files(folder, video)
-    return {str(Path(path).relative_to(folder.parent)): classes[label] for path, label in samples}
+    found = find_files(folder, video)
+    return {str(Path(path).relative_to(folder.parent)): found.classes[label] for path, label in found.samples}
 
 
 def touch(*paths: Path) -> None:
@@ -72,9 +72,9 @@ def test_class_folders_give_sorted_classes_and_every_kind_of_video(tmp_path):
     root = tmp_path / "train"
     touch(root / "Swing" / "1.AVI", root / "Dive" / "2.mp4", root / "Dive" / "deep" / "3.mkv", root / "Box" / "4.webm")
     touch(root / "Box" / "5.mov", root / "Box" / "notes.txt", root / "Empty" / "0.png", root / "loose.avi")
-    classes, samples = find_files(root, video=True)
-    assert classes == ("Box", "Dive", "Swing")
-    assert Counter(classes[label] for _, label in samples) == {"Box": 2, "Dive": 2, "Swing": 1}
+    found = find_files(root, video=True)
+    assert found.classes == ("Box", "Dive", "Swing")
+    assert Counter(found.classes[label] for _, label in found.samples) == {"Box": 2, "Dive": 2, "Swing": 1}
     assert labels(root)["train/Dive/deep/3.mkv"] == "Dive"
 
 
@@ -83,7 +83,7 @@ def test_a_csv_inside_or_beside_the_folder_names_the_classes(tmp_path, table):
     touch(tmp_path / "train" / "a.avi", tmp_path / "train" / "b.avi")
     (tmp_path / table).write_text("video_name,tag\nb.avi,Swing\na.avi,Dive\n")
     assert labels(tmp_path / "train") == {"train/a.avi": "Dive", "train/b.avi": "Swing"}
-    assert find_files(tmp_path / "train", video=True)[0] == ("Dive", "Swing")
+    assert find_files(tmp_path / "train", video=True).classes == ("Dive", "Swing")
 
 
 def test_the_csv_of_the_folders_own_name_comes_before_train_csv(tmp_path):
@@ -117,7 +117,8 @@ def test_a_csv_of_a_folder_named_by_a_dot_is_found(tmp_path, monkeypatch):
     touch(tmp_path / "train" / "a.avi")
     (tmp_path / "train.csv").write_text("video_name,tag\na.avi,Swing\n")
     monkeypatch.chdir(tmp_path / "train")
-    assert find_files(Path(), video=True) == (("Swing",), [("a.avi", 0)])
+    found = find_files(Path(), video=True)
+    assert (found.classes, found.samples) == (("Swing",), [("a.avi", 0)])
 
 
 def test_class_folders_win_over_a_csv(tmp_path):
@@ -236,7 +237,7 @@ def test_a_batch_has_the_shapes_and_types_that_training_takes(shapes):
     assert (batch["x"].shape, batch["x"].dtype) == ((4, 3, 4, 16, 16), torch.uint8)
     assert (batch["label"].shape, batch["label"].dtype) == ((4,), torch.int64)
     assert (batch["seconds_per_frame"].shape, batch["seconds_per_frame"].dtype) == ((4,), torch.float32)
-    assert batch["unreadable"] == [""] * 4
+    assert batch["unreadable"] == [[]] * 4
 
 
 def test_a_flip_is_one_for_the_whole_clip_and_about_every_second_clip(tmp_path):
@@ -337,12 +338,12 @@ def test_a_clip_that_becomes_unreadable_is_replaced_and_named(tmp_path):
     broken.write_text("gone bad")
     samples = samples_of(found)
     sample = samples[0, 0]
-    assert sample["unreadable"].split("\n")[0] == str(broken)
+    assert sample["unreadable"][0][0] == str(broken)
     assert sample["x"].float().mean() > 0
-    names = {frozenset(samples[epoch, 0]["unreadable"].split("\n")) for epoch in range(10)}
+    names = {frozenset(path for path, _ in samples[epoch, 0]["unreadable"]) for epoch in range(10)}
     assert names == {frozenset([str(broken)])}
     assert {int(samples[epoch, 0]["label"]) for epoch in range(20)} == {0, 1}  # the replacement's own
-    assert samples[0, 1]["unreadable"] == ""
+    assert samples[0, 1]["unreadable"] == []
 
 
 def test_training_ends_when_no_clip_can_be_read_any_more(tmp_path):
@@ -350,20 +351,21 @@ def test_training_ends_when_no_clip_can_be_read_any_more(tmp_path):
     for item in found:
         Path(item.path).unlink()
     sample = samples_of(found)[0, 0]
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="30 files cannot be read, .*check_data.py --decode"):
         UnreadableLog(found).add([sample["unreadable"]])
 
 
 def test_unreadable_clips_are_named_once_and_end_training_above_a_tenth():
     found = Found.of_items("", ("A",), [Item(str(i), 0, None) for i in range(29)], (("scanned", "broken"),))
     unreadable = UnreadableLog(found)
-    unreadable.add(["", "7\n3", "3"])
-    assert unreadable.exchange() == ["3", "7"]
-    unreadable.add(["7", ""])
+    three, seven = ("3", "cut"), ("7", "gone")
+    unreadable.add([[], [seven, three], [three]])
+    assert unreadable.exchange() == [three, seven]
+    unreadable.add([[seven], []])
     assert unreadable.exchange() == []
     assert unreadable.known == {"scanned", "3", "7"}
-    unreadable.add(["5"])
-    with pytest.raises(UserError, match="4 of 30 files cannot be read any more, for example 5"):
+    unreadable.add([[("5", "cut")]])
+    with pytest.raises(UserError, match="4 of 30 files cannot be read, for example 5: cut"):
         unreadable.exchange()
 
 
@@ -407,7 +409,9 @@ def test_an_image_that_the_scan_cannot_tell_to_be_cut_is_replaced(tmp_path):
     cut = tmp_path / "a" / "0.jpg"
     cut.write_bytes(cut.read_bytes()[:-400])
     sample = samples_of(scan(tmp_path, video=False, show_progress=False))[0, 0]
-    assert sample["unreadable"] == str(cut)
+    ((path, reason),) = sample["unreadable"]
+    assert path == str(cut)
+    assert "truncated" in reason
 
 
 def test_the_embedded_set_is_found_whole(shapes):

@@ -79,7 +79,7 @@ def no_match(table: Path, columns: str, rows: Sequence[tuple[str, str]], files: 
     """The error of a table that names no file that is there. `files` are those that are."""
     looked_for, there = rows[0][0], f", and there is {shown(files[0])}" if files else ""
     ending = ": name files with their ending" if Path(looked_for).stem in {Path(file).stem for file in files} else ""
-    says = f"{table} (columns {columns}): none of its {len(rows)} rows names a file"
+    says = f"{table} (columns {columns}): none of its rows ({len(rows)}) names a file"
     return f"{says}: looked for {brief(looked_for)}{there}{ending}"
 
 
