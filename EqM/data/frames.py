@@ -11,7 +11,7 @@ from data.untrusted import MAX_ASPECT, Unreadable, is_long_and_thin
 DEINTERLACED = "marked as interlaced: frames with combs are deinterlaced"
 # A block of so many pixels in square has a comb if its lines differ from the two beside them by so many levels more
 # than by this ratio of what those two, which are of one field, differ from one another.
-COMB_BLOCK, COMB_LEVELS, COMB_RATIO = 16, 6, 1.5
+COMB_BLOCK, COMB_LEVELS, COMB_RATIO = 16, 8, 1.5
 
 
 class Squares:

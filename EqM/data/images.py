@@ -86,7 +86,7 @@ def decode_image(path: str) -> Image.Image:
         image.load()
         turn = TURNS.get(orientation(image))
         in_8_bits = scaled(image) if image.mode == "F" or image.mode.startswith("I") else image
-        return on_white(in_8_bits.transpose(turn) if turn else in_8_bits)
+        return on_white(in_8_bits if turn is None else in_8_bits.transpose(turn))
 
 
 def orientation(image: Image.Image) -> int:

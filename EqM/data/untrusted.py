@@ -136,8 +136,8 @@ def describe(error: Exception) -> str:
     if isinstance(error, av.error.FFmpegError | OSError | ValueError | SyntaxError | Image.DecompressionBombError):
         words = (getattr(error, "strerror", None) or str(error)).split()  # written for people
     else:
-        words = [f"{type(error).__name__}:", *str(error).split()]
-    return " ".join(words).removesuffix(":") or type(error).__name__
+        words = ["it is damaged:", type(error).__name__, *str(error).split()]
+    return " ".join(words) or type(error).__name__
 
 
 def is_long_and_thin(width: int, height: int) -> bool:
