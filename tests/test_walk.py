@@ -61,7 +61,7 @@ def write_clip(path: Path, container: str = "avi", codec: str = "mpeg4", frames:
         stream.width = stream.height = 64
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         for i in range(frames):
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 30 * i, np.uint8), "rgb24")))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 30 * i % 256, np.uint8), "rgb24")))
         file.mux(stream.encode())
 
 
@@ -163,7 +163,7 @@ def test_a_link_to_a_class_folder_elsewhere_is_followed_once(put):
 
 
 CLASS_FOLDERS = {
-    "splits in other cases": (["Train/a/0.png", "TEST/a/0.png"], ["error: ", "holds splits", "Train or TEST"[:0]]),
+    "splits in other cases": (["Train/a/0.png", "TEST/a/0.png"], ["error: ", "holds splits"]),
     "a folder too high": (
         ["mydata/a/0.png", "mydata/b/0.png"],
         ["error: ", "holds one class, mydata", "give ", "mydata"],
@@ -195,7 +195,10 @@ CLASS_FOLDERS = {
         ["a.mp4/0.png", "a.mp4/1.png", "b.mp4/0.png"],
         ["mistake: the classes a.mp4, b.mp4", "ffmpeg"],
     ),
-    "images without class folders": (["0.png", "1.png"], ["error: no class", "2 images", f"{{}}{os.sep}ClassName"]),
+    "images without class folders": (
+        ["0.png", "1.png"],
+        ["error: ", "no class folders", "2 images", f"{{}}{os.sep}ClassName"],
+    ),
     "images beside class folders": (["cat/0.png", "dog/0.png", "x.png"], ["left out: 1 files in no class folder"]),
 }
 
@@ -221,7 +224,7 @@ def test_a_list_of_ucf_101_keeps_training_from_test_videos(put, flat, place):
     assert found.classes == ("Dive", "Swing")
     assert {Path(item.path).name for item in found} == {UCF[1], UCF[3]}
     assert any(line.startswith("left out: 2 of 4 videos, which ") for line in listing(folder, video=True))
-    os.rename(folder, folder.with_name("test"))
+    folder.rename(folder.with_name("test"))
     if place.startswith("../"):
         found = scan(folder.with_name("test"), video=True, show_progress=False)
         assert {Path(item.path).name for item in found} == {UCF[0], UCF[2]}
@@ -337,16 +340,16 @@ def test_decoding_all_finds_damage_behind_headers_and_fails_where_training_would
 def test_decoding_all_reads_videos_to_their_end(tmp_path):
     (tmp_path / "a").mkdir()
     for name in ("whole", "damaged"):
-        write_clip(tmp_path / "a" / f"{name}.mp4", "mp4", "mjpeg", frames=40)
+        write_clip(tmp_path / "a" / f"{name}.mp4", "mp4", "libx264", frames=40)
     path = tmp_path / "a" / "damaged.mp4"
     data = bytearray(path.read_bytes())
-    start = data.index(b"mdat")
-    data[start + (len(data) - start) // 4 : start + (len(data) - start) * 3 // 4] = bytes(10)
+    start, end = data.index(b"mdat"), data.index(b"moov")
+    data[(start + end) // 2 : end - 8] = bytes(end - 8 - (start + end) // 2)
     path.write_bytes(data)
     assert not scan(tmp_path, True, show_progress=False).unreadable
     ((name, reason),) = scan(tmp_path, True, show_progress=False, decode=True).unreadable
     assert name == str(path)
-    assert "frames decode" in reason
+    assert "of 40 frames" in reason
 
 
 def test_training_skips_a_picture_that_ends_early_in_a_small_set_too(tmp_path):

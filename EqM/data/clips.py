@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from data.file_list import Found, Item
 from data.form import Form
 from data.images import decode_image
-from data.untrusted import Unreadable
+from data.untrusted import Unreadable, reading
 from data.video import read_frames
 from runtime.random_numbers import keyed_uniforms
 
@@ -73,6 +73,7 @@ def frame_indices(form: Form, available: int, start: float) -> Sequence[int]:
     return [min(first + i * form.frame_interval, available - 1) for i in range(form.clip_len)]
 
 
+@reading()
 def read_image(path: str, size: int) -> Tensor:
     """The centre square of an image whose short side is resized to `size`: (3, size, size) uint8.
 

@@ -14,14 +14,12 @@ from data.file_list import Found, Item
 from data.images import decode_image, probe_image
 from data.tables import chosen_by, find_list, find_table, no_match, read_table, repeated
 from data.untrusted import Unreadable
-from data.video import VideoInfo, iterate_frames, probe_video
+from data.video import decode_video, probe_video
 from data.walk import IMAGE_EXTENSIONS, MISTAKE, VIDEO_EXTENSIONS, Walk, listed, walk
 from runtime.errors import UserError, shown
 
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
 MAX_UNREADABLE = 0.1  # share of a set; training stops if more cannot be read, and more than one file
-MIN_DECODED = 0.9  # share of a video's frames: some codecs hold packets that show nothing
-DECODED_SIDE = 16  # pixels; decoding takes as long for any
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev"}
 JOIN_FRAMES = "join frames to videos first (ffmpeg -framerate 25 -pattern_type glob -i 'FOLDER/*.png' CLIP.mp4)"
 
@@ -202,7 +200,7 @@ def check_files(
             info = probe_video(path) if video else None
             remarks = info.remarks if info else probe_image(path)
             if decode:
-                decode_whole(path, info)
+                decode_video(path, info) if info else decode_image(path)
             return Item(path, label, info), remarks
         except Unreadable as error:
             return (path, str(error)), ()
@@ -214,20 +212,6 @@ def check_files(
     items = tuple(result for result, _ in results if isinstance(result, Item))
     unreadable = tuple(result for result, _ in results if not isinstance(result, Item))
     return items, unreadable, Counter(remark for _, remarks in results for remark in remarks)
-
-
-def decode_whole(path: str, info: VideoInfo | None) -> None:
-    """Decodes all frames of a video, or an image.
-
-    Raises:
-        Unreadable: it does not decode, or less than MIN_DECODED of the video's frames do.
-    """
-    if not info:
-        decode_image(path)
-        return
-    frames = sum(1 for _ in iterate_frames(path, info, DECODED_SIDE))
-    if frames < MIN_DECODED * len(info.times):
-        raise Unreadable(f"only {frames} of its {len(info.times)} frames decode")
 
 
 def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import av
+from av.stream import Disposition
 from PIL import Image
 
 # FFmpeg gives up on a file that blocks for longer: seconds to open, seconds for one read.
@@ -89,10 +90,12 @@ def limit_ffmpeg_memory() -> None:
 
 @contextmanager
 def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
-    """A file's first video stream, to decode in one thread. To be used inside `reading`.
+    """A file's first video stream of a known codec, to decode in one thread. To be used inside `reading`.
+
+    A picture that is attached to the file, such as a cover, does not count.
 
     Raises:
-        Unreadable: it is not a file, has too many streams, or has no video of a known codec.
+        Unreadable: it is not a file, has too many streams, or has no such stream.
         av.error.FFmpegError: it cannot be opened.
     """
     limit_ffmpeg_memory()  # here, so that no reader forgets it
@@ -102,11 +105,11 @@ def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, 
     with av.open(f"file:{path}", metadata_errors="ignore", timeout=TIMEOUT_S, options=limits) as container:
         if len(container.streams) >= MAX_STREAMS:  # FFmpeg has left out the rest
             raise Unreadable(f"it has {MAX_STREAMS} or more streams")
-        if not container.streams.video:
-            raise Unreadable("it has no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise Unreadable("its codec is not known")
+        videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        known = [s for s in videos if s.codec_context]
+        if not known:
+            raise Unreadable("its codec is not known" if videos else "it has no video stream")
+        stream = known[0]
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, stream
@@ -115,10 +118,10 @@ def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, 
 def packets_of(
     container: av.container.InputContainer, stream: av.video.stream.VideoStream, patience: Patience
 ) -> Iterator[av.Packet]:
-    """Yields the stream's packets. Packets of other streams take patience too."""
+    """Yields the stream's packets, and at the end the empty one. Packets of other streams take patience too."""
     for packet in container.demux():
         patience.check()
-        if packet.stream_index == stream.index:
+        if packet.stream.index == stream.index:  # the empty packet's own index is 0
             yield packet
 
 
@@ -133,8 +136,8 @@ def describe(error: Exception) -> str:
     if isinstance(error, av.error.FFmpegError | OSError | ValueError | SyntaxError | Image.DecompressionBombError):
         words = (getattr(error, "strerror", None) or str(error)).split()  # written for people
     else:
-        words = [f"{type(error).__name__}:", *str(error).split()]
-    return " ".join(words).removesuffix(":") or type(error).__name__
+        words = ["it is damaged:", type(error).__name__, *str(error).split()]
+    return " ".join(words) or type(error).__name__
 
 
 def is_long_and_thin(width: int, height: int) -> bool:

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
 
+from data.frames import Squares, check_aspect, pixel_aspect, remarks_about, shown_size
 from data.untrusted import (
-    MAX_ASPECT,
     MAX_FRAMES,
     Patience,
     Unreadable,
-    is_long_and_thin,
     open_video,
     packets_of,
     reading,
@@ -22,6 +20,9 @@ from data.untrusted import (
 
 # FFmpeg gives reordered frames of these codecs wrong times if the container, such as AVI, keeps no times.
 TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
+
+MIN_DECODED = 0.9  # share of a file's frames; some codecs have packets that show nothing
+DECODED_SIDE = 16  # pixels
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ def frames_of(
         yield from packet.decode()
 
 
+def first_frame(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, patience: Patience
+) -> av.VideoFrame:
+    """The first frame of a stream. Raises Unreadable if there is none."""
+    frame = next(frames_of(container, stream, patience), None)
+    if frame is None:
+        raise Unreadable("it has no frames")
+    return frame
+
+
 @reading()
 def probe_video(path: str | Path) -> VideoInfo:
     """Counts a file's frames by reading its packets, not its header, and decodes the first one.
@@ -60,10 +71,8 @@ def probe_video(path: str | Path) -> VideoInfo:
     stamps: list[tuple[int | None, int | None]] = []
     patience = Patience()
     with open_video(path) as (container, stream):
-        frame = next(frames_of(container, stream, patience), None)
-        if frame is None:
-            raise Unreadable("it has no frames")
-        check_aspect(frame)  # here, so that no run stops at it later
+        frame = first_frame(container, stream, patience)
+        check_aspect(frame, pixel_aspect(stream))  # here, so that no run stops at it later
         codec = stream.codec_context
         untimed = codec.has_b_frames and codec.name in TIMES_FROM_CONTAINER
     with open_video(path) as (container, stream):
@@ -86,18 +95,18 @@ def probe_video(path: str | Path) -> VideoInfo:
         rate = (len(times) - 1) / float((times[-1] - times[0]) * time_base)
     if not rate:
         raise Unreadable("it has one frame and no frame rate")
-    return VideoInfo(evenly_spaced(times), rate, seekable, max(margin, 0))
+    return VideoInfo(evenly_spaced(times), rate, seekable, max(margin, 0), remarks_about(frame))
 
 
 @reading()
 def video_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header.
+    """Width and height of the first frame as it is shown, in square pixels.
 
     Raises:
-        Unreadable: as `open_video`.
+        Unreadable: it is not a video, or its first frame does not decode.
     """
     with open_video(path) as (container, stream):
-        return stream.width, stream.height
+        return shown_size(first_frame(container, stream, Patience()), pixel_aspect(stream))
 
 
 def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
@@ -134,14 +143,14 @@ def seek_and_decode(
 ) -> list[np.ndarray]:
     """The first frame at or after each time; an empty list if the seek ended behind the first time."""
     frames: list[np.ndarray] = []
-    reformatter = VideoReformatter()
     with open_video(path) as (container, stream):
         container.seek(times[0] - seek_margin, stream=stream)
+        square = Squares(stream, size)
         for i, frame in enumerate(frames_of(container, stream, patience)):
             if frame.pts is None or (i == 0 and frame.pts > times[0]):
                 return []
             while len(frames) < len(times) and frame.pts >= times[len(frames)]:
-                frames.append(square(frame, size, reformatter))
+                frames.append(square(frame))
             if len(frames) == len(times):
                 break
     return frames
@@ -150,12 +159,12 @@ def seek_and_decode(
 def decode_from_start(path: str | Path, indices: Sequence[int], size: int, patience: Patience) -> list[np.ndarray]:
     """The frames with these indices, found by counting decoded frames; fewer if the file ends or breaks early."""
     frames: list[np.ndarray] = []
-    reformatter = VideoReformatter()
     try:
         with reading(), open_video(path) as (container, stream):
+            square = Squares(stream, size)
             for i, frame in enumerate(frames_of(container, stream, patience)):
                 while len(frames) < len(indices) and i >= indices[len(frames)]:
-                    frames.append(square(frame, size, reformatter))
+                    frames.append(square(frame))
                 if len(frames) == len(indices):
                     break
     except Unreadable:
@@ -173,15 +182,15 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
         Unreadable: no frame decodes.
     """
     shown, timed = 0, info.seekable
-    reformatter = VideoReformatter()
     patience = Patience()
     try:
         with reading(), open_video(path) as (container, stream):
+            square = Squares(stream, size)
             for i, frame in enumerate(decodable(container, stream, patience)):
                 # As in `read_frames`: by time, or by count if the times are wrong.
                 timed = timed and frame.pts is not None and (i > 0 or frame.pts <= info.times[0])
                 while shown < len(info.times) and (frame.pts >= info.times[shown] if timed else i >= shown):
-                    yield square(frame, size, reformatter)
+                    yield square(frame)
                     patience.restart()
                     shown += 1
     except Unreadable:
@@ -189,6 +198,26 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
             raise
     if not shown:
         raise Unreadable("it has no frame that decodes")
+
+
+def decode_video(path: str | Path, info: VideoInfo) -> None:
+    """Decodes all frames of a file, to find the damage that `probe_video` cannot see.
+
+    Raises:
+        Unreadable: a frame does not decode, or less than MIN_DECODED of those that `probe_video` counted are there.
+    """
+    frames, counted, patience = 0, len(info.times), Patience()
+    try:
+        with reading(), open_video(path) as (container, stream):
+            square = Squares(stream, DECODED_SIDE)
+            for frame in frames_of(container, stream, patience):
+                square(frame)
+                patience.restart()
+                frames += 1
+    except Unreadable as error:
+        raise Unreadable(f"after {frames} of {counted} frames: {error}") from None
+    if frames < MIN_DECODED * counted:
+        raise Unreadable(f"only {frames} of {counted} frames decode")
 
 
 def decodable(
@@ -201,27 +230,6 @@ def decodable(
         except av.error.InvalidDataError:
             continue
         yield from frames
-
-
-def check_aspect(frame: av.VideoFrame) -> None:
-    """Raises Unreadable if a frame is too long and thin."""
-    if is_long_and_thin(frame.width, frame.height):
-        raise Unreadable(f"a frame of {frame.width}x{frame.height} is over {MAX_ASPECT} times as long as wide")
-
-
-def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np.ndarray:
-    """The centre square of a frame whose short side is resized to `size`: (size, size, 3) uint8 RGB.
-
-    Raises:
-        Unreadable: as `check_aspect`.
-    """
-    check_aspect(frame)
-    scale = size / min(frame.height, frame.width)
-    height, width = round(frame.height * scale), round(frame.width * scale)
-    smooth = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    pixels = reformatter.reformat(frame, width, height, "rgb24", interpolation=smooth, threads=1).to_ndarray()
-    top, left = (height - size) // 2, (width - size) // 2
-    return pixels[top : top + size, left : left + size]
 
 
 def write_video(path: Path, frames: np.ndarray, frames_per_second: float, lossless: bool = False) -> None:
