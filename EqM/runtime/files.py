@@ -1,13 +1,15 @@
-"""Writes files that are whole or absent, even after a crash. Also locks folders and checks files."""
+"""Writes files that are whole or absent, even after a crash. Also opens and checks files, and locks folders."""
 
 import errno
 import fcntl
 import json
 import os
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from runtime.errors import UserError
 
@@ -63,10 +65,24 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """Opens a file to read its bytes. Never waits, as opening a pipe does, and never reads a device.
+
+    Raises:
+        OSError: it is missing, may not be read, or is a folder, a pipe or a device; `strerror` says which.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", str(path))
+    return open(descriptor, "rb", buffering)  # noqa: PTH123, SIM115
+
+
 def file_checksum(path: Path, end: int | None = None) -> int:
-    """CRC-32 of a file's bytes, or of its first `end` bytes."""
-    checksum, block, left = 0, memoryview(bytearray(READ_BYTES)), path.stat().st_size if end is None else end
-    with path.open("rb", buffering=0) as file:
+    """CRC-32 of a file's bytes, or of its first `end` bytes. Raises OSError as `open_regular`."""
+    checksum, block = 0, memoryview(bytearray(READ_BYTES))
+    with open_regular(path, buffering=0) as file:
+        left = os.fstat(file.fileno()).st_size if end is None else end
         while left > 0 and (size := file.readinto(block[:left])):
             checksum, left = zlib.crc32(block[:size], checksum), left - size
     return checksum
@@ -106,7 +122,8 @@ def read_json(path: Path) -> dict:
 def parse_json(path: Path) -> object:
     """The contents of any JSON file. Raises as `read_json`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            return json.loads(file.read().decode())
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
