@@ -45,10 +45,10 @@ def spoil(frames: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, n
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Spoils clips: noise, shuffled frames, frozen frames.")
-    parser.add_argument("source", type=Path, help="a folder of clips, or of class folders of clips")
-    parser.add_argument("destination", type=Path, help="gets the folders noise/, shuffled/ and frozen/")
+    parser.add_argument("source", type=cli.path, help="a folder of clips, or of class folders of clips")
+    parser.add_argument("destination", type=cli.path, help="gets the folders noise/, shuffled/ and frozen/")
     parser.add_argument("--image-size", type=cli.side, default=64, help="the network's height and width, pixels")
-    parser.add_argument("--seed", type=cli.non_negative_int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser.parse_args()
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from runtime.files import write_whole
+
 FRAME_SIDE = 64  # pixels that a frame is magnified to, at least
 SHEET_FRAMES = 8  # frames of a clip that the sheet shows, evenly spread
 MAX_WIDTH = 1200  # pixels
@@ -14,8 +16,8 @@ MARGIN, CAPTION_HEIGHT = 8, 16  # pixels
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W, 3)."""
-    Image.fromarray(image).save(path)
+    """Writes (H, W, 3), whole or not at all. Raises OSError."""
+    write_whole(path, lambda temporary: Image.fromarray(image).save(temporary, "PNG"), durable=False)
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -33,8 +35,8 @@ def gif(frames: np.ndarray, frames_per_second: float) -> bytes:
 
 
 def write_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    """Writes (T, H, W, 3) as `gif` makes it."""
-    path.write_bytes(gif(frames, frames_per_second))
+    """Writes (T, H, W, 3) as `gif` makes it, whole or not at all. Raises OSError."""
+    write_whole(path, lambda temporary: temporary.write_bytes(gif(frames, frames_per_second)), durable=False)
 
 
 def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:

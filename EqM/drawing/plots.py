@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_whole
+from runtime.files import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -210,7 +210,7 @@ def write_plots(path: Path, plots: Sequence[Lines | Histogram], columns: int = 1
     """Draws plots of the same series into one PNG file, which is whole or absent.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     figure = figure_of(plots, columns)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
+    write_output(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -51,7 +51,7 @@ class Asked:
 def add_resume_args(parser: argparse._ActionsContainer) -> None:
     """Adds --ckpt and --resume."""
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    start.add_argument("--ckpt", type=cli.path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument(
         "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
     )
