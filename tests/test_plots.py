@@ -172,7 +172,7 @@ def test_a_picture_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="plot.png cannot be written: No space left"):
         write_plots(tmp_path / "plot.png", [Lines({"a": [(0, 1.0)]}, "x", "y")])
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
 from runs.config import Config, config_of
 from runs.folder import create_run_folder, run_folders, run_name
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.files import leftovers, lock
 from runtime.logs import log
