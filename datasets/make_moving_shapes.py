@@ -23,8 +23,15 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (x, y), y downwards
 FRAMES_PER_SECOND = 25
 BACKGROUND = 24  # grey level, 0 to 255
-MAX_CLIPS, MAX_SIDE = 1_000_000, 4096  # clips of a class; pixels or frames
 SUPERSAMPLING = 4  # points a pixel in each direction, for smooth edges
+# Flags: name, least, largest and default value, help. What is larger would fill the memory or never end.
+NUMBERS = (
+    ("--train-clips", 1, 1_000_000, 100, "clips a class"),
+    ("--test-clips", 0, 1_000_000, 10, "clips a class"),
+    ("--size", 16, 1024, 64, "height and width in pixels, even"),
+    ("--frames", 1, 1000, 16, "frames a clip"),
+    ("--seed", 0, 2**63 - 1, 0, "of all random choices"),
+)
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -102,15 +109,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("destination", type=flags.path, help="gets the folders train/ and test/")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
-    parser.add_argument(
-        "--train-clips", type=flags.whole(1, MAX_CLIPS), default=100, help="clips a class (default 100)"
-    )
-    parser.add_argument("--test-clips", type=flags.whole(0, MAX_CLIPS), default=10, help="clips a class (default 10)")
-    parser.add_argument(
-        "--size", type=flags.whole(16, MAX_SIDE), default=64, help="height and width in pixels, even (default 64)"
-    )
-    parser.add_argument("--frames", type=flags.whole(1, MAX_SIDE), default=16, help="frames a clip (default 16)")
-    parser.add_argument("--seed", type=flags.whole(0, 2**63 - 1), default=0)
+    for name, least, most, default, about in NUMBERS:
+        parser.add_argument(name, type=flags.whole(least, most), default=default, help=f"{about}; default {default}")
     args = parser.parse_args()
     args.shapes, args.directions = dict.fromkeys(args.shapes), dict.fromkeys(args.directions)  # each once
     if args.size % 2:

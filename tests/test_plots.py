@@ -15,6 +15,7 @@ from PIL import Image, ImageColor
 from conftest import ROOT, run_command
 from drawing.plots import COLOURS, LONGEST_NAME, Histogram, Lines, figure_of, write_plots
 from runtime import cli
+from runtime.errors import UserError
 
 
 def drawn_lines(figure: Figure, plot: int = 0) -> dict[str, list[tuple[float, float]]]:
