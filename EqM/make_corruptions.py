@@ -23,7 +23,7 @@ from data.scan import find_loose_files
 from data.untrusted import UnreadableVideo
 from data.video import iterate_frames, probe_video, write_video
 from runtime import cli
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 
 
 def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -75,8 +75,8 @@ def main() -> None:
     if len(unreadable) == len(files):
         raise UserError("no readable clip in {}: {}: {}".format(args.source, *unreadable[0]))
     for path, error in unreadable:
-        print(f"left out {path}: {error}")
-    print(f"{len(files) - len(unreadable)} clips, each spoiled in three ways, in {args.destination}")
+        print(shown(f"left out {path}: {error}"))
+    print(f"{len(files) - len(unreadable)} clips, each spoiled in three ways, in {shown(args.destination)}")
 
 
 if __name__ == "__main__":

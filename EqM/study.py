@@ -27,7 +27,7 @@ from measuring.study_tables import Cell, Cells, loss_curves, quality_by_evaluati
 from measuring.trials import SETTINGS, STUDIES, Study, Trial
 from runs.record import read_metrics
 from runtime import cli
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 from runtime.files import check_writable, write_text
 from runtime.logs import device_name
 
@@ -111,7 +111,7 @@ def write_report(study: Study) -> None:
     rows = [{"trained": t, "sampled": s} | {n: c.known() for n, c in row.items()} for (t, s), row in cells.items()]
     write_text(study.output / "report.json", json.dumps(rows, indent=1) + "\n")
     draw_curves(study, cells)
-    print(f"\n{text}\nreport.md, report.json and pictures are in {study.output}")
+    print(f"\n{text}\nreport.md, report.json and pictures are in {shown(study.output)}")
 
 
 def draw_curves(study: Study, cells: Cells) -> None:
