@@ -10,7 +10,6 @@ networks are smaller and the trainings shorter.
 """
 
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -28,7 +27,7 @@ from measuring.trials import SETTINGS, STUDIES, Study, Trial
 from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError, shown
-from runtime.files import check_writable, write_text
+from runtime.files import check_writable, read_csv, write_text
 from runtime.logs import device_name
 
 
@@ -81,8 +80,7 @@ def report_values(report: dict) -> dict[str, float]:
 def qualities(trial: Trial, sampling: str) -> dict[str, float]:
     """What was measured of the samples of one trial, by name."""
     report = json.loads(trial.evaluation(sampling).read_text())
-    with (trial.samples(sampling) / "samples.csv").open() as file:
-        evaluations = [int(row["evaluations"]) for row in csv.DictReader(file)]
+    evaluations = [int(row["evaluations"]) for row in read_csv(trial.samples(sampling) / "samples.csv")]
     known = {"evaluations": statistics.mean(evaluations), "seconds": trial.seconds(sampling)}
     return known | report_values(report)
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -89,10 +90,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """Writes rows as a CSV. Raises UserError as `write_output`."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    write_text(path, text.getvalue())
+    """Writes rows as a CSV in UTF-8. Names of files keep their bytes. Raises UserError as `write_output`."""
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(rows)
+    text = file.getvalue()
+    try:
+        encoded = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # a name that no file has, in a checkpoint of others
+        encoded = text.encode(errors="backslashreplace")
+    write_output(path, lambda temporary: temporary.write_bytes(encoded))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of `write_csv`, by the names of the columns. Names of files are as the system gives them.
+
+    Raises:
+        OSError: as `open_regular`.
+        csv.Error: it is no CSV.
+    """
+    with io.TextIOWrapper(open_regular(path), sys.getfilesystemencoding(), "surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def leftovers(folder: Path, names: str) -> Iterator[Path]:
