@@ -180,7 +180,7 @@ CLASS_FOLDERS = {
     "splits among classes": (["train/0.png", "test/0.png", "cat/0.png"], ["looks like a mistake: test, train are"]),
     "folders without images": (
         ["cat/0.png", "dog/1.png", "notes/a.txt"],
-        ["of 2 classes", "mistake: no class", "notes"],
+        ["of 2 classes", "mistake: folders without any", "classes: notes"],
     ),
     "a class that cannot be read": (
         [*(f"cat/{i}.png" for i in range(20)), "bird/broken.jpg", "dog/0.png"],
@@ -268,10 +268,13 @@ def test_a_table_that_cannot_be_meant_is_named_with_what_it_holds(put, text, wor
 
 def test_a_file_that_a_table_lists_twice_is_said(put):
     rows = "video_name,tag\na.avi,x\nb.avi,y\na.avi,y\nb.avi,y\n"
-    folder = put("a.avi", "b.avi", **{"data.csv": rows})
+    folder = put("a.avi", "b.avi", "c.avi", **{"data.csv": rows})
     (line,) = [line for line in listing(folder, video=True) if "more than once" in line]
     assert "2 files" in line
     assert "a.avi as x and as y" in line
+    assert [line for line in listing(folder, video=True) if line.startswith("left out")] == [
+        f"left out: 1 videos that {folder / 'data.csv'} does not list"
+    ]
 
 
 @pytest.mark.parametrize(

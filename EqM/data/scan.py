@@ -65,8 +65,7 @@ def find_files(root: Path, video: bool) -> Listing:
         notes = check_class_folders(root, found)
         notes += [f"left out: {len(flat)} files in no class folder (such as {shown(flat[0])})"] if flat else []
     elif video:
-        rows = read_flat(root, flat, found)
-        notes = repeated(rows)
+        rows, notes = read_flat(root, flat, found)
     else:
         raise UserError(no_images(root, flat, found))
     others = count_media(found)
@@ -102,7 +101,8 @@ def check_class_folders(root: Path, found: Walk) -> list[str]:
         if len(below) > 1 and () not in below:
             # Numbers may be parts of one large class, as well as the names of classes.
             if not all(name.isdigit() for (name,) in below):
-                raise UserError(f"{root} holds one class, {names[0]}, and {says}")
+                one = f"{root} holds one class, {names[0]}, and {says}; if not, put all files directly into"
+                raise UserError(f"{one} {root / names[0]}")
             notes.append(MISTAKE + says)
     elif len(common) > 1:
         notes.append(f"{MISTAKE}all class folders hold the same folders, such as {shown(min(common)[0])}")
@@ -112,11 +112,11 @@ def check_class_folders(root: Path, found: Walk) -> list[str]:
     if frames:
         notes.append(f"{MISTAKE}the classes {listed(frames)} are named as videos: {JOIN_FRAMES}")
     empty = sorted(name for name, folders in found.folders.items() if name and not folders)
-    return notes + ([f"{MISTAKE}no class folder, since it has none of these files: {listed(empty)}"] if empty else [])
+    return notes + ([f"{MISTAKE}folders without any of these files are no classes: {listed(empty)}"] if empty else [])
 
 
-def read_flat(root: Path, files: list[str], found: Walk) -> list[tuple[str, str]]:
-    """(path, class name) of videos without class folders: from a CSV, or from names as those of UCF-101.
+def read_flat(root: Path, files: list[str], found: Walk) -> tuple[list[tuple[str, str]], list[str]]:
+    """(path, class name) of videos without class folders, from a CSV or from names as those of UCF-101; and notes.
 
     Raises:
         UserError: there are no videos, no classes for them, or a CSV that cannot be used.
@@ -125,7 +125,10 @@ def read_flat(root: Path, files: list[str], found: Walk) -> list[tuple[str, str]
     columns, rows = read_table(table, root) if table else ("", [])
     # A train.csv beside this folder may describe only the training folder.
     if any(os.path.isfile(path) for path, _ in rows):  # noqa: PTH113
-        return rows
+        found.others[".csv", ""] -= table.parent == root
+        unlisted = {Path(path).name for path in files} - {Path(path).name for path, _ in rows}
+        notes = [f"left out: {len(unlisted)} videos that {table} does not list"] if unlisted else []
+        return rows, repeated(rows) + notes
     matches = [(path, UCF_NAME.match(Path(path).name)) for path in files]
     if rows and not (files and all(match for _, match in matches)):
         raise UserError(no_match(table, columns, rows, files))
@@ -138,7 +141,7 @@ def read_flat(root: Path, files: list[str], found: Walk) -> list[tuple[str, str]
             f"{shown(unnamed[0])} has no class: put it into a folder of its class, {root / 'ClassName'}, list it in"
             f" {root.resolve().name}.csv (columns video_name,tag), or name it as UCF-101 does"
         )
-    return [(path, match["label"]) for path, match in matches]
+    return [(path, match["label"]) for path, match in matches], []
 
 
 def no_images(root: Path, files: list[str], found: Walk) -> str:

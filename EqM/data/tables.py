@@ -105,7 +105,7 @@ def find_list(root: Path) -> Path | None:
     """
     split = "test" if root.resolve().name.lower().startswith("test") else "train"
     places = [place / below for place in (root, root.resolve().parent) for below in ("", UCF_LISTS)]
-    return next((path for place in places for path in sorted(place.glob(f"{split}list*.txt")) if path.is_file()), None)
+    return next((path for place in places for path in sorted(place.glob(f"{split}list0*.txt")) if path.is_file()), None)
 
 
 def chosen_by(table: Path | None, rows: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:

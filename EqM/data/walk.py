@@ -44,7 +44,7 @@ class Walk:
         """Lines for people, none if nothing is left out."""
         count: Counter = Counter()
         places: dict[str, list[str]] = {}
-        for (extension, name), files in sorted(self.others.items()):
+        for (extension, name), files in sorted((+self.others).items()):
             count[extension] += files
             places.setdefault(extension, []).append(name or "the folder itself")
         kinds = [f"{n} {kind or 'without extension'} (in {listed(places[kind])})" for kind, n in count.most_common()]
