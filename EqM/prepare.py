@@ -44,7 +44,7 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
     for path, reason in pack.found().unreadable:
         print(f"skipped unreadable {path}: {reason}")
     print(
-        f"{pack.folder} is whole: {len(pack):,} {kind} of {len(pack.settings.classes)} classes,"
+        f"{pack.folder} is whole: {len(pack):,} {kind} of {len(pack.classes)} classes,"
         f" {pack.lengths.sum():,} frames, {pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
     )
     if packed:

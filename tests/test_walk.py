@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from check_data import summary
-from conftest import run_script
+from conftest import make_pack, run_script
 from data.batches import UnreadableLog
 from data.clips import Samples, read_sample
 from data.form import Form
@@ -295,6 +295,14 @@ def test_folders_without_videos_or_classes_say_what_to_do(put, names, words):
 def test_packing_says_what_it_leaves_out(put, tmp_path, capsys):
     plan_pack(put("cat/0.png", "cat/a.txt", "dog/.x"), tmp_path / "pack", Form(False, 16), None)
     assert "left out: 1 .txt (in cat); 1 hidden" in capsys.readouterr().out
+
+
+def test_a_pack_has_the_classes_of_its_folder(put, tmp_path):
+    folder = put(*(f"cat/{i}.png" for i in range(20)), "bird/broken.jpg", "dog/0.png")
+    pack = make_pack(folder, tmp_path / "pack", video=False, image_size=8)
+    ours, theirs = pack.found(), scan(folder, False, show_progress=False)
+    assert ours.classes == theirs.classes == ("cat", "dog")
+    assert [item.label for item in ours] == [item.label for item in theirs]
 
 
 def test_a_name_of_many_lines_is_one_file_and_one_line(put):

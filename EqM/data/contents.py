@@ -88,7 +88,7 @@ def packed_content(
         x = unpack(x, torch.tensor([False]), form.video)[0]  # (3, T, H, W), or (2, C, T, h, w)
         return x if samples.pixels else x[0], form.frame_interval / pack.rates[index] if form.video else 0.0
 
-    return Content(list(pack.paths), [settings.classes[label] for label in pack.labels], read)
+    return Content(list(pack.paths), [pack.classes[label] for label in pack.labels], read)
 
 
 def npz_content(path: Path, form: Form) -> Content:

@@ -42,7 +42,7 @@ class Pack:
 
     Attributes, with one value an item in the order of the source's files:
         paths: the file, relative to the source.
-        labels: its class index, (N,) int64.
+        labels: its class index, into `classes`, (N,) int64.
         lengths: its frames, (N,) int64.
         rates: its frames a second, 0 for an image, (N,) float64.
         shards: the shard that holds it, (N,) int64.
@@ -54,7 +54,9 @@ class Pack:
         self.shard_records, self.unreadable = index["shards"], index["unreadable"]
         items = index["items"]
         self.paths = items["path"]
-        self.labels = np.array(items["label"], np.int64)  # (N,)
+        # As in a scan, a class without a readable file is none.
+        used, self.labels = np.unique(np.array(items["label"], np.int64), return_inverse=True)  # (N,)
+        self.classes = tuple(settings.classes[i] for i in used)
         self.lengths = np.array(items["frames"], np.int64)  # (N,)
         self.rates = np.array(items["frames_per_second"], np.float64)  # (N,)
         self.shards = np.array(items["shard"], np.int64)  # (N,)
@@ -99,7 +101,7 @@ class Pack:
         pairs = zip(self.lengths.tolist(), self.rates.tolist(), strict=True)
         videos = Videos(VideoInfo(range(length), rate) for length, rate in pairs) if video else None
         unreadable = tuple((str(Path(source, path)), reason) for path, reason in self.unreadable)
-        return Found(str(self.folder), tuple(self.settings.classes), paths, self.labels, videos, unreadable)
+        return Found(str(self.folder), self.classes, paths, self.labels, videos, unreadable)
 
 
 def is_pack(folder: Path) -> bool:
