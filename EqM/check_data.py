@@ -36,7 +36,7 @@ def main() -> None:
     parser = cli.ArgumentParser("Prints what training would find in a folder or a pack.")
     parser.add_argument("path", type=cli.path, help="class folders, videos with a CSV, or a pack")
     parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
-    decode = "decode all of each file, which takes long and finds all damage; fails if training would refuse the set"
+    decode = "decode all of each file, which takes long and finds all damage; fails if more than a tenth is damaged"
     parser.add_argument("--decode", action="store_true", help=decode)
     args = parser.parse_args()
 

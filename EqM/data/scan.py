@@ -44,7 +44,7 @@ class Listing:
         rows = list(rows)
         classes = tuple(sorted({label for _, label in rows}))
         index = {label: i for i, label in enumerate(classes)}
-        return Listing(classes, [(path, index[label]) for path, label in rows], tuple(notes))
+        return Listing(classes, [(path, index[label]) for path, label in rows], tuple(map(shown, notes)))
 
 
 def find_files(root: Path, video: bool) -> Listing:
