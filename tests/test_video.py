@@ -158,7 +158,7 @@ def mux(path: Path, kinds: Sequence[str], frames: Sequence[np.ndarray]) -> Path:
                 stream.height, stream.width = frames[0].shape[:2]
                 stream.pix_fmt = layout
             if kind == "cover":
-                stream.disposition = Disposition.attached_pic
+                stream.disposition = Disposition.attached_pic.value
             streams.append((stream, contents))
         for stream, contents in streams:
             for content in (*contents, None):

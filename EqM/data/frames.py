@@ -108,8 +108,8 @@ def opaque(frame: av.VideoFrame) -> av.VideoFrame:
 def progressive(frame: av.VideoFrame) -> av.VideoFrame:
     """The same frame without the mark of interlace: FFmpeg would scale its fields one by one.
 
-    A frame with combs goes through FFmpeg's estdif first, which keeps the upper field, and interpolates the lines of the
-    other. It looks at one frame alone, so that a frame is the same wherever decoding began.
+    A frame with combs goes through FFmpeg's estdif first, which keeps the upper field, and interpolates the lines of
+    the other. It looks at one frame alone, so that a frame is the same wherever decoding began.
     """
     if not frame.interlaced_frame:
         return frame
