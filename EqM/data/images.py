@@ -1,5 +1,6 @@
 """Image files through Pillow: checks a file, and reads its pixels upright, in 8 bits, and on white."""
 
+import ctypes
 import logging
 import warnings
 from functools import cache
@@ -30,6 +31,11 @@ def silence_pillow() -> None:
     """Keeps what Pillow says about files off this process's terminal. What matters is an error, and a reason."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # libtiff inside Pillow prints its errors. A Pillow that is built in another way may lack this function.
+    set_handler = getattr(ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler", None)
+    if set_handler:
+        set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+        set_handler(None)
 
 
 def open_image(path: str) -> Image.Image:
