@@ -129,6 +129,9 @@ def on_white(image: Image.Image) -> Image.Image:
     """An image in mode RGB. Where it is transparent, white shows, and never the colour that the file hides there."""
     if not image.has_transparency_data:
         return image.convert("RGB")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of a PNG of 16 bits, whose pixels Pillow has reduced to 8
+        image.info["transparency"] = tuple(part >> 8 for part in key)
     colours = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(colours, mask=colours)
