@@ -3,7 +3,7 @@
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -15,7 +15,7 @@ from conftest import make_pack, run_script
 from data.clips import Samples, read_image
 from data.contents import open_path
 from data.form import Form
-from data.images import ON_WHITE, image_size, probe_image
+from data.images import IMAGE_FORMATS, ON_WHITE, image_size, probe_image
 from data.scan import scan
 from data.untrusted import Unreadable, reading
 from data.video import probe_video
@@ -31,7 +31,9 @@ STORED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-LOSSLESS = {"WEBP": {"lossless": True}, "PNG": {}, "TIFF": {}, "JPEG": {"quality": 100, "subsampling": 0}}
+KINDS = {"WEBP": {"lossless": True}, "PNG": {}, "TIFF": {}, "JPEG": {"quality": 100, "subsampling": 0}}
+if "AVIF" in IMAGE_FORMATS:
+    KINDS["AVIF"] = {"quality": 100, "subsampling": "4:4:4"}
 
 
 def picture() -> Image.Image:
@@ -44,15 +46,15 @@ def pixels(path: Path, side: int = 16) -> np.ndarray:
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("kind", LOSSLESS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_is_turned_as_its_exif_says_before_it_is_cropped(tmp_path, kind, orientation):
     upright, exif = picture(), Image.Exif()
     exif[0x0112] = orientation
     turn = STORED[orientation]
     stored = upright if turn is None else upright.transpose(turn)
-    stored.save(tmp_path / "stored", kind, exif=exif, **LOSSLESS[kind])
-    upright.save(tmp_path / "upright", kind, **LOSSLESS[kind])
-    assert np.abs(pixels(tmp_path / "stored") - pixels(tmp_path / "upright")).max() <= (4 if kind == "JPEG" else 0)
+    stored.save(tmp_path / "stored", kind, exif=exif, **KINDS[kind])
+    upright.save(tmp_path / "upright", kind, **KINDS[kind])
+    assert np.abs(pixels(tmp_path / "stored") - pixels(tmp_path / "upright")).max() <= (4 if kind in ("JPEG", "AVIF") else 0)
     assert image_size(str(tmp_path / "stored")) == (40, 24)
 
 
@@ -66,13 +68,14 @@ def test_a_picture_whose_exif_is_damaged_is_upright(tmp_path, exif):
     assert image_size(str(tmp_path / "damaged.jpg")) == (40, 24)
 
 
-def png_of_16_bits(path: Path, values: np.ndarray, extra: bytes = b"") -> None:
-    """Writes (H, W, 3) uint16 as a PNG, which Pillow cannot."""
+def png_of_16_bits(path: Path, values: np.ndarray, transparent: Sequence[int] = ()) -> None:
+    """Writes (H, W, 3) uint16 as a PNG, in which one colour may be transparent. Pillow cannot."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
-    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+    key = [(b"tRNS", struct.pack(">3H", *transparent))] if transparent else []
+    for name, content in ((b"IHDR", header), *key, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
         data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
     path.write_bytes(data)
 
@@ -178,6 +181,13 @@ def test_transparent_parts_are_white_whatever_colours_they_hide(tmp_path, name):
     else:
         assert (found[:, :8] == colour).all()
     assert (found[:, 8:] == 255).all()
+
+
+def test_a_transparent_colour_of_16_bits_is_white(tmp_path):
+    values = np.full((16, 16, 3), 0x2000)
+    values[:, 8:] = key = (0x1234, 0x5678, 0x9ABC)
+    png_of_16_bits(tmp_path / "a.png", values, key)
+    assert (pixels(tmp_path / "a.png") == np.repeat([0x20, 255], 8)[:, None]).all()
 
 
 def test_a_picture_with_an_alpha_channel_that_hides_nothing_is_the_one_without(tmp_path):

@@ -18,10 +18,10 @@ from PIL import Image
 from conftest import ROOT, run_command, run_script
 from data import untrusted, video
 from data.clips import read_image
-from data.images import probe_image
-from data.untrusted import Unreadable
+from data.images import IMAGE_FORMATS, probe_image
+from data.untrusted import VIDEO_FORMATS, Unreadable
 from data.video import iterate_frames, probe_video, read_frames
-from test_video import H264, LEVELS, encode, encode_kind, grey
+from test_video import H264, LEVELS, encode, encode_kind, grey, mux
 
 REPORT_MEMORY = """
 import sys
@@ -325,3 +325,66 @@ def test_a_thousand_damaged_clips_among_ten_thousand_are_skipped_and_counted(sha
     assert sorted(report["met"]) == sorted(report["alone"])
     assert all(asked in paths for asked, paths in report["met"].items())
     assert report["alone"]
+
+
+def image_sources(folder: Path) -> list[Path]:
+    """An image, or several, of each format that is accepted, in the modes that are read in ways of their own."""
+    noise = np.random.default_rng(0).integers(0, 256, (24, 32, 4), np.uint8)
+    colour, alpha = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
+    deep, exif = Image.fromarray(noise[..., 0].astype(np.uint16) * 257), Image.Exif()
+    exif[0x0112] = 6
+    kinds = [
+        (name, colour, {"exif": exif} if name in ("JPEG", "PNG", "WEBP", "TIFF") else {}) for name in IMAGE_FORMATS
+    ]
+    kinds += [("JPEG", colour.convert("CMYK"), {}), ("JPEG", colour, {"progressive": True})]
+    kinds += [("PNG", image, {}) for image in (alpha, deep)]
+    kinds += [("PNG", colour.convert("P"), {"transparency": bytes(range(99))}), ("WEBP", alpha, {"lossless": True})]
+    kinds += [("TIFF", alpha, {"compression": name}) for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits")]
+    kinds += [("TIFF", colour, {"compression": "jpeg"}), ("TIFF", colour.convert("F").point(lambda v: v / 255), {})]
+    kinds += [("PPM", deep, {}), ("BMP", colour.convert("P"), {})]
+    kinds += [("GIF", colour, {"save_all": True, "append_images": [colour] * 3, "transparency": 3})]
+    paths = [folder / f"{i}.image" for i in range(len(kinds))]
+    for path, (name, image, options) in zip(paths, kinds, strict=True):
+        image.save(path, name, **options)
+    return paths
+
+
+def video_sources(folder: Path) -> list[Path]:
+    """A video, or several, of each container that is accepted."""
+    pictures = [np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8) for i in range(3)] * 4
+    codecs = {"a.mpg": "mpeg2video", "a.ts": "mpeg2video", "a.wmv": "wmv2", "a.flv": "flv", "a.3gp": "mpeg4"}
+    paths = [encode(folder / name, codec, pictures, {}) for name, codec in codecs.items()]
+    interlaced = H264 | {"x264-params": "tff=1"}
+    paths += [encode(folder / "interlaced.mp4", "libx264", pictures, interlaced)]
+    paths += [
+        encode(folder / name, codec, pictures, {}, "rgba") for name, codec in (("a.mov", "png"), ("a.avi", "png"))
+    ]
+    paths += [mux(folder / name, ["sound", "frames", "video"], pictures) for name in ("b.mp4", "b.mkv")]
+    if "gif" in VIDEO_FORMATS:
+        paths += [folder / "a.gif"]
+        Image.fromarray(pictures[0]).save(paths[-1], save_all=True, append_images=map(Image.fromarray, pictures[1:]))
+    return [*paths, *other_kinds(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sources", "each"), [(image_sources, 200), (video_sources, 40)], ids=["images", "videos"])
+def test_damaged_files_of_every_format_are_read_or_unreadable_in_bounded_time_and_memory(tmp_path, sources, each):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "damaged").mkdir()
+    whole = sources(tmp_path / "whole")
+    for number, path in enumerate(whole):
+        for i in range(each):
+            rng = np.random.default_rng((number, i))
+            damaged = DAMAGES[i % len(DAMAGES)](bytearray(path.read_bytes()), rng)
+            (tmp_path / "damaged" / f"{number}-{i}{path.suffix}").write_bytes(damaged)
+    environment = ["env", f"PYTHONPATH={ROOT / 'EqM'}"]
+    for folder in ("whole", "damaged"):
+        command = [*environment, sys.executable, ROOT / "tests" / "read_damaged.py", tmp_path / folder]
+        result = run_command(*command, cwd=tmp_path, timeout_s=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        report = json.loads(result.stdout)
+        assert report["errors"] == {}
+        assert report["slowest_s"] < 10
+        assert report["memory_gb"] < 1
+        assert report["unreadable"] == 0 if folder == "whole" else each < report["unreadable"] < each * len(whole)

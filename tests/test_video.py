@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from data import video
 from data.untrusted import Unreadable
@@ -135,6 +136,55 @@ def test_h264_with_b_frames_in_avi_is_decoded_from_the_start_to_the_last_wanted(
     decoded.clear()
     read_frames(path, info, [5, 9], 16)
     assert len(decoded) == 10
+
+
+def mux(path: Path, kinds: Sequence[str], frames: Sequence[np.ndarray]) -> Path:
+    """Writes streams: the frames, with B-frames, and sound, covers or another video."""
+    sound = av.AudioFrame.from_ndarray(np.zeros((1, 16_000), np.int16), format="s16", layout="mono")
+    sound.rate = 8000
+    pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+    codecs = {
+        "frames": ("libx264", "yuv420p", pictures),
+        "cover": ("png", "rgb24", pictures[:1]),
+        "video": ("mpeg4", "yuv420p", pictures[::2]),
+        "sound": ("aac" if path.suffix == ".mp4" else "pcm_s16le", None, [sound]),
+    }
+    with av.open(str(path), "w") as container:
+        streams = []
+        for kind in kinds:
+            codec, layout, contents = codecs[kind]
+            stream = container.add_stream(codec, rate=25 if layout else 8000, options=H264 if kind == "frames" else {})
+            if layout:
+                stream.height, stream.width = frames[0].shape[:2]
+                stream.pix_fmt = layout
+            if kind == "cover":
+                stream.disposition = Disposition.attached_pic.value
+            streams.append((stream, contents))
+        for stream, contents in streams:
+            for content in (*contents, None):
+                container.mux(stream.encode(content))
+    return path
+
+
+WITH_SOUND = [
+    (streams, kind) for streams in ("sound frames", "sound frames video") for kind in (".mkv", ".avi", ".mov")
+]
+WITH_COVERS = [(streams, ".mp4") for streams in ("sound frames", "cover frames", "cover sound frames sound video")]
+
+
+@pytest.mark.parametrize(("streams", "kind"), WITH_SOUND + WITH_COVERS)
+@pytest.mark.parametrize("count", [1, 40])
+def test_all_frames_are_read_whatever_else_the_file_holds(tmp_path, kind, streams, count):
+    streams = streams.split()
+    frames = moving(count)
+    path, alone = mux(tmp_path / f"a{kind}", streams, frames), mux(tmp_path / f"alone{kind}", ["frames"], frames)
+    info = probe_video(path)
+    assert len(info.times) == count
+    right = read_frames(alone, probe_video(alone), range(count), 32)
+    assert np.array_equal(list(iterate_frames(path, info, 32)), right)
+    for start in range(0, count, 7):
+        places = range(start, min(start + 4, count))
+        assert np.array_equal(read_frames(path, info, places, 32), right[places.start : places.stop])
 
 
 def test_a_seek_that_fails_ends_at_the_right_frames(tmp_path, monkeypatch):

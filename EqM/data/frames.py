@@ -108,15 +108,16 @@ def opaque(frame: av.VideoFrame) -> av.VideoFrame:
 def progressive(frame: av.VideoFrame) -> av.VideoFrame:
     """The same frame without the mark of interlace: FFmpeg would scale its fields one by one.
 
-    A frame with combs goes through FFmpeg's estdif first, which interpolates every second line. It looks at one frame
-    alone, so that a frame is the same wherever decoding began.
+    A frame with combs goes through FFmpeg's estdif first, which keeps the upper field, and interpolates the lines of
+    the other. It looks at one frame alone, so that a frame is the same wherever decoding began.
     """
     if not frame.interlaced_frame:
         return frame
     graph = av.filter.Graph()
-    graph.threads = 1
+    if hasattr(graph, "threads"):  # not in PyAV 17
+        graph.threads = 1  # starting more takes longer than a frame
     last = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    deinterlace = [("estdif", "mode=frame:deint=all")] if has_combs(frame.to_ndarray(format="gray")) else []
+    deinterlace = [("estdif", "mode=frame:parity=tff:deint=all")] if has_combs(frame.to_ndarray(format="gray")) else []
     for name, options in (*deinterlace, ("setfield", "prog"), ("buffersink", None)):
         step = graph.add(name, options)
         last.link_to(step)

@@ -1,5 +1,6 @@
 """Image files through Pillow: checks a file, and reads its pixels upright, in 8 bits, and on white."""
 
+import ctypes
 import logging
 import warnings
 from functools import cache
@@ -32,6 +33,11 @@ def silence_pillow() -> None:
     """Keeps what Pillow says about files off this process's terminal. What matters is an error, and a reason."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # libtiff inside Pillow prints its errors. A Pillow that is built in another way may lack this function.
+    set_handler = getattr(ctypes.CDLL(Image.core.__file__), "TIFFSetErrorHandler", None)
+    if set_handler:
+        set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+        set_handler(None)
 
 
 def open_image(path: str) -> Image.Image:
@@ -125,6 +131,9 @@ def on_white(image: Image.Image) -> Image.Image:
     """An image in mode RGB. Where it is transparent, white shows, and never the colour that the file hides there."""
     if not image.has_transparency_data:
         return image.convert("RGB")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of a PNG of 16 bits, whose pixels Pillow has reduced to 8
+        image.info["transparency"] = tuple(part >> 8 for part in key)
     colours = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(colours, mask=colours)
