@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.file_list import Found, Names, Videos
+from data.packs.checks import check_index
 from data.packs.format import Settings, read_settings, shard_path
 from data.video import VideoInfo
 from runtime.errors import UserError
@@ -29,12 +30,15 @@ MAX_MAPPED = 256  # shards that a process holds open; each takes a file descript
 
 
 def read_index(folder: Path, settings: Settings) -> dict | None:
-    """The index of a whole pack. None if it is missing, damaged, unreadable or of another pack."""
+    """The index of a whole pack. None if it is missing, damaged, unreadable, wrong or of another pack."""
     try:
         index = read_json(folder / "index.json")
-    except (OSError, ValueError):
+        if index.get("settings") != settings.identity():
+            return None
+        check_index(index, settings)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return index if index.get("settings") == settings.identity() else None
+    return index
 
 
 class Pack:
