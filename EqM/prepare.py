@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.form import Form
 from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, load_vae
 from data.packs.pack import Pack
-from data.packs.packing import finish, lock_pack, missing_shards, plan_pack
+from data.packs.packing import begin_pack, finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from runtime import cli, distributed
 
@@ -58,6 +58,7 @@ def main() -> None:
     form = Form(args.video, args.image_size or (DEFAULT_VAE_SIZE if vae else DEFAULT_SIZE))
     plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space))
     distributed.on_main(lambda: lock_pack(plan.folder))
+    distributed.on_main(lambda: begin_pack(plan))
     missing = distributed.on_main(lambda: missing_shards(plan))
 
     mine = missing[distributed.rank() :: distributed.world_size()]

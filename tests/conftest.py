@@ -15,7 +15,7 @@ from data.form import Form
 from data.latents import LatentSpace
 from data.packs.dataset import PackedSamples
 from data.packs.pack import Pack, open_pack
-from data.packs.packing import finish, missing_shards, plan_pack
+from data.packs.packing import PackPlan, begin_pack, finish, missing_shards, plan_pack
 from data.packs.writer import pack_shard
 from warm_python import FREE, WarmPython
 
@@ -146,9 +146,17 @@ class BlockMeans:
         return moments.transpose(0, 1, 4, 2, 3).astype(np.float16)
 
 
+def begun(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> PackPlan:
+    """The plan of a pack whose folder has its settings. Tests share one process, so nothing is locked."""
+    plan = plan_pack(source, folder, form, space)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin_pack(plan)
+    return plan
+
+
 def make_pack(source: Path, folder: Path, video: bool = True, image_size: int = 16, vae: object = None) -> Pack:
     """Packs in this process, and opens the pack."""
-    plan = plan_pack(source, folder, Form(video, image_size), vae and vae.space)
+    plan = begun(source, folder, Form(video, image_size), vae and vae.space)
     for number in missing_shards(plan):
         pack_shard(plan, number, vae and vae.encode_moments, lambda items: None)
     finish(plan)

@@ -100,7 +100,7 @@ def bad(value: float) -> np.ndarray:
         (np.zeros((4, 2, 2, 3), np.int64), "arr_0 is int64"),
         (np.zeros((4, 3, 2, 2), np.uint8), "the shape"),
         (np.zeros((0, 2, 2, 3), np.uint8), "the shape"),
-        (np.array(["a"], object), "cannot be read"),
+        (np.array(["a"], object), "is no .npz that can be read"),
     ],
 )
 def test_numbers_that_are_no_pixels_are_one_line(tmp_path, samples, problem):
@@ -112,7 +112,7 @@ def test_numbers_that_are_no_pixels_are_one_line(tmp_path, samples, problem):
 def test_what_is_no_npz_of_samples_is_one_line(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", images=some_pixels(2, 2, 2, 3))
-    for name, problem in (("text.npz", "cannot be read"), ("none.npz", "cannot be read"), ("other.npz", "no arr_0")):
+    for name, problem in (("text.npz", "is no .npz"), ("none.npz", "cannot be read"), ("other.npz", "no arr_0")):
         with pytest.raises(UserError, match=problem):
             read_npz(tmp_path / name)
 

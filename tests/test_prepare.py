@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from conftest import ROOT, BlockMeans, item_frames, make_pack, run_command, run_ranks, run_script
+from conftest import ROOT, BlockMeans, begun, item_frames, make_pack, run_command, run_ranks, run_script
 from data.form import Form
 from data.packs.pack import is_pack, open_pack
-from data.packs.packing import finish, missing_shards, plan_pack
+from data.packs.packing import finish, missing_shards
 from data.packs.workers import pack_shards
 from data.scan import scan
 from data.video import probe_video, read_frames
 from make_moving_shapes import write_avi
 from runtime.errors import UserError
+from runtime.files import contents_checksum, file_checksum, read_json, write_json
 
 PREPARE = ROOT / "EqM" / "prepare.py"
 OPTIONS = ("--video", "--image-size", 16)
@@ -90,7 +91,7 @@ def test_latents_are_encoded_in_the_workers_or_in_the_main_process(shapes, tmp_p
         processes.put(os.getpid())
         return BlockMeans.encode_moments(frames)
 
-    plan = plan_pack(shapes, tmp_path / "a", FORM, BlockMeans.space)
+    plan = begun(shapes, tmp_path / "a", FORM, BlockMeans.space)
     with tqdm(total=16, file=io.StringIO()) as bar:
         pack_shards(plan, missing_shards(plan), 2, encode, encode_in_main, bar)
     assert bar.n == 16
@@ -117,7 +118,7 @@ def test_ctrl_c_ends_packing_in_the_middle_of_a_shard(shapes, tmp_path, monkeypa
         time.sleep(0.02)
         return BlockMeans.encode_moments(frames)
 
-    plan = plan_pack(shapes, tmp_path / "pack", FORM, BlockMeans.space)
+    plan = begun(shapes, tmp_path / "pack", FORM, BlockMeans.space)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores Ctrl-C
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, encode, encode_in_main, tqdm(disable=True))
@@ -135,7 +136,7 @@ def test_ctrl_c_that_comes_while_processes_start_is_not_lost(shapes, tmp_path, m
             return super().submit(*arguments)
 
     monkeypatch.setattr("data.packs.workers.ProcessPoolExecutor", Executor)
-    plan = plan_pack(shapes, tmp_path / "pack", FORM, None)
+    plan = begun(shapes, tmp_path / "pack", FORM, None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
@@ -277,6 +278,45 @@ def test_a_second_run_into_a_folder_is_refused_while_the_first_goes_on(shapes, t
     assert result.returncode == 0, result.stderr
 
 
+def test_two_runs_with_other_settings_do_not_mix(shapes, tmp_path):
+    """The settings of a run that comes too late are not written, and its shards do not count."""
+    (tmp_path / "pack").mkdir()
+    descriptor = os.open(tmp_path / "pack", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    result = run_script("prepare.py", shapes, tmp_path / "pack", "--video", "--image-size", 24, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "another run is packing into" in result.stderr
+    assert not list((tmp_path / "pack").iterdir())
+    os.close(descriptor)
+
+    make_pack(shapes, tmp_path / "other", image_size=24)
+    plan = begun(shapes, tmp_path / "pack", FORM, None)
+    for path in (tmp_path / "other").glob("shard-*"):
+        shutil.copy2(path, tmp_path / "pack")
+    record = tmp_path / "pack" / "shard-00003.json"
+    assert missing_shards(plan) == list(range(16))
+    same_size = read_json(record) | {"items": read_json(record)["items"], "bytes": 16 * 16 * 16 * 3}
+    for settings, missing in (
+        (same_size["settings_crc32"], True),
+        (contents_checksum(plan.settings.identity()), False),
+    ):
+        (tmp_path / "pack" / "shard-00003.bin").write_bytes(bytes(same_size["bytes"]))
+        said = same_size | {"settings_crc32": settings, "crc32": file_checksum(record.with_suffix(".bin"))}
+        write_json(record, said)
+        assert (3 in missing_shards(plan)) == missing
+
+
+def test_shards_of_a_pack_that_does_not_say_its_settings_still_count(shapes, tmp_path):
+    make_pack(shapes, tmp_path / "pack")
+    for path in (tmp_path / "pack").glob("shard-*.json"):
+        record = read_json(path)
+        del record["settings_crc32"]
+        write_json(path, record)
+    before = written(tmp_path / "pack")
+    make_pack(shapes, tmp_path / "pack")
+    assert written(tmp_path / "pack") == before
+
+
 def test_what_a_killed_run_left_is_not_taken_for_shards_and_is_removed(shapes, tmp_path):
     make_pack(shapes, tmp_path / "whole")
     (tmp_path / "pack").mkdir()
@@ -284,9 +324,9 @@ def test_what_a_killed_run_left_is_not_taken_for_shards_and_is_removed(shapes, t
     for name in names:
         shutil.copy(tmp_path / "whole" / name, tmp_path / "pack" / f"{name}.4711.tmp")
         if name == "settings.json":
-            assert missing_shards(plan_pack(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
+            assert missing_shards(begun(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
     (tmp_path / "pack" / "mine.tmp").write_text("notes")
-    assert missing_shards(plan_pack(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
+    assert missing_shards(begun(shapes, tmp_path / "pack", FORM, None)) == list(range(16))
     with pytest.raises(UserError, match="half-made"):
         is_pack(tmp_path / "pack")
     make_pack(shapes, tmp_path / "pack")
@@ -375,7 +415,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path):
 
 @pytest.mark.parametrize("encode_in_main", [False, True])
 def test_a_disk_that_is_full_when_the_shard_is_flushed_leaves_no_shard(shapes, tmp_path, monkeypatch, encode_in_main):
-    plan = plan_pack(shapes, tmp_path / "pack", FORM, BlockMeans.space)
+    plan = begun(shapes, tmp_path / "pack", FORM, BlockMeans.space)
 
     def full(descriptor):
         raise OSError(28, os.strerror(28))
@@ -465,7 +505,7 @@ def test_two_workers_are_faster_than_one(tmp_path):
     source = noise_clips(tmp_path / "train", 64, frames=100, side=96)
     seconds = {1: 1e9, 2: 1e9}
     for workers in 4 * (1, 2):  # other work on the machine slows either down, so that the best times count
-        plan = plan_pack(source, tmp_path / "pack", Form(video=True, image_size=64), None)
+        plan = begun(source, tmp_path / "pack", Form(video=True, image_size=64), None)
         start = time.perf_counter()
         pack_shards(plan, missing_shards(plan), workers, None, False, tqdm(disable=True))
         seconds[workers] = min(seconds[workers], time.perf_counter() - start)

@@ -1,12 +1,12 @@
 """Reads samples from an .npz."""
 
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from runtime.errors import UserError, first_line
+from runtime.files import open_regular
 
 NPZ_SHAPES = "(N, H, W, 3) images or (N, T, H, W, 3) clips"
 
@@ -21,12 +21,14 @@ def read_npz(path: Path) -> np.ndarray:
         UserError: it is not an .npz, or its arr_0 has another shape or is not pixels.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            samples = file["arr_0"]
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+            samples = np.asarray(archive["arr_0"])
     except KeyError:
         raise UserError(f"{path} has no arr_0: save the samples with numpy.savez(path, samples)") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
+    except Exception as error:  # archives that are damaged, encrypted or made to do harm raise errors of many types
+        raise UserError(f"{path} is no .npz that can be read: {first_line(error)}") from None
     if samples.ndim not in (4, 5) or samples.shape[-1] != 3 or not samples.size:
         raise UserError(f"{path}: arr_0 has the shape {samples.shape}: save {NPZ_SHAPES}")
     if samples.dtype == np.uint8:

@@ -1,1 +1,1 @@
-"""Data sets decoded once, into memory-mapped shards."""
+"""Data sets decoded once, into shards of frames."""

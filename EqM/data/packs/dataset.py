@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 
 from data.form import Form
 from data.packs.pack import Pack
+from data.packs.shards import LostPack, Shards
 from runtime.random_numbers import keyed_uniforms
 
 
@@ -15,11 +16,12 @@ class PackedSamples(Dataset):
 
     The slow work is left to the device. `x` is as the pack has it: pixels (N, T, H, W, 3) uint8, or latents
     (N, T, 2, C, h, w) float16. `flip` (N,) marks the pixels that are still to be mirrored. `unpack` transposes
-    and mirrors.
+    and mirrors. If the pack is lost, the batch is a `problem` alone: the error, as text that any process can send.
     """
 
     def __init__(self, pack: Pack, form: Form, seed: int):
         self.pack, self.form, self.seed, self.pixels = pack, form, seed, pack.settings.values == "pixels"
+        self.shards = Shards(pack)
 
     def __len__(self) -> int:
         return len(self.pack)
@@ -36,8 +38,12 @@ class PackedSamples(Dataset):
         seconds = (
             self.form.frame_interval / self.pack.rates[indices] if self.form.video else np.zeros(len(keys))
         )  # (N,)
+        try:
+            x = self.gather(indices, places, flips)
+        except LostPack as error:
+            return {"problem": str(error)}
         return {
-            "x": torch.from_numpy(self.gather(indices, places, flips)),
+            "x": torch.from_numpy(x),
             "flip": torch.from_numpy(flips & self.pixels),
             "label": torch.from_numpy(self.pack.labels[indices]),
             "seconds_per_frame": torch.from_numpy(seconds.astype(np.float32)),
@@ -45,13 +51,19 @@ class PackedSamples(Dataset):
         }
 
     def gather(self, indices: np.ndarray, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
-        """The frames at places (N, T) of items (N,), shard by shard; for flipped latents, the mirrored copies."""
-        shape = self.pack.settings.frame_shape if self.pixels else self.pack.settings.frame_shape[1:]
-        x = np.empty((*places.shape, *shape), self.pack.settings.dtype)
-        rows, shards = places + self.pack.first_frames[indices][:, None], self.pack.shards[indices]
-        for shard in np.unique(shards):
-            mine, frames = shards == shard, self.pack.shard_frames(int(shard))
-            x[mine] = frames[rows[mine]] if self.pixels else frames[rows[mine], flips[mine].astype(np.int64)[:, None]]
+        """The frames at places (N, T) of items (N,); for flipped latents, the mirrored copies.
+
+        Raises:
+            LostPack: a shard is missing, or has changed since this object was made.
+        """
+        settings, pack = self.pack.settings, self.pack
+        shape = settings.frame_shape if self.pixels else settings.frame_shape[1:]
+        x = np.empty((*places.shape, *shape), settings.dtype)
+        offsets = (places + pack.first_frames[indices][:, None]) * settings.frame_bytes  # (N, T)
+        if not self.pixels:
+            offsets += flips[:, None] * (settings.frame_bytes // 2)
+        shards = np.repeat(pack.shards[indices], places.shape[1])  # (N·T,)
+        self.shards.read(shards, offsets.reshape(-1), x.reshape(-1, *shape))
         return x
 
 

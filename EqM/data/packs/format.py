@@ -1,11 +1,14 @@
 """The settings of a pack: what it is made from and how, and where its parts lie."""
 
+import math
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from runtime.cli import MAX_SIDE
 from runtime.errors import UserError
 from runtime.files import parse_json, without_checksum
 
@@ -13,6 +16,8 @@ FORMAT, VERSION = "EqM pack", 2
 # An interruption costs one shard a process, and damage costs a whole shard.
 SHARD_BYTES, MIN_SHARDS = 2**28, 64
 FRAMES_OF_A_VIDEO = 200  # assumed, since the size of shards is fixed before any video is opened
+MAX_FILES = 10**9
+VAE_KEYS = {"name", "fingerprint", "scale", "channels", "side"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,41 @@ class Settings:
         """All that decides the shards, which is all but the place of the source: it may be moved."""
         return {name: value for name, value in asdict(self).items() if name != "source"}
 
+    def check(self) -> None:
+        """Raises ValueError for a value of another type, or out of its range."""
+        numbers = {"image_size": MAX_SIDE, "files": MAX_FILES}
+        sound = all(is_whole(getattr(self, name), 1, most) for name, most in numbers.items())
+        sound = sound and is_whole(self.names_crc32, 0, 2**32 - 1) and isinstance(self.source, str)
+        sound = sound and isinstance(self.video, bool) and isinstance(self.vae, dict) and is_texts(self.classes)
+        sound = sound and 0 < len(self.classes) == len(set(self.classes))
+        if self.values == "latents":
+            sound = sound and set(self.vae) == VAE_KEYS and is_texts([self.vae["name"], self.vae["fingerprint"]])
+            sound = sound and isinstance(self.vae["scale"], float | int) and 0 < self.vae["scale"] < math.inf
+            sound = sound and is_whole(self.vae["channels"], 1, MAX_SIDE)
+            sound = sound and is_whole(self.vae["side"], 1, self.image_size)
+        else:
+            sound = sound and self.values == "pixels" and not self.vae
+        if not sound:
+            raise ValueError("a value is of another type, or out of its range")
+
     def command(self, folder: Path) -> str:
         """The command line that makes, continues or mends a pack of these settings."""
         words = ["python", "EqM/prepare.py", self.source, str(folder)]
         words += ["--video"] * self.video + ["--image-size", str(self.image_size)]
         return shlex.join(words + (["--vae", self.vae["name"]] if self.vae else []))
+
+
+def is_whole(value: object, least: int, most: int) -> bool:
+    """Whether a value of a file is a whole number within bounds."""
+    return type(value) is int and least <= value <= most
+
+
+def is_texts(values: object) -> bool:
+    """Whether a value of a file is a list of texts, each of which can be a file's name."""
+    if not (isinstance(values, list) and all(isinstance(text, str) for text in values)):
+        return False
+    os.fsencode("".join(values))  # raises ValueError
+    return True
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -106,6 +141,8 @@ def read_settings(folder: Path) -> Settings | None:
             f"{folder} is a pack of version {version}, and this is version {VERSION}: make it again, in a new folder"
         )
     try:
-        return Settings(**without_checksum(contents))
+        settings = Settings(**without_checksum(contents))
+        settings.check()
+        return settings
     except (ValueError, TypeError):
         raise UserError(problem) from None

@@ -1,4 +1,4 @@
-"""Reads packs: data sets decoded once, as memory-mapped shards of frames. EqM/prepare.py makes them.
+"""Reads packs: data sets decoded once, as shards of frames. EqM/prepare.py makes them.
 
 A pack is a folder of
 
@@ -13,32 +13,33 @@ is and mirrored, the second is mean and standard deviation. Every .json file has
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from data.file_list import Found, Names, Videos
+from data.packs.checks import check_index
 from data.packs.format import Settings, read_settings, shard_path
 from data.video import VideoInfo
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
 
-MAX_MAPPED = 256  # shards that a process holds open; each takes a file descriptor
-
 
 def read_index(folder: Path, settings: Settings) -> dict | None:
-    """The index of a whole pack. None if it is missing, damaged, unreadable or of another pack."""
+    """The index of a whole pack. None if it is missing, damaged, unreadable, wrong or of another pack."""
     try:
         index = read_json(folder / "index.json")
-    except (OSError, ValueError):
+        if index.get("settings") != settings.identity():
+            return None
+        check_index(index, settings)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return index if index.get("settings") == settings.identity() else None
+    return index
 
 
 class Pack:
-    """A whole pack, to read. Each process opens a shard when it first uses it.
+    """A whole pack, as its index describes it.
 
     Attributes, with one value an item in the order of the source's files:
         paths: the file, relative to the source.
@@ -61,24 +62,9 @@ class Pack:
         self.rates = np.array(items["frames_per_second"], np.float64)  # (N,)
         self.shards = np.array(items["shard"], np.int64)  # (N,)
         self.first_frames = np.array(items["offset"], np.int64) // self.settings.frame_bytes  # (N,)
-        self.shard_frames = lru_cache(MAX_MAPPED)(self.map_shard)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "shard_frames"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self.shard_frames = lru_cache(MAX_MAPPED)(self.map_shard)
-
-    def map_shard(self, number: int) -> np.ndarray:
-        """All frames of a shard, (frames, *frame_shape). They stay in the file until they are read."""
-        frames = self.shard_records[number]["bytes"] // self.settings.frame_bytes
-        shape = (frames, *self.settings.frame_shape)
-        # A plain array on the same memory, since slices of np.memmap take several times as long.
-        return np.asarray(np.memmap(shard_path(self.folder, number), self.settings.dtype, "r", shape=shape))
 
     def num_bytes(self) -> int:
         """Bytes of all shards."""

@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from data.form import Form
 from data.latents import LatentSpace
+from data.packs.checks import check_record
 from data.packs.format import FORMAT, VERSION, Settings, read_settings, shard_path
 from data.packs.pack import Pack, find_damage, read_index
 from data.scan import check_readable, find_files
 from runtime.errors import UserError
-from runtime.files import leftovers, lock, read_json, write_json
+from runtime.files import contents_checksum, leftovers, lock, read_json, write_json
 
 PACK_FILES = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
 
@@ -55,16 +56,16 @@ def name_in(source: Path, path: str) -> str:
 
 
 def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> PackPlan:
-    """Finds the files, and makes the folder and its settings if they are not there yet.
+    """Finds the files. Writes nothing.
 
     Args:
         source: class folders, or videos with a CSV.
-        folder: gets the pack; new, empty, or with a pack of the same settings.
+        folder: gets the pack.
         form: videos or images, and their size.
         space: the space of a VAE, to pack latents; None packs pixels.
 
     Raises:
-        UserError: no files; an image size that the VAE does not divide; a folder with other settings or other files.
+        UserError: no files, or an image size that the VAE does not divide.
     """
     listing = find_files(source, form.video)
     for note in listing.notes:
@@ -83,15 +84,35 @@ def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None)
         files=len(samples),
         names_crc32=zlib.crc32(os.fsencode(names)),
     )
+    return PackPlan(folder, settings, source, samples)
+
+
+def lock_pack(folder: Path) -> None:
+    """Makes a folder if there is none, and locks it until this process and its workers end.
+
+    Raises:
+        UserError: another run has locked it, or it cannot be made.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        found = read_settings(folder)
+        alone = lock(folder)
+    if not alone:
+        raise UserError(f"another run is packing into {folder}: let it end, then run the same command again")
+
+
+def begin_pack(plan: PackPlan) -> None:
+    """Writes the settings into the locked folder, which is empty or has a pack of the same settings.
+
+    Raises:
+        UserError: the folder has something else, or a pack with other settings or of other files.
+    """
+    with disk_errors(plan.folder):
+        found = read_settings(plan.folder)
         if not found:
-            if set(folder.iterdir()) - set(leftovers(folder, "settings.json")):
-                raise UserError(f"{folder} holds something else than a pack: give another folder")
-            write_json(folder / "settings.json", asdict(settings))
-    check_same(folder, (found or settings).identity(), settings.identity())
-    return PackPlan(folder, settings, source, samples)
+            if set(plan.folder.iterdir()) - set(leftovers(plan.folder, "settings.json")):
+                raise UserError(f"{plan.folder} holds something else than a pack: give another folder")
+            write_json(plan.folder / "settings.json", asdict(plan.settings))
+    check_same(plan.folder, (found or plan.settings).identity(), plan.settings.identity())
 
 
 def vae_settings(space: LatentSpace, image_size: int) -> dict:
@@ -112,24 +133,18 @@ def check_same(folder: Path, found: dict, wanted: dict) -> None:
             raise UserError(f"{folder} was made with {key} {found[key]}, and this run has {value}: give a new folder")
 
 
-def lock_pack(folder: Path) -> None:
-    """Locks a folder until this process and its workers end.
-
-    Raises:
-        UserError: another run has locked it.
-    """
-    with disk_errors(folder):
-        alone = lock(folder)
-    if not alone:
-        raise UserError(f"another run is packing into {folder}: let it end, then run the same command again")
-
-
 def read_shard_records(plan: PackPlan) -> dict[int, dict]:
-    """The record beside each shard, by the shard's number. Leaves out records that are missing or damaged."""
-    records = {}
+    """The record beside each shard, by the shard's number.
+
+    Leaves out records that are missing, damaged, wrong, or of a pack with other settings.
+    """
+    records, ours = {}, contents_checksum(plan.settings.identity())
     for number in range(plan.settings.num_shards):
-        with suppress(OSError, ValueError):  # such a shard is packed again
-            records[number] = read_json(shard_path(plan.folder, number).with_suffix(".json"))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # such a shard is packed again
+            record = read_json(shard_path(plan.folder, number).with_suffix(".json"))
+            check_record(record, plan.settings)
+            if record.get("settings_crc32", ours) == ours:  # the first packs of this version did not keep it
+                records[number] = record
     return records
 
 

@@ -13,7 +13,7 @@ from data.packs.format import Settings, shard_path
 from data.packs.packing import PackPlan, disk_errors, name_in
 from data.untrusted import Unreadable
 from data.video import iterate_frames, probe_video
-from runtime.files import write_json, write_whole
+from runtime.files import contents_checksum, write_json, write_whole
 
 CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded together: at most both
 
@@ -41,7 +41,8 @@ def pack_shard(plan: PackPlan, number: int, encode: Encode | None, advance: Call
     with disk_errors(plan.folder):
         write_whole(path, lambda temporary: record.update(write_frames(temporary, plan, number, encode, advance)))
         # Last, since the record is what makes a shard count.
-        write_json(path.with_suffix(".json"), record | {"mtime_ns": path.stat().st_mtime_ns})
+        made = {"mtime_ns": path.stat().st_mtime_ns, "settings_crc32": contents_checksum(plan.settings.identity())}
+        write_json(path.with_suffix(".json"), record | made)
 
 
 def write_frames(

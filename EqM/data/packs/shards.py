@@ -1,0 +1,168 @@
+"""Reads frames from the shards of a pack while it is used: one that is cut or replaced is an error, never a crash."""
+
+import ctypes
+import errno
+import mmap
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import BinaryIO
+
+import numpy as np
+
+from data.packs.format import shard_path
+from data.packs.pack import Pack
+from runtime.errors import UserError
+from runtime.files import file_checksum, open_regular
+
+MAX_OPEN = 256  # shards that a process holds open; each takes two file descriptors
+CHECK_S = 1.0  # between looks at the open shards: a look at each in every batch would take a quarter of the time
+MAX_PARTS = 1024  # that Linux copies in one call
+NOT_ALLOWED = (errno.EPERM, errno.ENOSYS)  # by the rules of some containers, or by an old kernel
+
+# Copies parts of a process's memory. Where a mapped file has been cut, it fails. Reading the memory would end the
+# process by SIGBUS. A system call for each frame takes up to three times as long.
+_copy = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+if _copy:
+    _copy.argtypes = [ctypes.c_int, *2 * [ctypes.c_void_p, ctypes.c_ulong], ctypes.c_ulong]
+    _copy.restype = ctypes.c_ssize_t
+
+
+class LostPack(UserError):
+    """A pack has been changed or removed since it was checked."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An open shard, its contents in memory, (bytes,) uint8, and the address of these."""
+
+    file: BinaryIO
+    memory: np.ndarray
+    address: int
+
+
+class Shards:
+    """The shards of a pack. Each process opens a shard when it first uses it.
+
+    A shard must have the size and time that it has when this object is made. With another time, its checksum decides.
+    A file that is cut is noticed at once, and one that is written over within CHECK_S.
+    """
+
+    def __init__(self, pack: Pack):
+        self.pack = pack
+        self.times: dict[int, int] = {}  # of the shards' files, as trusted
+        self.checked_at = time.monotonic()
+        for number in range(pack.settings.num_shards):
+            try:
+                self.times[number] = shard_path(pack.folder, number).stat().st_mtime_ns
+            except OSError as error:
+                raise self.lost(number, f"cannot be read ({error.strerror})") from None
+        self.opened = lru_cache(MAX_OPEN)(self.open)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "opened"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.opened = lru_cache(MAX_OPEN)(self.open)
+
+    def read(self, shards: np.ndarray, offsets: np.ndarray, x: np.ndarray) -> None:
+        """Fills a contiguous x (M, …) with what stands at byte offsets (M,) of shards (M,).
+
+        Raises:
+            LostPack: a shard is missing, or has changed since this object was made.
+        """
+        numbers, which = np.unique(shards, return_inverse=True)
+        for first in range(0, len(numbers), MAX_OPEN):
+            some = np.flatnonzero((which >= first) & (which < first + MAX_OPEN))
+            self.read_some(numbers[first : first + MAX_OPEN].tolist(), which[some] - first, offsets[some], x, some)
+
+    def read_some(
+        self, numbers: list[int], which: np.ndarray, offsets: np.ndarray, x: np.ndarray, places: np.ndarray
+    ) -> None:
+        """`read` for few shards: fills x at `places` (m,) from offsets (m,) of the shards numbers[which]."""
+        while True:
+            opened = [self.opened(number) for number in numbers]
+            whole, now = copy_parts(opened, which, offsets, x, places), time.monotonic()
+            if whole and now < self.checked_at + CHECK_S:
+                return
+            self.checked_at = now
+            changed = [n for n, shard in zip(numbers, opened, strict=True) if not self.is_trusted(n, shard.file)]
+            if whole and not changed:
+                return
+            if not changed:
+                raise self.lost(numbers[0], "or another shard cannot be read")
+            for number in changed:
+                self.trust_again(number)
+            self.opened.cache_clear()
+
+    def open(self, number: int) -> Shard:
+        """Opens a shard whose size and time are trusted. Raises as `read`."""
+        try:
+            file = open_regular(shard_path(self.pack.folder, number), buffering=0)
+            if not self.is_trusted(number, file):
+                self.trust_again(number)
+            memory = mmap.mmap(file.fileno(), self.size(number), prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:  # ValueError: it is shorter than it was
+            raise self.lost(number, f"cannot be read ({getattr(error, 'strerror', error)})") from None
+        contents = np.frombuffer(memory, np.uint8)
+        return Shard(file, contents, contents.ctypes.data)
+
+    def size(self, number: int) -> int:
+        return self.pack.shard_records[number]["bytes"]
+
+    def is_trusted(self, number: int, file: BinaryIO) -> bool:
+        status = os.fstat(file.fileno())
+        return (status.st_size, status.st_mtime_ns) == (self.size(number), self.times[number])
+
+    def trust_again(self, number: int) -> None:
+        """Trusts a shard's new time if its size and checksum are right. Raises as `read`."""
+        path = shard_path(self.pack.folder, number)
+        try:
+            status = path.stat()
+            if status.st_size != self.size(number):
+                raise self.lost(number, f"has {status.st_size:,} bytes, not the {self.size(number):,} that it had")
+            if file_checksum(path) != self.pack.shard_records[number]["crc32"]:
+                raise self.lost(number, "has changed since the run began")
+        except OSError as error:
+            raise self.lost(number, f"cannot be read ({error.strerror})") from None
+        self.times[number] = status.st_mtime_ns
+
+    def lost(self, number: int, problem: str) -> LostPack:
+        path, command = shard_path(self.pack.folder, number), self.pack.settings.command(self.pack.folder)
+        return LostPack(f"{path} {problem}: put the pack back, or run {command} again")
+
+
+def copy_parts(opened: list[Shard], which: np.ndarray, offsets: np.ndarray, x: np.ndarray, places: np.ndarray) -> bool:
+    """Copies parts as long as x[0] from offsets (m,) of opened[which] to x at `places`. False if one is not there."""
+    size = x[0].nbytes
+    sources = np.array([shard.address for shard in opened])[which] + offsets
+    try:
+        return copy_mapped(sources, x.ctypes.data + places * size, size)
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED:
+            raise
+    frames = x.reshape(len(x), -1).view(np.uint8)  # (M, size)
+    parts = zip(which.tolist(), offsets.tolist(), places.tolist(), strict=True)
+    return all(os.preadv(opened[one].file.fileno(), [frames[place]], at) == size for one, at, place in parts)
+
+
+def copy_mapped(sources: np.ndarray, targets: np.ndarray, size: int) -> bool:
+    """Copies from addresses (m,) to addresses (m,) of this process, `size` bytes each. False if one is not there.
+
+    Raises:
+        OSError: the system has no such call, or does not allow it.
+    """
+    if not _copy:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    vectors = [np.stack([addresses, np.full_like(addresses, size)], axis=1) for addresses in (targets, sources)]
+    for first in range(0, len(sources), MAX_PARTS):
+        count = min(MAX_PARTS, len(sources) - first)
+        ends = [part for vector in vectors for part in (vector[first:].ctypes.data, count)]
+        copied = _copy(os.getpid(), *ends, 0)
+        if copied < 0 and ctypes.get_errno() in NOT_ALLOWED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        if copied != count * size:
+            return False
+    return True
