@@ -200,11 +200,10 @@ def test_a_picture_with_an_alpha_channel_that_hides_nothing_is_the_one_without(t
 def test_what_pillow_says_about_files_does_not_reach_the_terminal(tmp_path):
     (tmp_path / "data" / "A").mkdir(parents=True)
     Image.new("1", (10_000, 9000)).save(tmp_path / "data" / "A" / "large.png")
-    Image.new("1", (14_000, 13_000)).save(tmp_path / "data" / "A" / "too-large.png")
     result = run_script("check_data.py", tmp_path / "data", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
-    assert "unreadable files: 1" in result.stdout
+    assert "  A: 1" in result.stdout.splitlines()
 
 
 def without_pixels(path: Path) -> Path:
