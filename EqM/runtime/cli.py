@@ -24,7 +24,7 @@ MAX_PROCESSES = 1024
 MAX_COUNT = 10_000_000  # of samples, classes or updates that take memory each
 MAX_INT = 2**31 - 1  # of steps or epochs; products of two such numbers fit into 64 bits
 MAX_SEED = 2**63 - 1
-LEAST_FLOAT, MAX_FLOAT = 1e-12, 1e12  # their squares are neither 0 nor infinite in fp32
+LEAST_FLOAT, MAX_FLOAT = 1e-38, 1e38  # what is smaller is 0 in fp32, and what is larger infinite
 SHOWN_LETTERS = 60  # of a value that is refused
 
 
@@ -142,6 +142,6 @@ seed = whole(0, MAX_SEED)
 processes = whole(1, MAX_PROCESSES)
 loading_processes = whole(0, MAX_PROCESSES)
 frame_rate = checked(float, lambda v: 0.01 <= v <= 1000, "a number from 0.01 to 1000")
-positive_float = checked(float, lambda v: LEAST_FLOAT <= v <= MAX_FLOAT, f"a number from {LEAST_FLOAT} to {MAX_FLOAT}")
-non_negative_float = checked(float, lambda v: 0 <= v <= MAX_FLOAT, f"a number from 0 to {MAX_FLOAT}")
+positive_float = checked(float, lambda v: LEAST_FLOAT <= v <= MAX_FLOAT, "a number above 0 that fp32 can hold")
+non_negative_float = checked(float, lambda v: 0 <= v <= MAX_FLOAT, "a number from 0 on that fp32 can hold")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
