@@ -162,6 +162,15 @@ def test_an_error_is_one_line_whatever_the_names_in_it(capsys, monkeypatch):
     assert capsys.readouterr().err.endswith(": error: K\\udcff\\n\\x1b[31mé cannot be read\n")
 
 
+def test_a_full_disk_is_one_line_wherever_it_is_met(tmp_path, capsys):
+    def main() -> None:
+        (tmp_path / "log").write_text("x" * 1000)
+
+    with disk_for(100), pytest.raises(SystemExit, match="1"):
+        importlib.import_module("runtime.cli").run(main, "")
+    assert capsys.readouterr().err.endswith(": error: a file cannot be written: File too large\n")
+
+
 def within(seconds: float, call: Callable[[], object]) -> list:
     """What a call returned or raised, in a list; empty if it has not ended in this time."""
     ended: list = []
@@ -181,7 +190,9 @@ def within(seconds: float, call: Callable[[], object]) -> list:
 def test_a_log_that_is_a_pipe_without_a_reader_is_not_waited_for(tmp_path, capsys, handlers):
     os.mkfifo(tmp_path / "log.txt")
     logs.start_log(tmp_path / "log.txt")
-    assert within(20, lambda: logs.log.info("step 1")) == [None]
+    ended = within(20, lambda: logs.log.info("step 1"))
+    os.close(os.open(tmp_path / "log.txt", os.O_RDONLY | os.O_NONBLOCK))  # lets go a thread that waits
+    assert ended == [None]
     assert "log.txt cannot be written" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """What the commands share: one-line errors, flags, checked numbers."""
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from runtime.streams import lost_output, make_output_lossy
 # Seconds that a rank other than 0 waits before it prints an error. If every rank meets the same error, rank 0 prints
 # it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 10
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # which writing alone meets
 READER_GONE = 141  # the exit status of tools that print into a pipe that nobody reads any more
 # What is larger is a typing error, and would end in a hang or without memory.
 MAX_SIDE = 16_384  # pixels or frames
@@ -52,6 +54,10 @@ def run(main: Callable[[], None], out_of_memory_advice: str, only_prints: bool =
             raise UserError(f"the output cannot be written: {lost.strerror}")
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             fail(f"out of memory: {out_of_memory_advice}")
