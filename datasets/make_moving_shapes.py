@@ -99,9 +99,14 @@ def clip_jobs(args: argparse.Namespace) -> Iterator[tuple]:
                 yield path, shape, direction, args.size, args.frames, (args.seed, split == "test", class_index, i)
 
 
-def write_clip(job: tuple) -> None:
+def write_clip(job: tuple) -> str:
+    """Renders and writes a clip. Returns what kept it from being written, or an empty text."""
     path, shape, direction, size, frames, seed = job
-    write_avi(path, render_clip(shape, direction, size, frames, np.random.default_rng(seed)))
+    try:
+        write_avi(path, render_clip(shape, direction, size, frames, np.random.default_rng(seed)))
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}"
+    return ""
 
 
 def parse_args() -> argparse.Namespace:
@@ -136,12 +141,12 @@ def main() -> None:
     args = parse_args()
     jobs = list(clip_jobs(args))
     make_folders(args.destination, [path for path, *_ in jobs])
-    try:
-        with ProcessPoolExecutor() as pool:
-            for _ in tqdm(pool.map(write_clip, jobs, chunksize=8), total=len(jobs), desc="rendering", unit="clip"):
-                pass
-    except OSError as error:
-        sys.exit(f"make_moving_shapes.py: error: {args.destination} cannot be written: {error.strerror}")
+    with ProcessPoolExecutor() as pool:
+        problems = pool.map(write_clip, jobs, chunksize=8)
+        for problem in tqdm(problems, total=len(jobs), desc="rendering", unit="clip"):
+            if problem:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"make_moving_shapes.py: error: {problem}")
     print(f"{len(jobs)} clips of {len(args.shapes) * len(args.directions)} classes in {args.destination}")
 
 

@@ -1,6 +1,7 @@
 """What the commands share: one-line errors, flags, checked numbers."""
 
 import argparse
+import errno
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from runtime.streams import lost_output, make_output_lossy
 # Seconds that a rank other than 0 waits before it prints an error. If every rank meets the same error, rank 0 prints
 # it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 10
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # which writing alone meets
 READER_GONE = 141  # the exit status of tools that print into a pipe that nobody reads any more
 # What is larger is a typing error, and would end in a hang or without memory.
 MAX_SIDE = 16_384  # pixels or frames
@@ -24,7 +26,7 @@ MAX_PROCESSES = 1024
 MAX_COUNT = 10_000_000  # of samples, classes or updates that take memory each
 MAX_INT = 2**31 - 1  # of steps or epochs; products of two such numbers fit into 64 bits
 MAX_SEED = 2**63 - 1
-LEAST_FLOAT, MAX_FLOAT = 1e-12, 1e12  # their squares are neither 0 nor infinite in fp32
+LEAST_FLOAT, MAX_FLOAT = 1e-38, 1e38  # what is smaller is 0 in fp32, and what is larger infinite
 SHOWN_LETTERS = 60  # of a value that is refused
 
 
@@ -52,6 +54,10 @@ def run(main: Callable[[], None], out_of_memory_advice: str, only_prints: bool =
             raise UserError(f"the output cannot be written: {lost.strerror}")
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             fail(f"out of memory: {out_of_memory_advice}")
@@ -142,6 +148,6 @@ seed = whole(0, MAX_SEED)
 processes = whole(1, MAX_PROCESSES)
 loading_processes = whole(0, MAX_PROCESSES)
 frame_rate = checked(float, lambda v: 0.01 <= v <= 1000, "a number from 0.01 to 1000")
-positive_float = checked(float, lambda v: LEAST_FLOAT <= v <= MAX_FLOAT, f"a number from {LEAST_FLOAT} to {MAX_FLOAT}")
-non_negative_float = checked(float, lambda v: 0 <= v <= MAX_FLOAT, f"a number from 0 to {MAX_FLOAT}")
+positive_float = checked(float, lambda v: LEAST_FLOAT <= v <= MAX_FLOAT, "a number above 0 that fp32 can hold")
+non_negative_float = checked(float, lambda v: 0 <= v <= MAX_FLOAT, "a number from 0 on that fp32 can hold")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")
