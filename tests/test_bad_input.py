@@ -246,6 +246,12 @@ def test_the_listing_refuses_data_without_files_or_classes(run, shapes, tmp_path
     assert_refused(run("check_data.py", tmp_path / "data", "--video"), "check_data.py", *words)
 
 
+@pytest.mark.parametrize(("value", "words"), [("", ["''", "variable"]), ("a" * 5000, ["aaa…", "too long"])])
+def test_a_data_path_that_no_folder_can_have_is_refused_by_the_flag(run, value, words):
+    assert_refused(run("train.py", "--data-path", value, *SMALL), "train.py", "--data-path", *words)
+    assert_refused(run("check_data.py", value), "check_data.py", "path", *words)
+
+
 @pytest.mark.parametrize("script", ["train.py", "check_data.py"])
 def test_videos_without_the_video_flag_are_told_of_it(run, shapes, script):
     arguments = ["--data-path", shapes, "--model", "EqM-Ti/4"] if script == "train.py" else [shapes]

@@ -115,8 +115,13 @@ def given(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """An argparse type for a path. An empty text would be the current folder."""
-    return Path(given(text))
+    """An argparse type for a path. An empty text would be the current folder, and a system has a longest path."""
+    try:
+        os.stat(given(text))  # noqa: PTH116
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(f"{text[:SHOWN_LETTERS]}… is too long for a path") from None
+    return Path(text)
 
 
 def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], wants: str) -> Callable:
