@@ -17,6 +17,7 @@ from data.packs.pack import Pack
 from data.packs.packing import begin_pack, finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from runtime import cli, distributed
+from runtime.errors import shown
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
     """Prints what the pack holds, and how fast this run packed its items."""
     kind = "clips" if pack.settings.video else "images"
     for path, reason in pack.found().unreadable:
-        print(f"skipped unreadable {path}: {reason}")
+        print(shown(f"skipped unreadable {path}: {reason}"))
     print(
         f"{pack.folder} is whole: {len(pack):,} {kind} of {len(pack.classes)} classes,"
         f" {pack.lengths.sum():,} frames, {pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
