@@ -4,6 +4,12 @@
         --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0100000.pt
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import time
 from collections.abc import Sequence

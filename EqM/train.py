@@ -4,6 +4,12 @@
         --model EqM-S/4 --use-bf16 --video --clip-len 4
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import math
 import sys

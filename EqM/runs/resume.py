@@ -13,7 +13,7 @@ from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
 from runs.config import Config, config_of
 from runs.folder import create_run_folder, run_folders, run_name
-from runtime import distributed
+from runtime import environment
 from runtime.errors import UserError
 from runtime.files import leftovers, lock
 from runtime.logs import log
@@ -93,7 +93,7 @@ def find_start(asked: Asked) -> Start:
     Raises:
         UserError: the folder cannot be read, or the run has only damaged checkpoints.
     """
-    restarted = distributed.restarts() > 0
+    restarted = environment.restarts() > 0
     if not asked.resume and not restarted:
         return Start(checkpoint=asked.checkpoint)
     notes: list[str] = []

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from runtime import environment
 from runtime.errors import UserError, first_line, is_lost_process, is_out_of_memory
 
 # Seconds that a rank other than 0 waits before it prints an error. If every rank meets the same error, rank 0 prints
@@ -22,7 +22,7 @@ TOO_LARGE = 2**63  # neither a seed nor the size of a tensor can be so large
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Prints one line on stderr, once for all ranks, and exits."""
-    if int(os.environ.get("RANK", 0)) != 0:
+    if not environment.speaks():
         time.sleep(OTHER_RANKS_WAIT_S)
     # Not print: a progress bar may stand on the line.
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -42,8 +42,6 @@ def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
             time.sleep(2 * OTHER_RANKS_WAIT_S)  # the failed rank prints first, and torchrun ends this one
             fail(f"the exchange with the other processes failed: {first_line(error)}")
         raise
-    except KeyboardInterrupt:
-        fail("interrupted", status=130)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
