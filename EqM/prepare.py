@@ -59,6 +59,7 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
 def main() -> None:
     args = parse_args()
     device = distributed.start()
+    distributed.check_same_flags(vars(args))
     vae = load_vae(args.vae, device) if args.vae != "none" else None
     form = Form(args.video, args.image_size or (DEFAULT_VAE_SIZE if vae else DEFAULT_SIZE))
     plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space))
