@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -39,7 +38,7 @@ def summary(found: Found, video: bool) -> Iterator[str]:
 
 def main() -> None:
     parser = cli.ArgumentParser("Prints what training would find in a folder or a pack.")
-    parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
+    parser.add_argument("path", type=cli.path, help="class folders, videos with a CSV, or a pack")
     parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
     args = parser.parse_args()
 
@@ -54,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, out_of_memory_advice="look at a smaller folder")
+    cli.run(main, out_of_memory_advice="look at a smaller folder", only_prints=True)

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from conftest import make_pack
-from data.contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path, read_npz
+from data.contents import Kind, classes_asked, folder_sizes, kind_of, npz_content, open_path
 from data.form import Form
+from data.npz import read_npz
 from data.video import probe_video, read_frames, write_video
 from runtime.errors import UserError
 

@@ -235,7 +235,7 @@ def test_a_network_that_sees_gamma_is_sampled_over_time_as_the_sampler_does(shap
 
 
 def test_a_signal_breaks_sampling_off_and_is_obeyed_by_the_next_step(shapes, tmp_path):
-    flags = ["--data-path", shapes, "--num-workers", 0, "--sample-every", 1, "--sample-steps", 10**8]
+    flags = ["--data-path", shapes, "--num-workers", 0, "--sample-every", 1, "--sample-steps", 10**7]
     process = start_script("train.py", *SMALL, *flags, cwd=tmp_path)
     wait_for_step(tmp_path, 1, process)
     process.send_signal(signal.SIGTERM)

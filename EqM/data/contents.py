@@ -2,12 +2,10 @@
 
 import csv
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -19,13 +17,15 @@ from data.clips import frame_indices, read_sample
 from data.file_list import Item
 from data.form import Form
 from data.latents import LatentSpace
+from data.npz import read_npz
 from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack, read_pack
 from data.scan import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, find_loose_files, unreadable_errors
 from data.untrusted import open_image, open_video
 from data.video import probe_video
 from runtime import distributed
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError
+from runtime.files import read_csv
 
 NPZ_SHAPES = "(N, H, W, 3) images or (N, T, H, W, 3) clips"
 
@@ -120,38 +120,6 @@ def resized(x: Tensor, side: int) -> Tensor:
     from torchvision.transforms.v2 import functional  # here, because it takes 1.5 s
 
     return functional.center_crop(functional.resize(x, [side], antialias=True), [side])
-
-
-@lru_cache(maxsize=2)
-def read_npz(path: Path) -> np.ndarray:
-    """The `arr_0` of an .npz, where EqM/sample_gd.py puts images: NPZ_SHAPES, uint8.
-
-    Floats in [0, 1] are rounded to uint8.
-
-    Raises:
-        UserError: it is not an .npz, or its arr_0 has another shape or is not pixels.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            samples = file["arr_0"]
-    except KeyError:
-        raise UserError(f"{path} has no arr_0: save the samples with numpy.savez(path, samples)") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    if samples.ndim not in (4, 5) or samples.shape[-1] != 3 or not samples.size:
-        raise UserError(f"{path}: arr_0 has the shape {samples.shape}: save {NPZ_SHAPES}")
-    if samples.dtype == np.uint8:
-        return samples
-    if samples.dtype.kind != "f":
-        raise UserError(f"{path}: arr_0 is {samples.dtype}: save pixels as uint8, or as floats in [0, 1]")
-    bad = ~np.isfinite(samples).reshape(len(samples), -1).all(1)  # (N,)
-    if bad.any():
-        first = int(bad.argmax())
-        raise UserError(f"{path}: {bad.sum()} of {len(bad)} samples, the first at {first}, have pixels that are NaN")
-    if samples.min() < 0 or samples.max() > 1:
-        found = f"from {samples.min():.4g} to {samples.max():.4g}"
-        raise UserError(f"{path}: its floats go {found}, outside [0, 1]: if they are in [-1, 1], save (x + 1) / 2")
-    return np.rint(samples * 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -259,8 +227,7 @@ def classes_asked(path: Path, content: Content) -> list[str]:
     if not (path.is_dir() and table.is_file()):
         return content.classes
     try:
-        with table.open(newline="") as file:
-            asked = {row["file"]: row["class_name"] for row in csv.DictReader(file)}
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        asked = {row["file"]: row["class_name"] for row in read_csv(table)}
+    except (KeyError, csv.Error) as error:
         raise UserError(f"{table} lacks the columns file and class_name: remove it ({error})") from None
     return [asked.get(name, "") for name in content.names]

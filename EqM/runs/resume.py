@@ -13,7 +13,7 @@ from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
 from runs.config import Config, config_of
 from runs.folder import create_run_folder, one_at_a_time, run_folders, run_name, write_config
-from runtime import environment
+from runtime import cli, environment
 from runtime.errors import UserError
 from runtime.files import leftovers, lock
 from runtime.logs import log
@@ -51,7 +51,7 @@ class Asked:
 def add_resume_args(parser: argparse._ActionsContainer) -> None:
     """Adds --ckpt and --resume."""
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    start.add_argument("--ckpt", type=cli.path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument(
         "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
     )

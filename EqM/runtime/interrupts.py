@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +36,16 @@ def end_at_ctrl_c() -> None:
         os._exit(STATUS)
 
     signal.signal(signal.SIGINT, end)
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[None]:
+    """Removes a file at the end of the block, at an error and at Ctrl-C, if it is still there."""
+    with undone_at_ctrl_c(partial(path.unlink, missing_ok=True)):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
