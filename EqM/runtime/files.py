@@ -37,7 +37,8 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
             errors are those of `write`. No temporary file is left.
     """
     if is_stream(path):
-        return write_stream(path, write)
+        write_stream(path, write)
+        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary_file(temporary):
