@@ -33,7 +33,7 @@ def start(script: str, *arguments: object, cwd: Path) -> subprocess.Popen:
 
 def assert_one_line(process: subprocess.Popen, script: str) -> None:
     said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 130, (process.returncode, errors)
     lines = [line for line in re.split("[\r\n]+", errors) if "error:" in line]
     assert lines == [f"{script}: error: interrupted"]
     assert "Traceback" not in said + errors
@@ -127,11 +127,12 @@ def test_ctrl_c_at_any_moment_ends_a_command_and_the_next_one_works(shapes, chec
             break
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
+            if process.wait(60) == 0:
+                break  # it came after the work
             assert_one_line(process, script)
-    else:
-        process = start(script, *arguments, cwd=tmp_path)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert "Traceback" not in errors
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -147,8 +148,10 @@ def test_ctrl_c_at_any_moment_of_a_training_ends_it_and_it_goes_on(shapes, tmp_p
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGINT)
             said, errors = process.communicate(timeout=60)
-            assert process.returncode in (130, 75), errors
+            assert process.returncode in (130, 75, 0), (process.returncode, errors)
             assert "Traceback" not in said + errors
             assert "KeyboardInterrupt" not in said + errors
+            if process.returncode == 0:
+                break
     assert process.returncode == 0, process.communicate()
     assert len(list((tmp_path / "results").iterdir())) == 1

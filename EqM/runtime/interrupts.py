@@ -4,6 +4,7 @@ Python's own way raises KeyboardInterrupt wherever the program is. Libraries cat
 a fork or a destructor, pools wait for all their work before it gets through, and imports end in a traceback.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -36,6 +37,8 @@ def end_at_ctrl_c() -> None:
         os._exit(STATUS)
 
     signal.signal(signal.SIGINT, end)
+    # The last thing before Python takes itself apart: the work is done, and the status that is due stays.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
