@@ -40,16 +40,17 @@ def assert_one_line(process: subprocess.Popen, script: str) -> None:
     assert "KeyboardInterrupt" not in said + errors
 
 
-def imports_packages(process: subprocess.Popen) -> bool:
-    return "site-packages" in Path(f"/proc/{process.pid}/maps").read_text()
+def wait_for_imports(process: subprocess.Popen) -> None:
+    """Until then Python reads the first lines, in which Ctrl-C is its own."""
+    while "site-packages" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_ctrl_c_during_imports_ends_a_command_with_one_line(tmp_path, script):
     process = start(script, cwd=tmp_path)
-    while not imports_packages(process):
-        assert process.poll() is None
-        time.sleep(0.002)
+    wait_for_imports(process)
     os.killpg(process.pid, signal.SIGINT)
     assert_one_line(process, script)
 
@@ -122,6 +123,7 @@ def test_ctrl_c_at_any_moment_ends_a_command_and_the_next_one_works(shapes, chec
     }[script]
     for moment in MOMENTS_S:
         process = start(script, *arguments, cwd=tmp_path)
+        wait_for_imports(process)
         try:
             process.wait(moment)
             break
@@ -142,6 +144,7 @@ def test_ctrl_c_at_any_moment_of_a_training_ends_it_and_it_goes_on(shapes, tmp_p
     command = ["train.py", *SMALL, "--data-path", shapes, "--num-workers", workers, "--resume", "--max-steps", 40]
     for moment in MOMENTS_S:
         process = start(*command, cwd=tmp_path)
+        wait_for_imports(process)
         try:
             process.wait(moment)
             break
