@@ -24,6 +24,7 @@ from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, 
 from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 from runs.config import config_of
+from runs.folder import run_folders
 from runs.resume import Asked, claim_folder, find_start, newest_good
 from runs.signals import ASKING, ONE_REQUEST_S, StopSignals
 from runtime.errors import UserError
@@ -359,7 +360,13 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
         )
 
 
-def test_of_runs_that_found_nothing_to_go_on_with_one_makes_a_folder(checkpoint, tmp_path):
+def test_of_runs_that_found_nothing_to_go_on_with_one_makes_a_folder(checkpoint, tmp_path, monkeypatch):
+    def look_and_linger(results_dir: Path) -> list[Path]:
+        found = run_folders(results_dir)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr("runs.resume.run_folders", look_and_linger)
     config = config_of(load_checkpoint(checkpoint)["config"], checkpoint)
     asked = Asked(tmp_path / "results", True, None, {"model": "EqM-Ti/4"}, NAME[4:])
     start = find_start(asked)
