@@ -10,9 +10,14 @@ Each row is printed, and written to a JSON file, as soon as it is measured. The 
 that must agree.
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from measuring.rank_tables import measure_ranks, measure_scaling
 from measuring.results import Results
 from measuring.scaling_times import SCALED, SCALED_QUICK, Scaled
 from measuring.workloads import FULL, QUICK, start_over
-from runtime import cli, distributed
+from runtime import cli, distributed, environment
 from runtime.errors import UserError
 from runtime.logs import start_log
 
@@ -67,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 def check_launch(args: argparse.Namespace, device: torch.device) -> None:
     """Raises UserError if the processes or the devices are not those that the flags need."""
-    if "LOCAL_RANK" in os.environ:
+    if environment.is_launched():
         raise UserError("start this with plain python, not with torchrun: --scaling starts its processes itself")
     if args.ranks and not args.scaling:
         raise UserError("--ranks needs --scaling")

@@ -3,6 +3,12 @@
 python EqM/check_data.py datasets/ucf-101/train --video --decode
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 from collections import Counter
 from collections.abc import Iterator
 

@@ -7,6 +7,12 @@ samples. Every file is cropped to a square and resized to --image-size. Compare 
 same number for real samples against other real ones, and only at equal counts: docs/quality.md.
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import json
 from dataclasses import asdict

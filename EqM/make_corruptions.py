@@ -12,6 +12,12 @@ They are cropped and resized to the network's size as in training, and stored wi
 what was spoiled tells them from the clips. The same seed makes the same pixels.
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

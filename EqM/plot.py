@@ -3,6 +3,12 @@
 python EqM/plot.py results/000-EqM-S-4-Linear-velocity-None results/001-EqM-S-4-Linear-velocity-None
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import math
 from collections.abc import Mapping

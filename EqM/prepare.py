@@ -5,6 +5,12 @@
 Safe to interrupt: the same command goes on. It also mends a damaged pack.
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import os
 import time
@@ -16,7 +22,7 @@ from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, load_vae
 from data.packs.pack import Pack
 from data.packs.packing import begin_pack, finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
-from runtime import cli, distributed
+from runtime import cli, distributed, environment
 from runtime.errors import shown
 
 
@@ -55,6 +61,7 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
 def main() -> None:
     args = parse_args()
     device = distributed.start()
+    distributed.check_same_flags(vars(args))
     vae = load_vae(args.vae, device) if args.vae != "none" else None
     form = Form(args.video, args.image_size or (DEFAULT_VAE_SIZE if vae else DEFAULT_SIZE))
     plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space))
@@ -63,7 +70,7 @@ def main() -> None:
     missing = distributed.on_main(lambda: missing_shards(plan))
 
     mine = missing[distributed.rank() :: distributed.world_size()]
-    workers = args.num_workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = args.num_workers or max(1, len(os.sched_getaffinity(0)) // environment.local_ranks())
     count = sum(len(plan.shard(number)) for number in mine)
     hidden = not (mine and distributed.is_main())
     start = time.perf_counter()

@@ -4,6 +4,12 @@
         --ckpt results/000-EqM-S-4-Linear-velocity-None/checkpoints/0100000.pt
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import time
 from collections.abc import Sequence
@@ -92,6 +98,7 @@ def main() -> None:
 
     # Process
     device = distributed.start()
+    distributed.check_same_flags(vars(args))
     start_log()
     if args.adaptive and not can_plot():
         log.warning("matplotlib is missing, so the plot of evaluations is left out: %s", INSTALL)
@@ -100,7 +107,8 @@ def main() -> None:
     batches = batches_of_rank(args.num_fid_samples, args.global_batch_size)
 
     # Network
-    network, config, vae = open_network(checkpoint_request_of(args), device, precision)
+    request = checkpoint_request_of(args)
+    network, config, vae = distributed.together(lambda: open_network(request, device, precision))
 
     # Plan
     plan = make_plan(plan_request_of(args), method, config, network.input_shape, vae)

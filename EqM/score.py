@@ -9,6 +9,12 @@ Only the first window of each clip counts. The field vanishes at the data (Wang 
             is −⟨x, f(x)⟩, the `dot` energy of the same paper, read off the field.
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial

@@ -9,6 +9,12 @@ that people run, and prints each. Stop it when you like: the same command goes o
 networks are smaller and the trainings shorter.
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import json
 import math

@@ -4,6 +4,12 @@
         --model EqM-S/4 --use-bf16 --video --clip-len 4
 """
 
+if __name__ == "__main__":
+    from runtime.interrupts import end_at_ctrl_c
+
+    end_at_ctrl_c()
+
+
 import argparse
 import math
 import sys
@@ -20,31 +26,15 @@ from data.batches import TrainingBatches, add_batch_args, batch_of, sample_limit
 from data.form import Form
 from data.latents import LatentSpace
 from data.packs.pack import Pack
-from data.source import (
-    Source,
-    add_data_args,
-    class_count,
-    find_pack,
-    form_of,
-    open_source,
-    open_space,
-)
+from data.source import Source, add_data_args, class_count, find_pack, form_of, open_source, open_space
 from models import EqM_models, NetworkSettings
 from objective import add_objective_args, objective_of
-from precision import (
-    Precision,
-    add_precision_args,
-    agree_on_precision,
-    log_precision,
-    make_deterministic,
-    requested_of,
-)
+from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
-from runs.folder import write_config
 from runs.record import Metrics
-from runs.resume import add_resume_args, asked_of, find_start, is_finished, launcher, log_changes, new_folder
+from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
 from runs.schedule import RunOptions, add_run_args, run_options_of
 from runs.settled import settled_of
 from runs.signals import EXIT_STATUS, StopSignals
@@ -233,15 +223,17 @@ def main() -> None:
 
     # Process: ranks, device, precision
     device = distributed.start()
+    distributed.check_same_flags(vars(args))
     if args.deterministic:
         make_deterministic()
     precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
     precision.set_fp32_mode()
 
     # Start: a new run, or one that goes on with its own settings
-    pack = find_pack(args.data_path)
-    start = distributed.on_main(lambda: find_start(asked_of(args, defaults)))
-    saved = load_checkpoint(start.checkpoint) if start.checkpoint else None
+    pack = distributed.together(lambda: find_pack(args.data_path))
+    asked = asked_of(args, defaults)
+    start = distributed.on_main(lambda: find_start(asked))
+    saved = distributed.together(lambda: load_checkpoint(start.checkpoint)) if start.checkpoint else None
     before = config_of(saved["config"], start.checkpoint) if saved else start.config
     by_default = args.global_batch_size is None and not before
     args = settled_of(args, defaults, before, pack)
@@ -265,13 +257,12 @@ def main() -> None:
         saved = None  # it is as large as the state itself
 
     # Folder and log
-    folder = start.folder or distributed.on_main(lambda: new_folder(args.results_dir, args.model, args.path_type))
+    folder = distributed.on_main(lambda: claim_folder(start, asked, config))
     start_log(folder / "log.txt")
     start.log()
     announce(config, state, source, batch, by_default)
     if start.checkpoint:
         log_changes(before, config)
-    distributed.on_main(lambda: write_config(folder, config.as_dict() | {"launcher": launcher()}))
 
     # Training
     with logging_redirect_tqdm([log]):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -88,11 +89,17 @@ def spawn(function: Callable[..., object], arguments: tuple, processes: int, fol
 
 
 @pytest.fixture(autouse=True)
-def environment_of_the_start() -> None:
-    """Forgets what packages set when an earlier test first used them: no process but this one would have it."""
+def environment_of_the_start() -> Iterator[None]:
+    """Forgets what packages set when an earlier test first used them: no process but this one would have it.
+
+    Ctrl-C ends the tests as before, though a command that ran in this process took it over.
+    """
     for name in os.environ.keys() - ENVIRONMENT.keys() - FREE:
         del os.environ[name]
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in FREE})
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,12 +5,16 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +23,10 @@ import torch
 from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, run_script
 from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
-from runs.resume import Asked, find_start, newest_good
-from runs.signals import ONE_REQUEST_S
+from runs.config import config_of
+from runs.folder import run_folders
+from runs.resume import Asked, claim_folder, find_start, newest_good
+from runs.signals import ASKING, ONE_REQUEST_S, StopSignals
 from runtime.errors import UserError
 from runtime.files import lock
 from runtime.random_numbers import seed_draws
@@ -106,11 +112,12 @@ def wait_for_step(folder: Path, step: int, process: WarmProcess | subprocess.Pop
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGHUP, 2), (signal.SIGUSR1, 0)]
+)
 def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shapes, tmp_path, straight, number, workers):
     command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1, "--resume", "--num-workers", workers]
-    start = start_python if (number, workers) == (signal.SIGTERM, 2) else start_script
+    start = start_python if number == signal.SIGTERM else start_script
     process = start(*command, cwd=tmp_path)
     wait_for_step(tmp_path, 3, process)
     os.killpg(process.pid, number)  # a terminal signals the loading processes too
@@ -132,6 +139,31 @@ def test_a_signal_ends_the_step_saves_and_exits_with_75_and_resume_goes_on(shape
     finished = run_script(*command, "--max-steps", stopped_at + 2, cwd=tmp_path)
     assert finished.returncode == 0
     assert f"finished: results/{NAME} is at step {stopped_at + 2}" in finished.stdout
+
+
+def test_a_run_under_nohup_heeds_no_hangup(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = StopSignals()
+        heeded = {each for each in ASKING if signal.getsignal(each) == signals.note}
+        signals.close()
+        assert heeded == set(ASKING) - {signal.SIGHUP}
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_torchrun_passes_on_hangups_and_the_signals_that_it_is_told_to(shapes, tmp_path, number):
+    told = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
+    command = ["train.py", *SMALL, "--data-path", shapes, "--log-every", 1]
+    process = start_python(*command, cwd=tmp_path, launcher=(*TORCHRUN, *told))
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=90)
+    assert len(checkpoints(tmp_path / "results" / NAME)) == 1, said
+    assert f"stopped: results/{NAME}" in said
 
 
 @pytest.mark.parametrize(
@@ -326,6 +358,73 @@ def test_two_processes_do_not_train_in_one_folder(shapes, tmp_path, monkeypatch)
                 tmp_path / "results", resume=True, checkpoint=None, given={}, new_name="EqM-Ti-4-Linear-velocity-None"
             )
         )
+
+
+def test_of_runs_that_found_nothing_to_go_on_with_one_makes_a_folder(checkpoint, tmp_path, monkeypatch):
+    def look_and_linger(results_dir: Path) -> list[Path]:
+        found = run_folders(results_dir)
+        time.sleep(0.05)
+        return found
+
+    monkeypatch.setattr("runs.resume.run_folders", look_and_linger)
+    config = config_of(load_checkpoint(checkpoint)["config"], checkpoint)
+    asked = Asked(tmp_path / "results", True, None, {"model": "EqM-Ti/4"}, NAME[4:])
+    start = find_start(asked)
+    assert not (start.folder or start.checkpoint)
+
+    def claim(_: int) -> str:
+        try:
+            return str(claim_folder(start, asked, config))
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        folder, *others = sorted(pool.map(claim, range(8)), key=len)
+    assert folder == str(tmp_path / "results" / NAME)
+    assert others == [f"another process has just begun to train in {folder}: let it end, or stop it"] * 7
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [NAME]
+    other = replace(asked, given={"model": "EqM-S/4"}, new_name="EqM-S-4-Linear-velocity-None")
+    assert claim_folder(start, other, config).name == NAME.replace("000", "001")
+    assert claim_folder(start, replace(asked, resume=False), config).name == NAME.replace("000", "002")
+
+
+@pytest.mark.slow
+def test_of_three_runs_that_start_at_once_one_trains_and_the_others_say_so(shapes, tmp_path):
+    command = [*TRAIN, "--data-path", shapes, "--resume", "--log-every", 1, "--max-steps", 10**6]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(start_script(*command, cwd=tmp_path)) for _ in range(3)]
+        end = time.monotonic() + 100
+        while sum(process.poll() is None for process in processes) > 1:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        (winner,) = [process for process in processes if process.poll() is None]
+        wait_for_step(tmp_path, 1, winner)
+        for process in processes:
+            if process is not winner:
+                assert process.returncode == 1
+                assert re.search(f"another process .*trains? in results/{NAME}", process.communicate()[0])
+        assert [path.name for path in (tmp_path / "results").iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("change", [{}, {"dispersion": 0.5}], ids=["the same", "other"])
+def test_a_run_without_a_checkpoint_does_not_hide_the_one_before(checkpoint, tmp_path, monkeypatch, change):
+    """Where the two differ in a setting that is not given, nobody knows which one is meant."""
+    monkeypatch.setattr("runs.resume.lock", lambda folder: True)  # this process starts twice
+    before, newest = tmp_path / NAME, tmp_path / NAME.replace("000", "001")
+    shutil.copytree(checkpoint.parent.parent, before)
+    newest.mkdir()
+    config = json.loads((before / "config.json").read_text())
+    config["objective"] |= change
+    (newest / "config.json").write_text(json.dumps(config))
+    asked = Asked(tmp_path, resume=True, checkpoint=None, given={"model": "EqM-Ti/4"})
+    if change:
+        with pytest.raises(UserError, match=f"{newest} has no checkpoint, and {before} has, with --disp False"):
+            find_start(asked)
+    else:
+        start = find_start(asked)
+        assert (start.folder, start.checkpoint) == (before, before / "checkpoints" / "0000004.pt")
+        assert start.notes == [f"{newest} has no checkpoint: going on with {before}, which has the same settings"]
+    assert find_start(replace(asked, given={"disp": bool(change)})).folder == (newest if change else before)
 
 
 def test_resume_and_ckpt_together_are_refused(shapes, checkpoint, tmp_path):

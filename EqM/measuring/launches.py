@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.interrupts import undone_at_ctrl_c
 
 RECORD = "measured: "  # prefix of lines for the launching process; all other lines are for people
 DEFAULTS = {
@@ -33,7 +34,8 @@ def launch(ranks: int, script: Path, flags: Sequence[object]) -> Iterator[dict]:
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*torchrun, str(script), *map(str, flags)]
-    with subprocess.Popen(command, env=DEFAULTS | os.environ, stdout=subprocess.PIPE, text=True) as process:
+    start = subprocess.Popen(command, env=DEFAULTS | os.environ, stdout=subprocess.PIPE, text=True)
+    with start as process, undone_at_ctrl_c(process.terminate):
         try:
             for line in process.stdout:
                 if line.startswith(RECORD):

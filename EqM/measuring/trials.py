@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.errors import UserError
+from runtime.interrupts import undone_at_ctrl_c
 
 COMMANDS = Path(__file__).resolve().parent.parent  # the folder of our scripts
 PRECISIONS = {"fp32": "", "bf16": "--use-bf16", "fp16": "--use-amp"}
@@ -172,6 +173,8 @@ class Trial:
             folder.mkdir(parents=True, exist_ok=True)
         tqdm.write(shlex.join(["python", f"EqM/{script}", *map(str, flags)]))
         with log.open("w") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            with undone_at_ctrl_c(process.terminate):
+                status = process.wait()
         if status:
             raise UserError(f"{script} ended with status {status}: read {log}, then repeat this command to go on")

@@ -1,7 +1,11 @@
 """The folders of training runs."""
 
+import fcntl
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import UserError
@@ -42,6 +46,26 @@ def create_run_folder(results_dir: Path, model: str, path_type: str = "Linear") 
             return folder
     except OSError as error:
         raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def one_at_a_time(results_dir: Path) -> Iterator[None]:
+    """Lets one process at a time make a run's folder. Network disks without locks let everyone in.
+
+    Raises:
+        UserError: the folder of the runs cannot be made.
+    """
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(results_dir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--results-dir {results_dir} cannot be written: {error.strerror}") from None
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_config(folder: Path, config: dict) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
 from runs.config import Config, config_of
-from runs.folder import create_run_folder, run_folders, run_name
-from runtime import cli, distributed
+from runs.folder import create_run_folder, one_at_a_time, run_folders, run_name, write_config
+from runtime import cli, environment
 from runtime.errors import UserError
 from runtime.files import leftovers, lock
 from runtime.logs import log
@@ -93,7 +93,7 @@ def find_start(asked: Asked) -> Start:
     Raises:
         UserError: the folder cannot be read, or the run has only damaged checkpoints.
     """
-    restarted = distributed.restarts() > 0
+    restarted = environment.restarts() > 0
     if not asked.resume and not restarted:
         return Start(checkpoint=asked.checkpoint)
     notes: list[str] = []
@@ -102,16 +102,17 @@ def find_start(asked: Asked) -> Start:
         if restarted and not asked.resume:
             folder = next((each for each in reversed(folders) if launcher_of(each) == launcher()), None)
         else:
-            newest = list(reversed(folders))
-            fit = [each for each in newest if has_settings(each, asked)] or [
-                each for each in newest if has_settings(each, asked, unused=(None,))
-            ]
+            fit = fitting(folders, asked)
             folder = fit[0] if fit else None
             if folders and not folder:
                 notes.append(f"no run in {asked.results_dir} has the given settings: this one is new")
         if not folder:
             return Start(checkpoint=asked.checkpoint, notes=notes)
         lock_run(folder)
+        if not restarted and (older := older_with_checkpoint(fit)):
+            notes.append(f"{folder} has no checkpoint: going on with {older}, which has the same settings")
+            folder = older
+            lock_run(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)
         for leftover in leftovers(folder / "checkpoints", "*.pt"):
             leftover.unlink()
@@ -122,6 +123,34 @@ def find_start(asked: Asked) -> Start:
         raise UserError(f"{damaged[0]}, and there is no other: give an older one with --ckpt, or move the run away")
     notes += [f"{problem}: passed over" for problem in damaged]
     return Start(folder, checkpoint or asked.checkpoint, config_of_run(folder), notes)
+
+
+def fitting(folders: list[Path], asked: Asked) -> list[Path]:
+    """Those of the runs that have all given settings, the newest first."""
+    newest = list(reversed(folders))
+    exact = [each for each in newest if has_settings(each, asked)]
+    return exact or [each for each in newest if has_settings(each, asked, unused=(None,))]
+
+
+def older_with_checkpoint(fit: list[Path]) -> Path | None:
+    """The newest run that has checkpoints, if the newest of all has none.
+
+    Raises:
+        UserError: these two differ in a flag of TELLING, so that nobody knows which one is meant.
+    """
+    newest, *others = fit
+    older = next((each for each in others if checkpoints(each)), None)
+    if checkpoints(newest) or not older:
+        return None
+    ours, theirs = config_of_run(newest), config_of_run(older)
+    kept, known = ours and ours.kept_flags(), theirs and theirs.kept_flags()
+    for name in TELLING:
+        if kept and known and kept[name] != known[name]:
+            raise UserError(
+                f"{newest} has no checkpoint, and {older} has, with --{name.replace('_', '-')} {known[name]} in place"
+                f" of {kept[name]}: give this flag to say which one is meant"
+            )
+    return older
 
 
 def has_settings(folder: Path, asked: Asked, unused: tuple = ()) -> bool:
@@ -171,14 +200,23 @@ def lock_run(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def new_folder(results_dir: Path, model: str, path_type: str) -> Path:
-    """The next run's folder, locked.
+def claim_folder(start: Start, asked: Asked, config: Config) -> Path:
+    """The folder of the run that goes on, or the next new one. It is locked, and holds the config.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or --resume was given, and another process has begun such a run since
+            `find_start` looked for one.
     """
-    folder = create_run_folder(results_dir, model, path_type)
-    lock_run(folder)
+    if start.folder:
+        write_config(start.folder, config.as_dict() | {"launcher": launcher()})
+        return start.folder
+    with one_at_a_time(asked.results_dir):
+        begun = fitting(run_folders(asked.results_dir), asked) if asked.resume else []
+        if begun:
+            raise UserError(f"another process has just begun to train in {begun[0]}: let it end, or stop it")
+        folder = create_run_folder(asked.results_dir, config.network.model, config.objective.path)
+        lock_run(folder)
+        write_config(folder, config.as_dict() | {"launcher": launcher()})
     return folder
 
 

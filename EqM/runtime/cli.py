@@ -3,7 +3,6 @@
 import argparse
 import errno
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from runtime import environment
 from runtime.errors import UserError, first_line, is_lost_process, is_out_of_memory, shown
 from runtime.streams import lost_output, make_output_lossy
 
@@ -32,7 +32,7 @@ SHOWN_LETTERS = 60  # of a value that is refused
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Prints one line on stderr, once for all ranks, and exits."""
-    if os.environ.get("RANK", "").strip("0").isdecimal():
+    if not environment.speaks():
         time.sleep(OTHER_RANKS_WAIT_S)
     # Not print: a progress bar may stand on the line.
     tqdm.write(shown(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr)
@@ -65,8 +65,6 @@ def run(main: Callable[[], None], out_of_memory_advice: str, only_prints: bool =
             time.sleep(2 * OTHER_RANKS_WAIT_S)  # the failed rank prints first, and torchrun ends this one
             fail(f"the exchange with the other processes failed: {first_line(error)}")
         raise
-    except KeyboardInterrupt:
-        fail("interrupted", status=130)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,6 +1,5 @@
 """Processes and ranks: start, end, work of rank 0 alone, and exchanges. One process needs no launcher."""
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -9,40 +8,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime import environment
 from runtime.errors import UserError
+from runtime.meeting import meet
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # long, because the others wait while rank 0 checks files, packs images or saves
+
+_host_group: dist.ProcessGroup | None = None  # exchanges what is not on a GPU; None: the default group does
 
 
 def start() -> torch.device:
     """Joins the other ranks, if a launcher started any, and returns this rank's device.
 
     Raises:
-        UserError: there are more local ranks than GPUs.
+        UserError: the launcher's variables cannot be right, there are more local ranks than GPUs, or other ranks did
+            not come in time.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    global _host_group
+    try:
+        place = environment.place()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     gpus = torch.cuda.device_count()
-    if gpus and local_rank >= gpus:
-        local_ranks = os.environ["LOCAL_WORLD_SIZE"]
-        raise UserError(f"--nproc_per_node={local_ranks} needs one GPU a process, and this machine has {gpus}")
-    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus and place.local_rank >= gpus:
+        raise UserError(
+            f"--nproc_per_node={max(environment.local_ranks(), place.local_rank + 1)} needs one GPU a process, and this"
+            f" machine has {gpus}"
+        )
+    device = torch.device("cuda", place.local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
         # CUDA graphs cannot capture the default stream, so all work goes to another one.
         torch.cuda.set_stream(torch.cuda.Stream(device))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # When a launcher restarts all ranks, its store still holds the addresses of the ended ones.
-        store = dist.PrefixStore(f"start{restarts()}", store)
+    if place.ranks > 1:
+        store = meet(place)
+        store.set_timeout(TIMEOUT)
         backend, device_id = ("nccl", device) if gpus else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT, device_id=device_id)
+        there = {"rank": place.rank, "world_size": place.ranks, "timeout": TIMEOUT}
+        dist.init_process_group(backend, store=store, device_id=device_id, **there)
+        _host_group = dist.new_group(backend="gloo", timeout=TIMEOUT) if gpus else None
     return device
-
-
-def restarts() -> int:
-    """How often torchrun has restarted all ranks because one had ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def stop() -> None:
@@ -74,7 +80,7 @@ def gather(value: T) -> list[T]:
     if not is_group():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_host_group)
     return values
 
 
@@ -91,13 +97,51 @@ def on_main(function: Callable[[], T]) -> T:
         except Exception as error:
             outcome, failure = [(None, str(error) or type(error).__name__)], error
     if is_group():
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=_host_group)
     if failure:
         raise failure
     result, problem = outcome[0]
     if problem is not None:
         raise UserError(problem)
     return result
+
+
+def together(function: Callable[[], T]) -> T:
+    """Calls the function on every rank, and returns this rank's result once all have theirs.
+
+    Raises an error of any rank on every rank, so that none waits for an ended one: UserError, which names the ranks.
+    A rank whose error is of another type raises that.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    problems = gather(failure and (str(failure) or type(failure).__name__))
+    if failure and (not is_group() or not isinstance(failure, UserError)):
+        raise failure
+    for problem in problems:
+        if problem is not None:
+            ranks = [rank for rank, other in enumerate(problems) if other == problem]
+            raise UserError(problem if len(ranks) == world_size() else f"{in_words(ranks)}: {problem}")
+    return result
+
+
+def in_words(ranks: list[int]) -> str:
+    """Ranks by number."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def check_same_flags(flags: dict[str, object]) -> None:
+    """Raises UserError on every rank, with both values, if a rank has other flags than rank 0."""
+    known = gather({name: str(value) for name, value in flags.items()})
+    for name, value in known[0].items():
+        others = [rank for rank, theirs in enumerate(known) if theirs.get(name) != value]
+        if others:
+            flag, theirs = name.replace("_", "-"), known[others[0]].get(name)
+            raise UserError(
+                f"{in_words(others)} has --{flag} {theirs}, and rank 0 has {value}: give all the same flags"
+            )
 
 
 def mean(value: Tensor) -> Tensor:

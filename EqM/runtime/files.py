@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runtime.errors import UserError
+from runtime.interrupts import temporary_file
 
 READ_BYTES = 2**22  # at a time
 TRIED_BYTES = 2**12  # a full disk may take an empty file
@@ -36,18 +37,17 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
             errors are those of `write`. No temporary file is left.
     """
     if is_stream(path):
-        return write_stream(path, write)
+        write_stream(path, write)
+        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with temporary_file(temporary):
         write(temporary)
         if durable:
             flush(temporary)
         temporary.replace(path)
         if durable:
             flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_stream(path: Path) -> bool:
