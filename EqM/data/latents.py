@@ -8,11 +8,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime import cli
 from runtime.errors import UserError, first_line
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -26,9 +28,9 @@ class LatentSpace:
 
     name: str
     fingerprint: str
-    scale: float  # latents times this have about unit variance
-    channels: int
-    downsampling: int  # pixels a latent, in each direction
+    scale: Annotated[float, cli.positive_float]  # latents times this have about unit variance
+    channels: Annotated[int, cli.positive_int]
+    downsampling: Annotated[int, cli.side]  # pixels a latent, in each direction
 
     def as_dict(self) -> dict:
         """As plain data, for configs and packs."""

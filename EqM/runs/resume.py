@@ -1,7 +1,6 @@
 """Finds where a run goes on: its folder, and its newest good checkpoint."""
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -11,11 +10,11 @@ from pathlib import Path
 
 from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
-from runs.config import Config, config_of
+from runs.config import Config, changed_counts, config_of
 from runs.folder import create_run_folder, run_folders, run_name
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import leftovers, lock
+from runtime.files import leftovers, lock, parse_json
 from runtime.logs import log
 
 # The loading processes of a killed run keep its lock until they notice, some seconds later.
@@ -27,6 +26,7 @@ TELLING += ("path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", 
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
 SILENT |= {"num_workers", "max_bad_steps", "vae"}  # check_resumable compares the VAEs themselves
+SILENT |= {"init_weights"}  # only a new run reads it
 SILENT |= {"global_batch_size", "use_amp", "use_bf16"}  # log_changes has lines of its own for these
 
 
@@ -49,12 +49,14 @@ class Asked:
 
 
 def add_resume_args(parser: argparse._ActionsContainer) -> None:
-    """Adds --ckpt and --resume."""
+    """Adds --ckpt, --resume and --init-weights."""
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument(
         "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
     )
+    weights = "a new run starts from the averaged weights of this checkpoint, ours or a published one"
+    parser.add_argument("--init-weights", type=Path, metavar="FILE", help=weights)
 
 
 def asked_of(args: argparse.Namespace, defaults: dict) -> Asked:
@@ -149,7 +151,7 @@ def same_vae(kept: str, given: str | None) -> str:
 def config_of_run(folder: Path) -> Config | None:
     """The config of a run; None if the run was stopped before it wrote one."""
     try:
-        return config_of(json.loads((folder / "config.json").read_text()), folder / "config.json")
+        return config_of(parse_json(folder / "config.json"), folder / "config.json")
     except (OSError, ValueError, UserError):
         checkpoint, _ = newest_good(folder)
     try:
@@ -207,8 +209,8 @@ def launcher() -> str:
 def launcher_of(folder: Path) -> str | None:
     """The `launcher` in a run's config; None if the run was stopped before it wrote one."""
     try:
-        return json.loads((folder / "config.json").read_text())["launcher"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return parse_json(folder / "config.json")["launcher"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -221,6 +223,9 @@ def log_changes(saved: Config, ours: Config) -> None:
         before, after = getattr(saved, name), getattr(ours, name)
         if before not in (None, after):
             log.warning("%s was %s and is %s", name, before, after)
+    counts = changed_counts(saved, ours)
+    if counts:
+        log.warning("%s", counts)
     old, new = saved.flags, ours.as_dict()["args"]
     for name in sorted(old.keys() & new.keys() - SILENT):
         if old[name] != new[name] and old[name] is not None:

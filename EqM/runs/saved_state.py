@@ -1,0 +1,78 @@
+"""What a checkpoint says of the state of a training, checked when it is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from models import NetworkSettings, check_tensors, check_weights, shape_of
+from runtime import cli
+from runtime.errors import UserError
+from runtime.plain_data import read_as
+from state import flat_size, trainable
+
+Count = Annotated[int, cli.non_negative_int]
+Factor = Annotated[float, cli.positive_float]
+
+
+@dataclass(frozen=True)
+class SavedScaler:
+    """The state of an enabled torch.amp.GradScaler. A disabled one saves an empty dict."""
+
+    scale: Factor
+    growth_factor: Factor
+    backoff_factor: Factor
+    growth_interval: Annotated[int, cli.positive_int]
+    _growth_tracker: Count
+
+
+@dataclass(frozen=True)
+class SinceLog:
+    """What has been summed since the last line of metrics."""
+
+    sums: Tensor
+    largest_norm: Tensor
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The contents of a checkpoint: `TrainingState.state_dict`, the epoch and the config."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    opt: dict[str, Tensor]
+    scaler: SavedScaler | dict[str, int]
+    since_log: SinceLog
+    bad_steps: Tensor
+    step: Count
+    skipped: Count
+    samples: Count
+    epoch: Count
+    config: dict
+
+
+def check_saved_state(contents: dict, settings: NetworkSettings, source: str | Path) -> None:
+    """Raises UserError if a training with such a network cannot go on from the contents of the checkpoint `source`."""
+    try:
+        saved = read_as(SavedState, contents)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be gone on from: {error}") from None
+    network = settings.check()
+    for weights in (saved.model, saved.ema):
+        check_weights(network, weights, source)
+    if saved.opt or saved.step:  # before the first update there is no optimizer's state
+        size = (flat_size(trainable(network)),)
+        shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
+        if {name: shape_of(tensor) for name, tensor in saved.opt.items()} != shapes:
+            raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
+    others = {**saved.opt, **vars(saved.since_log), "bad_steps": saved.bad_steps}
+    shapes = {name: shape_of(tensor) for name, tensor in saved.opt.items()}
+    check_tensors(shapes | {"sums": (3,), "largest_norm": (), "bad_steps": (2,)}, others, source)
+    for name, tensor in (*saved.model.items(), *saved.ema.items(), *others.items()):
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{source} cannot be gone on from: {name} holds {tensor.dtype}, and not torch.float32")
+    for name in others.keys() - {"exp_avg"}:
+        if others[name].min() < 0 and name != "sums":  # the dispersive term may make a loss negative
+            raise UserError(f"{source} cannot be gone on from: {name} holds numbers below 0")
