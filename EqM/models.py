@@ -268,17 +268,21 @@ class NetworkSettings:
         except ValueError as error:
             raise UserError(f"{self.model}: {error}") from None
 
-    def check(self) -> EqM:
+    def check(self, source: str | Path = "") -> EqM:
         """The network on the meta device, where it takes no memory.
 
         Raises:
-            UserError: sizes do not divide, or are too large for any tensor.
+            UserError: sizes do not divide, or are too large for any tensor. The text names the file `source`.
         """
+        start = f"{source}: " if source else ""
         try:
             with torch.device("meta"):
                 return self.build()
+        except UserError as error:
+            raise UserError(f"{start}{error}") from None
         except (RuntimeError, OverflowError) as error:
-            raise UserError(f"{self.model} cannot be so large: {first_line(error)}") from None
+            sizes = f"num_classes {self.num_classes}, input_size {self.input_size}"
+            raise UserError(f"{start}{self.model} cannot have {sizes}: {first_line(error)}") from None
 
 
 def check_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

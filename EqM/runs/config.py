@@ -146,7 +146,8 @@ def check_together(config: Config) -> None:
     if network.in_channels != (config.space.channels if config.space else 3):
         raise ValueError(f"network.in_channels is {network.in_channels}, with other channels of the data")
     if not 0 < len(set(config.classes)) == len(config.classes) <= network.num_classes:
-        raise ValueError(f"classes are {len(config.classes)}, of {network.num_classes}: too many, none, or some twice")
+        found = f"{len(config.classes)}, and network.num_classes is {network.num_classes}"
+        raise ValueError(f"classes are {found}: too many, none, or some twice")
     if config.class_counts and len(config.class_counts) != len(config.classes):
         raise ValueError(f"class_counts are {len(config.class_counts)}, and classes {len(config.classes)}")
     if not isinstance(config.precision.get("name"), str):

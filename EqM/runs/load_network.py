@@ -84,7 +84,7 @@ def open_network(
         config = config_of(contents["config"], request.path)
         vae = load_same_vae(request, config.space, device, bf16)
     check_known(request.known, config)
-    check_weights(config.network.check(), weights, request.path)
+    check_weights(config.network.check(request.path), weights, request.path)
     network = config.network.build()
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae

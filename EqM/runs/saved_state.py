@@ -19,13 +19,18 @@ Factor = Annotated[float, cli.positive_float]
 
 @dataclass(frozen=True)
 class SavedScaler:
-    """The state of an enabled torch.amp.GradScaler. A disabled one saves an empty dict."""
+    """The state of an enabled torch.amp.GradScaler."""
 
     scale: Factor
     growth_factor: Factor
     backoff_factor: Factor
     growth_interval: Annotated[int, cli.positive_int]
     _growth_tracker: Count
+
+
+@dataclass(frozen=True)
+class NoScaler:
+    """The state of a disabled one."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class SavedState:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     opt: dict[str, Tensor]
-    scaler: SavedScaler | dict[str, int]
+    scaler: NoScaler | SavedScaler
     since_log: SinceLog
     bad_steps: Tensor
     step: Count
@@ -59,7 +64,7 @@ def check_saved_state(contents: dict, settings: NetworkSettings, source: str | P
         saved = read_as(SavedState, contents)
     except ValueError as error:
         raise UserError(f"{source} cannot be gone on from: {error}") from None
-    network = settings.check()
+    network = settings.check(source)
     for weights in (saved.model, saved.ema):
         check_weights(network, weights, source)
     if saved.opt or saved.step:  # before the first update there is no optimizer's state

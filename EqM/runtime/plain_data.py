@@ -80,7 +80,7 @@ def as_type(kind: Any, value: object, name: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, parts[0]) for key in value):
             raise wrong
-        return {key: as_type(parts[1], each, f"{name}.{key[:SHOWN]!a}") for key, each in value.items()}
+        return {key: as_type(parts[1], each, f"{name}.{shown(key)[1:-1]}") for key, each in value.items()}
     if kind in (int, float) and isinstance(value, int) and abs(value) >= TOO_LARGE:
         raise ValueError(f"{name} is a number beyond 2^63")
     # A bool is an int for Python alone. A whole number may stand for a float.
