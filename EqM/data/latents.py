@@ -165,10 +165,9 @@ def check_hub(source: str) -> None:
     except Empty:
         problem = "no answer"
     if problem:
-        advice = f"download {source} on a machine that can, and give its folder as --vae DIR"
-        raise UserError(
-            f"the Hugging Face hub cannot be reached, and {source} is not in its cache ({problem}): {advice}"
-        )
+        advice = "download it where the hub can be reached, and give its folder as --vae DIR"
+        where = f"the Hugging Face hub cannot be reached ({problem}), and {source} is not in its cache"
+        raise UserError(f"{where}: {advice}")
 
 
 def batch_moments(vae: VAE, x: Tensor) -> Tensor:

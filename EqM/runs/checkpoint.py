@@ -16,7 +16,7 @@ from runs.config import config_of
 from runs.saved_state import check_saved_state
 from runtime.errors import UserError, is_out_of_memory
 from runtime.files import file_checksum, open_regular, write_whole
-from runtime.plain_data import shown_names
+from runtime.plain_data import brief_names
 
 REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
 REQUIRED_KEYS |= {"since_log", "bad_steps"}
@@ -99,7 +99,7 @@ def load_file(path: Path) -> dict:
             raise
         refused = refused_types(path)
         if refused:
-            what = f"other objects than plain data, of the types {shown_names(refused)}"
+            what = f"other objects than plain data, of the types {brief_names(refused)}"
             raise UserError(f"{path} holds {what}: save its weights alone, in a dict of tensors") from None
         raise UserError(f"{path} is cut short or is no checkpoint: give another one") from None
     if not isinstance(contents, dict):
@@ -151,6 +151,6 @@ def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:
     weights = contents[place] if place else contents
     entries = weights.items() if isinstance(weights, dict) else ()
     if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
-        found = f"{place} is no dict of tensors" if place else f"neither ema nor model, but {shown_names(contents)}"
+        found = f"{place} is no dict of tensors" if place else f"neither ema nor model, but {brief_names(contents)}"
         raise UserError(f"{source} holds no network's weights ({found}): give a checkpoint of an EqM network")
     return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items()}

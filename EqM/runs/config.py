@@ -10,7 +10,7 @@ from models import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
 from runtime import cli
 from runtime.errors import UserError
-from runtime.plain_data import read_as, shown_names
+from runtime.plain_data import read_as, brief_names
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def check_resumable(saved: Config, ours: Config, path: Path) -> None:
         for these, others in ((saved, ours), (ours, saved))
     )
     if saved.classes != ours.classes:
-        differ = f"these data lack {shown_names(missing)}, and have {shown_names(new)} in addition"
+        differ = f"these data lack {brief_names(missing)}, and have {brief_names(new)} in addition"
         differ = differ if missing or new else "these data have them in another order"
         advice = "to train on other classes, start a new run with --init-weights"
         raise UserError(f"{path} was trained on other classes: {differ}: {advice}")

@@ -1,5 +1,6 @@
 """What a checkpoint says of the state of a training, checked when it is read."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,9 @@ from runtime.errors import UserError
 from runtime.plain_data import read_as
 from state import flat_size, trainable
 
-Count = Annotated[int, cli.non_negative_int]
-Factor = Annotated[float, cli.positive_float]
+# Flags have narrower ranges than what grows during a training.
+Count = Annotated[int, cli.checked(int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")]
+Factor = Annotated[float, cli.checked(float, lambda v: 0 < v < math.inf, "a number above 0")]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, Union
 
-from runtime.cli import TOO_LARGE
-
 T = TypeVar("T")
-SHOWN = 60  # letters of a value, or names of keys, in a message
+TOO_LARGE = 2**63  # no number of a checkpoint is so large
+LETTERS = 60  # letters of a value, or names of keys, in a message
 
 
 def one_of(names: Container[str]) -> Callable[[str], str]:
@@ -21,7 +20,7 @@ def one_of(names: Container[str]) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"{shown(text)} is not one of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(f"{brief(text)} is not one of {', '.join(names)}")
         return text
 
     return check
@@ -37,11 +36,11 @@ def read_as(kind: type[T], contents: object, name: str = "it") -> T:
         ValueError: a key is missing or unknown, or a value has another type or is out of its range.
     """
     if not isinstance(contents, dict):
-        raise ValueError(f"{name} is {shown(contents)}, and not a dict")
+        raise ValueError(f"{name} is {brief(contents)}, and not a dict")
     keys = {field.metadata.get("key", field.name): field for field in fields(kind)}
     unknown = [key for key in contents if key not in keys]
     if unknown:
-        raise ValueError(f"{name} has the unknown {shown_names(unknown)}: a newer version of EqM may know it")
+        raise ValueError(f"{name} has the unknown {brief_names(unknown)}: a newer version of EqM may know it")
     hints = typing.get_type_hints(kind, include_extras=True)
     values = {}
     for key, field in keys.items():
@@ -70,7 +69,7 @@ def as_type(kind: Any, value: object, name: str) -> Any:
         return as_one_of(parts, value, name)
     if is_dataclass(kind):
         return read_as(kind, value, name)
-    wrong = ValueError(f"{name} is {shown(value)}, and not {getattr(origin or kind, '__name__', kind)}")
+    wrong = ValueError(f"{name} is {brief(value)}, and not {getattr(origin or kind, '__name__', kind)}")
     if origin is tuple:
         every = parts[-1] is Ellipsis
         if not isinstance(value, list | tuple) or not (every or len(value) == len(parts)):
@@ -80,7 +79,7 @@ def as_type(kind: Any, value: object, name: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(key, parts[0]) for key in value):
             raise wrong
-        return {key: as_type(parts[1], each, f"{name}.{shown(key)[1:-1]}") for key, each in value.items()}
+        return {key: as_type(parts[1], each, f"{name}.{brief(key)[1:-1]}") for key, each in value.items()}
     if kind in (int, float) and isinstance(value, int) and abs(value) >= TOO_LARGE:
         raise ValueError(f"{name} is a number beyond 2^63")
     # A bool is an int for Python alone. A whole number may stand for a float.
@@ -100,16 +99,16 @@ def as_one_of(kinds: tuple, value: object, name: str) -> Any:
     return as_type(kinds[-1], value, name)
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """A value for a message, short and in one line, whatever it is."""
     if isinstance(value, str | bool | float | types.NoneType) or (isinstance(value, int) and abs(value) < TOO_LARGE):
-        text = ascii(value[:SHOWN] if isinstance(value, str) else value)
-        return f"{text[:SHOWN]}…" if len(text) > SHOWN else text
+        text = ascii(value[:LETTERS] if isinstance(value, str) else value)
+        return f"{text[:LETTERS]}…" if len(text) > LETTERS else text
     return f"a {type(value).__name__}"
 
 
-def shown_names(keys: "Mapping | list") -> str:
+def brief_names(keys: "Mapping | list") -> str:
     """The first keys of a dict for a message, in one line."""
-    names = ", ".join(shown(key) for key in list(keys)[:5])
+    names = ", ".join(brief(key) for key in list(keys)[:5])
     more = len(keys) - 5
     return (f"{names} and {more} more" if more > 0 else names) or "nothing"
