@@ -28,7 +28,7 @@ from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.logs import start_log
 
-above_one = cli.checked(int, lambda v: 1 < v < cli.TOO_LARGE, "a whole number above 1")
+above_one = cli.whole(2, cli.MAX_PROCESSES)
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
         default=("fp32", "tf32", "bf16", "fp16"),
         help="measure the speed of training and sampling in these alone",
     )
-    parser.add_argument("--output", type=Path, default=Path("results/benchmark.json"), help="gets the rows as JSON")
+    parser.add_argument("--output", type=cli.path, default=Path("results/benchmark.json"), help="gets the rows as JSON")
     # For the processes that --scaling starts: measure the parts and print records.
     parser.add_argument("--one-scale", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()

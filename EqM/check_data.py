@@ -5,7 +5,6 @@ python EqM/check_data.py datasets/ucf-101/train --video
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +32,7 @@ def summary(found: Found, video: bool) -> Iterator[str]:
 
 def main() -> None:
     parser = cli.ArgumentParser("Prints what training would find in a folder or a pack.")
-    parser.add_argument("path", type=Path, help="class folders, videos with a CSV, or a pack")
+    parser.add_argument("path", type=cli.path, help="class folders, videos with a CSV, or a pack")
     parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
     args = parser.parse_args()
 
@@ -48,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, out_of_memory_advice="look at a smaller folder")
+    cli.run(main, out_of_memory_advice="look at a smaller folder", only_prints=True)

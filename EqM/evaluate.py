@@ -19,15 +19,15 @@ from evaluation.report_text import lines
 from evaluation.sides import Comparison, open_sides, read_features
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
 from runtime import cli, distributed
-from runtime.errors import UserError
-from runtime.files import check_writable, write_whole
+from runtime.errors import UserError, shown
+from runtime.files import check_writable, write_text
 from runtime.logs import log, start_log
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Compares generated clips or images with real ones.")
-    parser.add_argument("real", type=Path, metavar="REAL", help="a folder of clips or images, a pack, or an .npz")
-    parser.add_argument("generated", type=Path, metavar="GENERATED", help="the same, as EqM/sample_gd.py writes it")
+    parser.add_argument("real", type=cli.path, metavar="REAL", help="a folder of clips or images, a pack, or an .npz")
+    parser.add_argument("generated", type=cli.path, metavar="GENERATED", help="the same, as EqM/sample_gd.py writes it")
     parser.add_argument(
         "--features",
         nargs="+",
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         default=["pixels"],
         help="what is compared; all except pixels need packages: requirements-evaluate.txt",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="weights of inception (FID) or i3d (FVD)")
+    parser.add_argument("--weights", type=cli.path, metavar="FILE", help="weights of inception (FID) or i3d (FVD)")
     parser.add_argument("--judge", action="store_true", help="also the share of samples that show the class asked for")
     parser.add_argument("--image-size", type=cli.side, help="side in pixels; default that of the first generated one")
     parser.add_argument("--clip-len", type=cli.side, help="frames; default those of the first generated clip")
@@ -44,9 +44,9 @@ def parse_args() -> argparse.Namespace:
         type=cli.positive_int,
         help="distance between two frames of a real clip; default from the frame rates of both sides, or 1",
     )
-    parser.add_argument("--batch-size", type=cli.positive_int, default=32, help="samples at once")
-    parser.add_argument("--seed", type=cli.non_negative_int, default=0, help="of windows, resampling, splits, judge")
-    parser.add_argument("--output", type=Path, default=Path("evaluation.json"), help="file for all numbers")
+    parser.add_argument("--batch-size", type=cli.count, default=32, help="samples at once")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of windows, resampling, splits, judge")
+    parser.add_argument("--output", type=cli.path, default=Path("evaluation.json"), help="file for all numbers")
     add_precision_args(parser)
     args = parser.parse_args()
     if args.real.resolve() == args.generated.resolve():
@@ -105,8 +105,8 @@ def main() -> None:
     if args.judge:
         report["judge"] = judge_samples(real_features, generated_features, args.seed, device, precision)
     for line in lines(report):
-        print(line)
-    write_whole(args.output, lambda path: path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n"))
+        print(shown(line))
+    write_text(args.output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     log.info("all numbers: %s", args.output)
 
 

@@ -23,7 +23,7 @@ from data.scan import find_loose_files
 from data.untrusted import UnreadableVideo
 from data.video import iterate_frames, probe_video, write_video
 from runtime import cli
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
 
 
 def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -45,10 +45,10 @@ def spoil(frames: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[str, n
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Spoils clips: noise, shuffled frames, frozen frames.")
-    parser.add_argument("source", type=Path, help="a folder of clips, or of class folders of clips")
-    parser.add_argument("destination", type=Path, help="gets the folders noise/, shuffled/ and frozen/")
+    parser.add_argument("source", type=cli.path, help="a folder of clips, or of class folders of clips")
+    parser.add_argument("destination", type=cli.path, help="gets the folders noise/, shuffled/ and frozen/")
     parser.add_argument("--image-size", type=cli.side, default=64, help="the network's height and width, pixels")
-    parser.add_argument("--seed", type=cli.non_negative_int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser.parse_args()
 
 
@@ -75,8 +75,8 @@ def main() -> None:
     if len(unreadable) == len(files):
         raise UserError("no readable clip in {}: {}: {}".format(args.source, *unreadable[0]))
     for path, error in unreadable:
-        print(f"left out {path}: {error}")
-    print(f"{len(files) - len(unreadable)} clips, each spoiled in three ways, in {args.destination}")
+        print(shown(f"left out {path}: {error}"))
+    print(f"{len(files) - len(unreadable)} clips, each spoiled in three ways, in {shown(args.destination)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from drawing.plots import COLOURS, Lines, Points, check_plots, write_plots
 from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError
+from runtime.files import check_writable
 from runtime.logs import log, start_log
 
 # The name in metrics.jsonl, the title, whether it is smoothed, whether its axis starts at 0.
@@ -27,8 +28,8 @@ PANELS = (
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Draws the metrics of runs into one picture.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, with metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("plot.png"), help="the picture")
+    parser.add_argument("runs", nargs="+", type=cli.path, metavar="RUN", help="a run's folder, with metrics.jsonl")
+    parser.add_argument("--output", type=cli.path, default=Path("plot.png"), help="the picture")
     parser.add_argument(
         "--smooth",
         type=cli.positive_int,
@@ -44,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output} is not a .png file")
     check_plots("a plot")
+    check_writable("--output", args.output)
     return args
 
 
@@ -90,10 +92,7 @@ def main() -> None:
         name: read_metrics(run, ("step", *(panel[0] for panel in PANELS)))
         for name, run in zip(short_names(args.runs), args.runs, strict=True)
     }
-    try:
-        write_plots(args.output, panels(runs, args.smooth), columns=2)
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written: {error.strerror}") from None
+    write_plots(args.output, panels(runs, args.smooth), columns=2)
     log.info("%s", args.output)
 
 

@@ -8,7 +8,6 @@ Safe to interrupt: the same command goes on. It also mends a damaged pack.
 import argparse
 import os
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -22,17 +21,19 @@ from runtime import cli, distributed
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Decodes a data set once, into a pack for EqM/train.py.")
-    parser.add_argument("source", type=Path, help="class folders, or videos with a CSV")
-    parser.add_argument("pack", type=Path, help="gets the pack: a new folder, or a pack to go on with or to mend")
+    parser.add_argument("source", type=cli.path, help="class folders, or videos with a CSV")
+    parser.add_argument("pack", type=cli.path, help="gets the pack: a new folder, or a pack to go on with or to mend")
     parser.add_argument("--video", action="store_true", help="pack videos, not images")
     parser.add_argument(
         "--image-size",
         type=cli.side,
         help=f"height and width, pixels; default {DEFAULT_SIZE}, with a VAE {DEFAULT_VAE_SIZE}",
     )
-    parser.add_argument("--vae", default="none", metavar="{none,ema,mse,DIR}", help="pack latents of this VAE")
     parser.add_argument(
-        "--num-workers", type=cli.positive_int, help="processes a rank (threads if a GPU encodes); default all cores"
+        "--vae", default="none", type=cli.given, metavar="{none,ema,mse,DIR}", help="pack latents of this VAE"
+    )
+    parser.add_argument(
+        "--num-workers", type=cli.processes, help="processes a rank (threads if a GPU encodes); default all cores"
     )
     return parser.parse_args()
 

@@ -30,8 +30,8 @@ from sampling.traces import write_evaluations, write_trace
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Samples images or videos from a checkpoint of EqM/train.py.")
-    parser.add_argument("--folder", type=Path, default=Path("samples"), help="gets the samples")
-    parser.add_argument("--num-fid-samples", type=cli.positive_int, default=16, help="number of samples")
+    parser.add_argument("--folder", type=cli.path, default=Path("samples"), help="gets the samples")
+    parser.add_argument("--num-fid-samples", type=cli.count, default=16, help="number of samples")
     parser.add_argument("--target-fps", type=cli.frame_rate, help="frames a second; default: as the training clips")
     parser.add_argument("--video-format", choices=("mp4", "gif"), default="mp4", help="format of videos")
     parser.add_argument(
@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="norms and energies by step: table and plots; an explicit energy takes one more pass a step",
     )
-    parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="samples at once, on all ranks")
-    parser.add_argument("--global-seed", type=cli.non_negative_int, default=0, help="seed of the noise")
+    parser.add_argument("--global-batch-size", type=cli.count, default=32, help="samples at once, on all ranks")
+    parser.add_argument("--global-seed", type=cli.seed, default=0, help="seed of the noise")
     add_precision_args(parser)
     add_compile_arg(parser)
     add_method_args(parser)

@@ -10,7 +10,6 @@ Only the first window of each clip counts. The field vanishes at the data (Wang 
 """
 
 import argparse
-import csv
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,8 @@ from precision import add_precision_args, agree_on_precision, log_precision, req
 from runs.load_network import add_checkpoint_args, checkpoint_request_of, open_network
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
-from runtime.errors import UserError
-from runtime.files import check_writable
+from runtime.errors import UserError, shown
+from runtime.files import check_writable, write_csv
 from runtime.logs import log, start_log
 from sampling.descent import norm_and_energy
 from sampling.plan import class_index
@@ -40,16 +39,16 @@ SCORES = ("norm", "energy")
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Scores clips or images, and says how well the scores tell two paths apart.")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one or two folders of files, or packs")
+    parser.add_argument("paths", nargs="+", type=cli.path, metavar="PATH", help="one or two folders of files, or packs")
     parser.add_argument(
-        "--output", type=Path, default=Path("scores.csv"), help="the table; with two paths, a plot lies beside it"
+        "--output", type=cli.path, default=Path("scores.csv"), help="the table; with two paths, a plot lies beside it"
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--class", dest="label", metavar="CLASS", help="score all files under this class; default: no class"
     )
     group.add_argument("--labels", action="store_true", help="score each file under the class of its class folder")
-    parser.add_argument("--global-batch-size", type=cli.positive_int, default=32, help="files at once, on all ranks")
+    parser.add_argument("--global-batch-size", type=cli.count, default=32, help="files at once, on all ranks")
     add_precision_args(parser)
     add_checkpoint_args(parser)
     args = parser.parse_args()
@@ -95,7 +94,7 @@ def score(
 
     batches = batches_of_rank(len(content.names), batch)
     hidden = not distributed.is_main()
-    bar = tqdm(total=sum(map(len, batches)), desc=f"scoring {name}", unit="file", disable=hidden)
+    bar = tqdm(total=sum(map(len, batches)), desc=f"scoring {shown(name)}", unit="file", disable=hidden)
     with ThreadPoolExecutor() as pool, bar:
         for places in batches:
             results = dict(zip(places, pool.map(read, places), strict=True))
@@ -128,7 +127,7 @@ def score_path(
     rows = {i: row for part, _ in parts for i, row in part.items()}
     unreadable = [problem for _, problems in parts for problem in problems]
     if unreadable:
-        log.warning("%d files in %s cannot be read, as %s: %s", len(unreadable), path, *unreadable[0])
+        log.warning("%d files in %s cannot be read, for example %s: %s", len(unreadable), path, *unreadable[0])
     if not rows:
         raise UserError(f"no readable file in {path}: {unreadable[0][0]}: {unreadable[0][1]}")
     scores = {content.names[i]: rows[i] for i in sorted(rows)}
@@ -164,11 +163,12 @@ def auroc(first: np.ndarray, second: np.ndarray) -> float:
 
 def write_scores(path: Path, scores: dict[Path, dict[str, list[float]]]) -> None:
     """Writes a line for each file: the PATH that was given, the file below it, and its scores."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "file", *SCORES])
-        for root, rows in scores.items():
-            writer.writerows([root, name, *(f"{value:.7g}" for value in row)] for name, row in rows.items())
+    rows = [
+        [root, name, *(f"{value:.7g}" for value in row)]
+        for root, found in scores.items()
+        for name, row in found.items()
+    ]
+    write_csv(path, [["path", "file", *SCORES], *rows])
 
 
 def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
@@ -192,11 +192,13 @@ def compare(scores: dict[Path, dict[str, list[float]]], picture: Path) -> None:
     log.info("histograms: %s", picture)
 
 
-def check_output(path: Path) -> None:
-    """Raises UserError if the table, or the plot beside it, could not be written."""
+def check_output(path: Path, picture: bool) -> None:
+    """Raises UserError if the table, or the picture beside it, could not be written."""
     if path.suffix == ".png" or path.is_dir():
         raise UserError(f"--output {path} names the table: give a file that ends in .csv")
     check_writable("--output", path)
+    if picture:
+        check_writable("beside --output,", path.with_suffix(".png"))
 
 
 def main() -> None:
@@ -222,7 +224,7 @@ def main() -> None:
     }
 
     # Output
-    distributed.on_main(partial(check_output, args.output))
+    distributed.on_main(partial(check_output, args.output, picture=len(args.paths) == 2))
     log_precision(precision)
 
     # Score

@@ -51,7 +51,7 @@ def add_recipe_args(group: argparse._ActionsContainer) -> None:
     cli.add_kept(
         group,
         "--micro-batch-size",
-        type=cli.positive_int,
+        type=cli.count,
         help="samples of a rank at a time; their gradients add up; default all",
     )
     cli.add_kept(group, "--lr", 1e-4, type=cli.positive_float, help="AdamW's learning rate")

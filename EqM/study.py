@@ -10,7 +10,6 @@ networks are smaller and the trainings shorter.
 """
 
 import argparse
-import csv
 import json
 import math
 import statistics
@@ -27,22 +26,23 @@ from measuring.study_tables import Cell, Cells, loss_curves, quality_by_evaluati
 from measuring.trials import SETTINGS, STUDIES, Study, Trial
 from runs.record import read_metrics
 from runtime import cli
-from runtime.errors import UserError
+from runtime.errors import UserError, shown
+from runtime.files import check_writable, read_csv, write_text
 from runtime.logs import device_name
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Trains, samples and evaluates variants of one model, and tabulates their quality.")
     parser.add_argument("study", choices=STUDIES, help="what varies")
-    parser.add_argument("data", type=Path, metavar="DATA", help="a folder with train/ of class folders")
+    parser.add_argument("data", type=cli.path, metavar="DATA", help="a folder with train/ of class folders")
     parser.add_argument("--video", action="store_true", help="the data are videos")
-    parser.add_argument("--output", type=Path, help="gets everything; default results/study-STUDY-DATA")
-    parser.add_argument("--seeds", type=cli.positive_int, default=3, help="trainings of each variant")
-    parser.add_argument("--jobs", type=cli.positive_int, default=1, help="trainings at once; small ones idle a GPU")
+    parser.add_argument("--output", type=cli.path, help="gets everything; default results/study-STUDY-DATA")
+    parser.add_argument("--seeds", type=cli.processes, default=3, help="trainings of each variant")
+    parser.add_argument("--jobs", type=cli.processes, default=1, help="trainings at once; small ones idle a GPU")
     parser.add_argument("--train-flags", default="", metavar="FLAGS", help="more flags for train.py, as one text")
     parser.add_argument("--sample-flags", default="", metavar="FLAGS", help="more flags for sample_gd.py")
     parser.add_argument("--evaluate-flags", default="", metavar="FLAGS", help="more flags for evaluate.py")
-    parser.add_argument("--samples", type=cli.positive_int, help="of each variant and seed; default by data and device")
+    parser.add_argument("--samples", type=cli.count, help="of each variant and seed; default by data and device")
     args = parser.parse_args()
     if not (args.data / "train").is_dir():
         raise UserError(f"{args.data} has no folder train: name a data set that datasets/README.md makes")
@@ -80,8 +80,7 @@ def report_values(report: dict) -> dict[str, float]:
 def qualities(trial: Trial, sampling: str) -> dict[str, float]:
     """What was measured of the samples of one trial, by name."""
     report = json.loads(trial.evaluation(sampling).read_text())
-    with (trial.samples(sampling) / "samples.csv").open() as file:
-        evaluations = [int(row["evaluations"]) for row in csv.DictReader(file)]
+    evaluations = [int(row["evaluations"]) for row in read_csv(trial.samples(sampling) / "samples.csv")]
     known = {"evaluations": statistics.mean(evaluations), "seconds": trial.seconds(sampling)}
     return known | report_values(report)
 
@@ -106,11 +105,11 @@ def write_report(study: Study) -> None:
     configs = {trial.training: json.loads((trial.run_folder / "config.json").read_text()) for trial in study.trials()}
     computed = ", ".join(f"{name} in {config['precision']['name']}" for name, config in configs.items())
     text = "\n".join([head, "", settings, "", f"computed: {computed}", "", *tables(cells)])
-    (study.output / "report.md").write_text(text)
+    write_text(study.output / "report.md", text)
     rows = [{"trained": t, "sampled": s} | {n: c.known() for n, c in row.items()} for (t, s), row in cells.items()]
-    (study.output / "report.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_text(study.output / "report.json", json.dumps(rows, indent=1) + "\n")
     draw_curves(study, cells)
-    print(f"\n{text}\nreport.md, report.json and pictures are in {study.output}")
+    print(f"\n{text}\nreport.md, report.json and pictures are in {shown(study.output)}")
 
 
 def draw_curves(study: Study, cells: Cells) -> None:
@@ -139,8 +138,8 @@ def check_settings(study: Study) -> None:
     path = study.output / "settings.json"
     if path.exists() and json.loads(path.read_text()) != ours:
         raise UserError(f"{study.output} holds a study with other flags, data or device: name another --output")
-    study.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours, indent=1) + "\n")
+    check_writable("--output", path)
+    write_text(path, json.dumps(ours, indent=1) + "\n")
 
 
 def main() -> None:

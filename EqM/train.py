@@ -65,9 +65,9 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     model = parser.add_argument_group("model")
     sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8}: size and patch"
     cli.add_kept(model, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
-    cli.add_kept(model, "--num-classes", type=cli.positive_int, help="at least the data's count, which is the default")
+    cli.add_kept(model, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
     frames = "frames of a token; default 2 if that divides the clip, else 1"
-    cli.add_kept(model, "--temporal-patch", type=cli.positive_int, help=frames)
+    cli.add_kept(model, "--temporal-patch", type=cli.side, help=frames)
     add_objective_args(parser)
     training = parser.add_argument_group("training")
     add_recipe_args(training)

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import flags
+
 CLASSES = ("TShirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "AnkleBoot")
 SPLITS = {"train": "train", "test": "t10k"}
 UNSIGNED_BYTE = 8  # the code of uint8 in an IDX file's header
@@ -53,12 +55,10 @@ def write_split(source: Path, destination: Path, split: str, limit: int | None) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the folder of the four .gz files")
-    parser.add_argument("destination", type=Path, help="gets the folders train/ and test/")
-    parser.add_argument("--per-class", type=int, help="images a class in each split; default all")
+    parser.add_argument("source", type=flags.path, help="the folder of the four .gz files")
+    parser.add_argument("destination", type=flags.path, help="gets the folders train/ and test/")
+    parser.add_argument("--per-class", type=flags.whole(1, 1_000_000), help="images a class in each split; default all")
     args = parser.parse_args()
-    if args.per_class is not None and args.per_class < 1:
-        parser.error("--per-class must be at least 1")
     try:
         counts = [write_split(args.source, args.destination, split, args.per_class) for split in SPLITS]
     except OSError as error:

@@ -17,11 +17,21 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+import flags
+
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (x, y), y downwards
 FRAMES_PER_SECOND = 25
 BACKGROUND = 24  # grey level, 0 to 255
 SUPERSAMPLING = 4  # points a pixel in each direction, for smooth edges
+# Flags: name, least, largest and default value, help. What is larger would fill the memory or never end.
+NUMBERS = (
+    ("--train-clips", 1, 1_000_000, 100, "clips a class"),
+    ("--test-clips", 0, 1_000_000, 10, "clips a class"),
+    ("--size", 16, 1024, 64, "height and width in pixels, even"),
+    ("--frames", 1, 1000, 16, "frames a clip"),
+    ("--seed", 0, 2**63 - 1, 0, "of all random choices"),
+)
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -58,8 +68,18 @@ def render_clip(shape: str, direction: str, size: int, num_frames: int, rng: np.
 
 
 def write_avi(path: Path, frames: np.ndarray) -> None:
-    """Writes (T, H, W, 3) uint8 frames as MPEG-4 Part 2, a key frame every 12."""
-    with av.open(str(path), "w") as container:
+    """Writes (T, H, W, 3) uint8 frames as MPEG-4 Part 2, a key frame every 12. The file is whole or absent."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        encode(temporary, frames)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encode(path: Path, frames: np.ndarray) -> None:
+    """`write_avi`, in place."""
+    with av.open(str(path), "w", format="avi") as container:
         stream = container.add_stream("mpeg4", rate=FRAMES_PER_SECOND, options={"qmin": "2", "qmax": "2", "g": "12"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -86,20 +106,15 @@ def write_clip(job: tuple) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("destination", type=Path, help="gets the folders train/ and test/")
+    parser.add_argument("destination", type=flags.path, help="gets the folders train/ and test/")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
-    parser.add_argument("--train-clips", type=int, default=100, help="clips a class (default 100)")
-    parser.add_argument("--test-clips", type=int, default=10, help="clips a class (default 10)")
-    parser.add_argument("--size", type=int, default=64, help="height and width in pixels, even (default 64)")
-    parser.add_argument("--frames", type=int, default=16, help="frames a clip (default 16)")
-    parser.add_argument("--seed", type=int, default=0)
+    for name, least, most, default, about in NUMBERS:
+        parser.add_argument(name, type=flags.whole(least, most), default=default, help=f"{about}; default {default}")
     args = parser.parse_args()
     args.shapes, args.directions = dict.fromkeys(args.shapes), dict.fromkeys(args.directions)  # each once
-    if args.size < 16 or args.size % 2:
-        parser.error("--size must be even and at least 16")
-    if min(args.frames, args.train_clips) < 1 or min(args.test_clips, args.seed) < 0:
-        parser.error("--frames and --train-clips must be at least 1, --test-clips and --seed at least 0")
+    if args.size % 2:
+        parser.error("--size must be even")
     return args
 
 
@@ -121,9 +136,12 @@ def main() -> None:
     args = parse_args()
     jobs = list(clip_jobs(args))
     make_folders(args.destination, [path for path, *_ in jobs])
-    with ProcessPoolExecutor() as pool:
-        for _ in tqdm(pool.map(write_clip, jobs, chunksize=8), total=len(jobs), desc="rendering", unit="clip"):
-            pass
+    try:
+        with ProcessPoolExecutor() as pool:
+            for _ in tqdm(pool.map(write_clip, jobs, chunksize=8), total=len(jobs), desc="rendering", unit="clip"):
+                pass
+    except OSError as error:
+        sys.exit(f"make_moving_shapes.py: error: {args.destination} cannot be written: {error.strerror}")
     print(f"{len(jobs)} clips of {len(args.shapes) * len(args.directions)} classes in {args.destination}")
 
 

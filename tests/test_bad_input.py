@@ -83,7 +83,7 @@ def assert_refused_once_by_ranks(result: subprocess.CompletedProcess, script: st
     ("flag", "values"),
     [
         ("--lr", ["-0.1", "0", "nan", "inf", "fast"]),
-        ("--epochs", ["0", "-3", "2.5", "ten", "1" + "0" * 400]),
+        ("--epochs", ["0", "-3", "2.5", "ten", "1" + "0" * 40]),
         ("--max-steps", ["0", "-1", ""]),
         ("--global-batch-size", ["0", "-8"]),
         ("--clip-len", ["0", "-4", "four", "1000000000000"]),

@@ -190,7 +190,7 @@ def test_files_that_cannot_be_read_are_counted_with_a_reason(many_shapes, sample
     shutil.copytree(samples, tmp_path / "given")
     (tmp_path / "given" / "000003.mp4").write_text("no video")
     report, printed = evaluated(tmp_path, many_shapes / "train", "given")
-    assert "WARNING 1 files in given cannot be read, as 000003.mp4: " in printed
+    assert "WARNING 1 files in given cannot be read, for example 000003.mp4: " in printed
     assert (report["generated"]["samples"], report["generated"]["unreadable"]) == (79, 1)
 
 

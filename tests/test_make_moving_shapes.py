@@ -130,7 +130,7 @@ def test_numbers_that_make_no_set_are_refused(tmp_path, monkeypatch, capsys, opt
     monkeypatch.setattr(sys, "argv", ["make_moving_shapes.py", str(tmp_path / "set"), *options])
     with pytest.raises(SystemExit, match="2"):
         make_moving_shapes.main()
-    assert "--size" in capsys.readouterr().err
+    assert options[0] in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
 
 

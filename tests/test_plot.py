@@ -123,7 +123,10 @@ def test_a_line_half_written_is_left_out_with_a_warning(tmp_path):
         (["a/metrics.jsonl"], "a/metrics.jsonl is not a run's folder: it has no metrics.jsonl"),
         (["empty"], "empty/metrics.jsonl has no whole line: wait for the first line of the run, or give another run"),
         (["a", "a/"], "a RUN is given twice: give each once"),
-        (["a", "--output", "none/plot.png"], "--output none/plot.png cannot be written: No such file or directory"),
+        (
+            ["a", "--output", "a/metrics.jsonl/plot.png"],
+            "--output a/metrics.jsonl/plot.png cannot be written: Not a directory",
+        ),
         (["a", "--output", "plot.jpg"], "--output plot.jpg is not a .png file"),
         ([f"run{i}" for i in range(9)], "9 runs are more than the 8 colours: draw fewer at once"),
     ],

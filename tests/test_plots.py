@@ -15,6 +15,7 @@ from PIL import Image, ImageColor
 from conftest import ROOT, run_command
 from drawing.plots import COLOURS, LONGEST_NAME, Histogram, Lines, figure_of, write_plots
 from runtime import cli
+from runtime.errors import UserError
 
 
 def drawn_lines(figure: Figure, plot: int = 0) -> dict[str, list[tuple[float, float]]]:
@@ -172,7 +173,7 @@ def test_a_picture_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="plot.png cannot be written: No space left"):
         write_plots(tmp_path / "plot.png", [Lines({"a": [(0, 1.0)]}, "x", "y")])
     assert list(tmp_path.iterdir()) == []
 

@@ -178,7 +178,7 @@ def test_files_that_cannot_be_read_are_counted_with_a_reason(lively_checkpoint, 
     shutil.copytree(noise_folder, tmp_path / "given")
     (tmp_path / "given" / "000001.mp4").write_text("no video")
     printed = scored(lively_checkpoint, tmp_path, "given")
-    assert "WARNING 1 files in given cannot be read, as 000001.mp4: " in printed
+    assert "WARNING 1 files in given cannot be read, for example 000001.mp4: " in printed
     assert "given: 2 files, mean norm" in printed
     assert [row["file"] for row in rows(tmp_path / "scores.csv")] == ["000000.mp4", "000002.mp4"]
 

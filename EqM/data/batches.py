@@ -29,8 +29,8 @@ MAX_AHEAD = 3  # batches copied to the device before it needs them; each takes m
 def add_batch_args(group: argparse._ActionsContainer) -> None:
     """Adds the flags of the batch, the seed and the length of the run."""
     batch = f"samples a step, over all ranks; default {DEFAULT_BATCH['cuda']}, on a CPU {DEFAULT_BATCH['cpu']}"
-    cli.add_kept(group, "--global-batch-size", type=cli.positive_int, help=batch)
-    cli.add_kept(group, "--global-seed", 0, type=cli.non_negative_int, help="of all random choices")
+    cli.add_kept(group, "--global-batch-size", type=cli.count, help=batch)
+    cli.add_kept(group, "--global-seed", 0, type=cli.seed, help="of all random choices")
     epochs = f"default {DEFAULT_EPOCHS}; with --max-steps no limit"
     group.add_argument("--epochs", type=cli.positive_int, help=epochs)
     steps = "stop at this step, counted from the start of the first run"

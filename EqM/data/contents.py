@@ -25,6 +25,7 @@ from data.untrusted import open_image, open_video
 from data.video import probe_video
 from runtime import distributed
 from runtime.errors import UserError
+from runtime.files import read_csv
 
 NPZ_SHAPES = "(N, H, W, 3) images or (N, T, H, W, 3) clips"
 
@@ -226,8 +227,7 @@ def classes_asked(path: Path, content: Content) -> list[str]:
     if not (path.is_dir() and table.is_file()):
         return content.classes
     try:
-        with table.open(newline="") as file:
-            asked = {row["file"]: row["class_name"] for row in csv.DictReader(file)}
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        asked = {row["file"]: row["class_name"] for row in read_csv(table)}
+    except (KeyError, csv.Error) as error:
         raise UserError(f"{table} lacks the columns file and class_name: remove it ({error})") from None
     return [asked.get(name, "") for name in content.names]

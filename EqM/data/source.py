@@ -94,17 +94,17 @@ class Source:
 def add_data_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the data and of their form."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data-path", type=Path, required=True, help="class folders, videos with a CSV, or a pack")
+    data.add_argument("--data-path", type=cli.path, required=True, help="class folders, videos with a CSV, or a pack")
     cli.add_kept(data, "--video", False, action="store_true", help="train on clips of videos, not on images")
     cli.add_kept(data, "--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
     vae = "train on latents of this VAE: ema, mse, a folder, or none for pixels; default none, or the pack's"
-    cli.add_kept(data, "--vae", metavar="NAME", help=vae)
+    cli.add_kept(data, "--vae", type=cli.given, metavar="NAME", help=vae)
     cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")
     cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="video frames from one of a clip to the next")
     flip = "never mirror samples: for classes that a mirror would swap"
     cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
     workers = "loading processes a rank; default 4; 0 on a CPU and for a pack"
-    data.add_argument("--num-workers", type=cli.non_negative_int, help=workers)
+    data.add_argument("--num-workers", type=cli.loading_processes, help=workers)
 
 
 def find_pack(path: Path) -> Pack | None:

@@ -19,6 +19,7 @@ from data.untrusted import (
     open_video,
     packets_of,
 )
+from runtime.files import write_whole
 
 # FFmpeg gives reordered frames of these codecs wrong times if the container, such as AVI, keeps no times.
 TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
@@ -215,12 +216,21 @@ def square(frame: av.VideoFrame, size: int, reformatter: VideoReformatter) -> np
 
 
 def write_video(path: Path, frames: np.ndarray, frames_per_second: float, lossless: bool = False) -> None:
-    """Writes (T, H, W, 3) uint8 frames as H.264 that common players show; H and W are even.
+    """Writes (T, H, W, 3) uint8 frames as H.264 in mp4 that common players show; H and W are even.
 
-    With `lossless` it writes FFV1, which gives back the same pixels of any size; the file is to be an .mkv.
+    With `lossless` it writes FFV1 in Matroska, which gives back the same pixels of any size. The file is written whole
+    or not at all.
+
+    Raises:
+        OSError, av.FFmpegError: the disk is full or fails.
     """
+    write_whole(path, lambda file: encode_video(file, frames, frames_per_second, lossless), durable=False)
+
+
+def encode_video(path: Path, frames: np.ndarray, frames_per_second: float, lossless: bool) -> None:
+    """`write_video`, in place."""
     codec, layout, options = ("ffv1", "bgr0", {}) if lossless else ("libx264", "yuv420p", {"crf": "12"})
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="matroska" if lossless else "mp4") as container:
         rate = Fraction(frames_per_second).limit_denominator(1001)
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from runtime.errors import shown
+from runtime.files import write_whole
+
 FRAME_SIDE = 64  # pixels that a frame is magnified to, at least
 SHEET_FRAMES = 8  # frames of a clip that the sheet shows, evenly spread
 MAX_WIDTH = 1200  # pixels
@@ -14,8 +17,8 @@ MARGIN, CAPTION_HEIGHT = 8, 16  # pixels
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W, 3)."""
-    Image.fromarray(image).save(path)
+    """Writes (H, W, 3), whole or not at all. Raises OSError."""
+    write_whole(path, lambda temporary: Image.fromarray(image).save(temporary, "PNG"), durable=False)
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -33,8 +36,8 @@ def gif(frames: np.ndarray, frames_per_second: float) -> bytes:
 
 
 def write_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    """Writes (T, H, W, 3) as `gif` makes it."""
-    path.write_bytes(gif(frames, frames_per_second))
+    """Writes (T, H, W, 3) as `gif` makes it, whole or not at all. Raises OSError."""
+    write_whole(path, lambda temporary: temporary.write_bytes(gif(frames, frames_per_second)), durable=False)
 
 
 def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
@@ -49,14 +52,14 @@ def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.nd
     draw = ImageDraw.Draw(sheet)
     for i, (strip, caption) in enumerate(zip(strips, captions, strict=True)):
         left, top = MARGIN + i % columns * width, MARGIN + i // columns * height
-        draw.text((left, top), caption, fill="black", font=ImageFont.load_default(11))
+        draw.text((left, top), shown(caption), fill="black", font=ImageFont.load_default(11))
         sheet.paste(Image.fromarray(strip), (left, top + CAPTION_HEIGHT))
     return np.asarray(sheet)
 
 
 def filmstrip(clip: np.ndarray) -> np.ndarray:
     """(T, h, w, 3) → some of its frames side by side, whole pixels magnified so that small ones can be seen."""
-    shown = np.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().astype(int)
+    places = np.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().astype(int)
     zoom = max(1, -(-FRAME_SIDE // clip.shape[1]))
-    frames = clip[shown].repeat(zoom, axis=1).repeat(zoom, axis=2)
+    frames = clip[places].repeat(zoom, axis=1).repeat(zoom, axis=2)
     return np.concatenate(list(np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)), axis=1)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.errors import UserError
-from runtime.files import write_whole
+from runtime.errors import UserError, shown
+from runtime.files import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -187,15 +187,15 @@ def add_legend(figure: "Figure", names: Sequence[str]) -> None:
 
     if not names:
         return
-    shown = [shortened(name) for name in names]
-    entry = LETTER * max(map(len, shown)) + LEGEND_GAP  # inches
-    columns = max(1, min(len(shown), int(figure.get_figwidth() / entry)))
-    figure.set_figheight(figure.get_figheight() + NAME_HEIGHT * math.ceil(len(shown) / columns))
+    labels = [shortened(shown(name)) for name in names]
+    entry = LETTER * max(map(len, labels)) + LEGEND_GAP  # inches
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / entry)))
+    figure.set_figheight(figure.get_figheight() + NAME_HEIGHT * math.ceil(len(labels) / columns))
     handles = [Line2D([], [], color=colour, linewidth=2.5) for _, colour in coloured(names)]
     # matplotlib before 3.10 skips a label that starts with _: the names are put in afterwards.
-    numbers = [str(i) for i in range(len(shown))]
+    numbers = [str(i) for i in range(len(labels))]
     legend = figure.legend(handles, numbers, loc="outside upper center", ncols=columns, frameon=False)
-    for text, name in zip(legend.get_texts(), shown, strict=True):
+    for text, name in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)  # a name with two $ is no formula
         text.set_text(name)
 
@@ -210,7 +210,7 @@ def write_plots(path: Path, plots: Sequence[Lines | Histogram], columns: int = 1
     """Draws plots of the same series into one PNG file, which is whole or absent.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     figure = figure_of(plots, columns)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
+    write_output(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -186,7 +186,7 @@ def read_features(
         if for_judge:
             clips.append(small(x))
     if unreadable:
-        log.warning("%d files in %s cannot be read, as %s: %s", len(unreadable), side.path, *unreadable[0])
+        log.warning("%d files in %s cannot be read, for example %s: %s", len(unreadable), side.path, *unreadable[0])
     if not places:
         raise UserError(f"no readable file in {side.path}: {unreadable[0][0]}: {unreadable[0][1]}")
     joined = {name: torch.cat(parts) for name, parts in rows.items()}

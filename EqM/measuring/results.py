@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.files import check_writable, write_text
+
 
 class Results:
     """`content` goes to the file `path` as JSON. `differs` is True if results differ that must agree."""
@@ -11,10 +13,10 @@ class Results:
     def __init__(self, path: Path):
         self.path, self.differs = path, False
         self.content: dict = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable("--output", path)
 
     def save(self) -> None:
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def print(self, text: str = "") -> None:
         print(text, flush=True)

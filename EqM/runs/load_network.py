@@ -45,14 +45,16 @@ class CheckpointRequest:
 
 def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     """Adds --ckpt, --vae, and flags whose values the checkpoint knows too."""
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint that EqM/train.py wrote")
-    parser.add_argument("--vae", metavar="NAME", help="ema, mse or a folder; default: the VAE of the training")
+    parser.add_argument("--ckpt", type=cli.path, required=True, help="a checkpoint that EqM/train.py wrote")
+    parser.add_argument(
+        "--vae", type=cli.given, metavar="NAME", help="ema, mse or a folder; default: the VAE of the training"
+    )
     known = parser.add_argument_group("what the checkpoint knows; if given, it must agree")
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
     known.add_argument("--video", action="store_true", default=None)
     known.add_argument("--clip-len", type=cli.side)
     known.add_argument("--image-size", type=cli.side)
-    known.add_argument("--num-classes", type=cli.positive_int)
+    known.add_argument("--num-classes", type=cli.count)
     known.add_argument("--ebm", choices=ENERGIES)
 
 

@@ -12,7 +12,7 @@ from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
 from runs.config import Config, changed_counts, config_of
 from runs.folder import create_run_folder, run_folders, run_name
-from runtime import distributed
+from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.files import leftovers, lock, parse_json
 from runtime.logs import log
@@ -51,7 +51,7 @@ class Asked:
 def add_resume_args(parser: argparse._ActionsContainer) -> None:
     """Adds --ckpt, --resume and --init-weights."""
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--ckpt", type=Path, help="a checkpoint to go on from, in a new run folder")
+    start.add_argument("--ckpt", type=cli.path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument(
         "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
     )

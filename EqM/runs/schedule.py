@@ -56,7 +56,7 @@ class RunOptions:
 
 def add_run_args(parser: argparse._ActionsContainer) -> None:
     """Adds flags for where a run writes, how often, and what ends it early."""
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="gets the run folders")
+    parser.add_argument("--results-dir", type=cli.path, default=Path("results"), help="gets the run folders")
     parser.add_argument("--log-every", type=cli.positive_int, default=100, help="steps between log lines")
     parser.add_argument("--ckpt-every", type=cli.positive_int, default=1000, help="steps between checkpoints")
     parser.add_argument("--keep", type=cli.positive_int, help="number of newest checkpoints to keep; default all")

@@ -11,28 +11,45 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from runtime.errors import UserError, first_line, is_lost_process, is_out_of_memory
+from runtime.errors import UserError, first_line, is_lost_process, is_out_of_memory, shown
+from runtime.streams import lost_output, make_output_lossy
 
 # Seconds that a rank other than 0 waits before it prints an error. If every rank meets the same error, rank 0 prints
 # it, and torchrun ends the others within this time.
 OTHER_RANKS_WAIT_S = 10
-MAX_SIDE = 16_384  # pixels or frames; more is a typing error
-TOO_LARGE = 2**63  # neither a seed nor the size of a tensor can be so large
+READER_GONE = 141  # the exit status of tools that print into a pipe that nobody reads any more
+# What is larger is a typing error, and would end in a hang or without memory.
+MAX_SIDE = 16_384  # pixels or frames
+MAX_PROCESSES = 1024
+MAX_COUNT = 10_000_000  # of samples, classes or updates that take memory each
+MAX_INT = 2**31 - 1  # of steps or epochs; products of two such numbers fit into 64 bits
+MAX_SEED = 2**63 - 1
+LEAST_FLOAT, MAX_FLOAT = 1e-12, 1e12  # their squares are neither 0 nor infinite in fp32
+SHOWN_LETTERS = 60  # of a value that is refused
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """Prints one line on stderr, once for all ranks, and exits."""
-    if int(os.environ.get("RANK", 0)) != 0:
+    if os.environ.get("RANK", "").strip("0").isdecimal():
         time.sleep(OTHER_RANKS_WAIT_S)
     # Not print: a progress bar may stand on the line.
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    tqdm.write(shown(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr)
     sys.exit(status)
 
 
-def run(main: Callable[[], None], out_of_memory_advice: str) -> None:
-    """Runs a command. Turns an error that people can mend into one line and an exit status other than 0."""
+def run(main: Callable[[], None], out_of_memory_advice: str, only_prints: bool = False) -> None:
+    """Runs a command. Turns an error that people can mend into one line and an exit status other than 0.
+
+    Output that cannot be written ends no command. One that `only_prints`, and makes no file, ends as other tools do:
+    quietly if the reader of a pipe has gone, and else with an error.
+    """
+    make_output_lossy()
     try:
         main()
+        if only_prints and (lost := lost_output()):
+            if isinstance(lost, BrokenPipeError):
+                sys.exit(READER_GONE)
+            raise UserError(f"the output cannot be written: {lost.strerror}")
     except UserError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -84,25 +101,47 @@ def settled(given: dict, kept: dict, defaults: dict) -> dict:
     return given | {name: known[name] for name in defaults if given[name] is None}
 
 
+def given(text: str) -> str:
+    """An argparse type for a text that may not be empty, as one from a variable that is not set is."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is empty: is a variable not set?")
+    return text
+
+
+def path(text: str) -> Path:
+    """An argparse type for a path. An empty text would be the current folder."""
+    return Path(given(text))
+
+
 def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], wants: str) -> Callable:
     """An argparse type that converts a text to a number and refuses a number that is not what it `wants`."""
 
     def parse(text: str) -> float:
         try:
             value = convert(text)
-        except ValueError:
+        except ValueError:  # Python refuses to convert thousands of digits too
             value = math.nan
-        if not (accepts(value) and abs(value) < math.inf):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wants}")
+        if not accepts(value):
+            seen = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
+            raise argparse.ArgumentTypeError(f"{seen!r} is not {wants}")
         return value
 
     return parse
 
 
-positive_int = checked(int, lambda v: 0 < v < TOO_LARGE, "a whole number above 0 and below 2^63")
-non_negative_int = checked(int, lambda v: 0 <= v < TOO_LARGE, "a whole number from 0 up to, but not including, 2^63")
-side = checked(int, lambda v: 0 < v <= MAX_SIDE, f"a whole number from 1 to {MAX_SIDE}")
+def whole(least: int, most: int) -> Callable:
+    """An argparse type for a whole number in a range, which includes both ends."""
+    return checked(int, lambda v: least <= v <= most, f"a whole number from {least} to {most}")
+
+
+positive_int = whole(1, MAX_INT)
+non_negative_int = whole(0, MAX_INT)
+count = whole(1, MAX_COUNT)
+side = whole(1, MAX_SIDE)
+seed = whole(0, MAX_SEED)
+processes = whole(1, MAX_PROCESSES)
+loading_processes = whole(0, MAX_PROCESSES)
 frame_rate = checked(float, lambda v: 0.01 <= v <= 1000, "a number from 0.01 to 1000")
-positive_float = checked(float, lambda v: v > 0, "a number above 0")
-non_negative_float = checked(float, lambda v: v >= 0, "a number, 0 or more")
+positive_float = checked(float, lambda v: LEAST_FLOAT <= v <= MAX_FLOAT, f"a number from {LEAST_FLOAT} to {MAX_FLOAT}")
+non_negative_float = checked(float, lambda v: 0 <= v <= MAX_FLOAT, f"a number from 0 to {MAX_FLOAT}")
 fraction = checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, but not including, 1")

@@ -32,3 +32,12 @@ def is_lost_process(error: Exception) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error's text, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def shown(text: object) -> str:
+    """A text, as a file's name, that a terminal can show in one line: what is not printable is escaped as in Python.
+
+    That is control characters, newlines, marks that change the direction of writing, and bytes of a name that are no
+    UTF-8.
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))

@@ -1,35 +1,115 @@
 """Writes files that are whole or absent, even after a crash. Also opens and checks files, and locks folders."""
 
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
+import shutil
 import stat
+import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from runtime.errors import UserError
 
 READ_BYTES = 2**22  # at a time
+TRIED_BYTES = 2**12  # a full disk may take an empty file
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
     """Has `write` make a temporary file beside `path`, flushes it to the disk, and renames it to `path`.
 
+    A link is followed: it stays, and what it leads to is replaced. A pipe and a character device, as /dev/null and
+    /dev/stdout can be, are not replaced: they get the bytes of the temporary file.
+
+    Args:
+        write: is given the temporary file, whose name has another suffix.
+        durable: False leaves the flushing to the system, where a file can be made again after a power cut.
+
     Raises:
-        OSError: the disk is full or fails. Other errors are those of `write`. No temporary file is left.
+        OSError: the disk is full or fails, a pipe has no reader, or a folder, a socket or a disk is there. Other
+            errors are those of `write`. No temporary file is left.
     """
+    if is_stream(path):
+        return write_stream(path, write)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        flush(temporary)
+        if durable:
+            flush(temporary)
         temporary.replace(path)
-        flush(path.parent)
+        if durable:
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """True if a pipe or a character device is there, False for a regular file or nothing. Raises OSError for others."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        raise OSError(errno.EINVAL, "it is a folder, a socket or a disk, and no file", str(path))
+    return not stat.S_ISREG(mode)
+
+
+def write_stream(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` make a temporary file, and copies it into a pipe or a device. Raises OSError as `write_whole`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)  # waits for no reader
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as stream, tempfile.TemporaryDirectory() as folder:  # noqa: PTH123
+        temporary = Path(folder) / "whole"
+        write(temporary)
+        with temporary.open("rb") as file:
+            shutil.copyfileobj(file, stream)
+
+
+def write_output(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`, for a file that a person asked for.
+
+    Raises:
+        UserError: it cannot be written. Other errors are those of `write`.
+    """
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, with bytes of names that are no UTF-8 escaped. Raises UserError as `write_output`."""
+    write_output(path, lambda temporary: temporary.write_bytes(text.encode(errors="backslashreplace")))
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """Writes rows as a CSV in UTF-8. Names of files keep their bytes. Raises UserError as `write_output`."""
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(rows)
+    text = file.getvalue()
+    try:
+        encoded = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # a name that no file has, in a checkpoint of others
+        encoded = text.encode(errors="backslashreplace")
+    write_output(path, lambda temporary: temporary.write_bytes(encoded))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of `write_csv`, by the names of the columns. Names of files are as the system gives them.
+
+    Raises:
+        OSError: as `open_regular`.
+        csv.Error: it is no CSV.
+    """
+    with io.TextIOWrapper(open_regular(path), sys.getfilesystemencoding(), "surrogateescape", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def leftovers(folder: Path, names: str) -> Iterator[Path]:
@@ -90,14 +170,22 @@ def file_checksum(path: Path, end: int | None = None) -> int:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Makes the folder of a file. Raises UserError if the file could not be written there."""
+    """Makes the folder of a file. Raises UserError if `write_output` could not write the file, as on a full disk."""
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder: give a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        if is_stream(path):  # not opened: the reader of a pipe would see an end
+            return
+        check_takes_files(Path(os.path.realpath(path)).parent)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
+def check_takes_files(folder: Path) -> None:
+    """Makes a folder, and tries to write there. Raises OSError if that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(TRIED_BYTES))
 
 
 def write_json(path: Path, contents: dict) -> None:

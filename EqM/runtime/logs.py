@@ -1,12 +1,15 @@
 """The log: one logger, on rank 0's screen and in a run's file."""
 
+import io
 import logging
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 from runtime import distributed
+from runtime.errors import shown
 
 log = logging.getLogger("EqM")
 
@@ -16,6 +19,19 @@ class LogFile(logging.FileHandler):
 
     failed = False
 
+    def __init__(self, path: Path):
+        super().__init__(path, delay=True, encoding="utf-8", errors="backslashreplace")
+
+    def _open(self) -> io.TextIOWrapper:
+        # Never waits for the reader of a pipe.
+        return open(  # noqa: PTH123
+            self.baseFilename,
+            "a",
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK, 0o666),
+        )
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
@@ -24,8 +40,16 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self.failed:
-            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+            print(shown(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}"), file=sys.stderr)
         self.failed = True
+
+
+class OneLine(logging.Formatter):
+    """A record as one line. Names of files in it may hold newlines and control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = shown(record.message)
+        return super().formatMessage(record)
 
 
 def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
@@ -35,9 +59,9 @@ def start_log(file: Path | None = None, level: int = logging.INFO) -> None:
         log.propagate = False
         return
     log.setLevel(level)
-    handlers = [logging.StreamHandler(sys.stdout)] + ([LogFile(file, delay=True)] if file else [])
+    handlers = [logging.StreamHandler(sys.stdout)] + ([LogFile(file)] if file else [])
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(OneLine("[%(asctime)s] %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
 
 

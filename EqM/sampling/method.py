@@ -49,7 +49,7 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--stepsize", type=cli.positive_float, default=STEPSIZE, help="along the field (gd, ngd)")
     group.add_argument("--mu", type=cli.fraction, default=MU, help="look-ahead (ngd)")
-    group.add_argument("--num-sampling-steps", type=cli.positive_int, default=STEPS, help="updates of a sample")
+    group.add_argument("--num-sampling-steps", type=cli.count, default=STEPS, help="updates of a sample")
     group.add_argument(
         "--adaptive",
         type=cli.positive_float,

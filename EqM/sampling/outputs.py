@@ -1,7 +1,5 @@
 """What sampling leaves on disk: a folder of videos or images, their table, an .npz and a contact sheet."""
 
-import csv
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +14,15 @@ from data.latents import VAE, to_pixels
 from data.video import write_video
 from drawing.pictures import contact_sheet, read_png, write_gif, write_png
 from runtime.errors import UserError
+from runtime.files import check_takes_files, leftovers, lock, write_csv, write_output
 from runtime.transfers import read_later
 from sampling.descent import TRACED, Finished
 from sampling.method import Method
 from sampling.plan import Plan
 
 SHEET_SAMPLES = 24  # the contact sheet shows so many of the first samples
+# Of the files beside the folder.
+ENDINGS = (".npz", "-sheet.png", "-trace.csv", "-trace-norm.png", "-trace-energy.png", "-evaluations.png")
 WRITERS = 4  # threads; each encodes and writes one sample at a time
 # So many groups of samples may wait to be read, and to be written, while more are made.
 GROUPS_READ, GROUPS_WRITTEN = 1, 2
@@ -54,22 +55,35 @@ class Output:
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}{self.suffix}"
 
+    @property
+    def table(self) -> Path:
+        return self.folder / "samples.csv"
+
+    def beside(self, ending: str) -> Path:
+        """A file about all samples, beside their folder."""
+        return self.folder.with_name(self.folder.name + ending)
+
     def prepare(self, num_samples: int) -> None:
-        """Makes the folder.
+        """Makes the folder, locks it until the end of the process, and removes what describes earlier samples.
 
         Raises:
-            UserError: it cannot be written, or it holds other samples, which this run would not replace.
+            UserError: it cannot be written, another process samples into it, or it holds other samples, which this run
+                would not replace.
         """
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.folder.parent):  # the sheet and the .npz lie beside it
-                tempfile.TemporaryFile(dir=folder).close()
+                check_takes_files(folder)
+            if not lock(self.folder):
+                raise UserError(f"another process samples into {self.folder}: wait for it, or name another --folder")
+            ours = {self.path(i).name for i in range(num_samples)}
+            for path in sorted(self.folder.iterdir()):
+                if path.suffix in (".mp4", ".gif", ".png") and path.name not in ours:
+                    raise UserError(f"{path} is not one of these samples: empty the folder, or name another --folder")
+            beside = [self.beside(ending) for ending in ENDINGS if ending != ".npz" or self.suffix == ".png"]
+            for path in [self.table, *beside, *leftovers(self.folder, f"*{self.suffix}")]:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--folder {self.folder} cannot be written: {error.strerror}") from None
-        ours = {self.path(i).name for i in range(num_samples)}
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in (".mp4", ".gif", ".png") and path.name not in ours:
-                raise UserError(f"{path} is not one of these samples: empty the folder, or name another --folder")
 
     def write(self, index: int, frames: np.ndarray) -> None:
         """Writes one sample, (T, H, W, 3) uint8."""
@@ -179,21 +193,25 @@ def write_table(output: Output, plan: Plan, method: Method, log: SampleLog, prec
         "frames_per_second": output.frames_per_second,
         "checkpoint": checkpoint,
     }
-    with (output.folder / "samples.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "index", "class", "class_name", "init", "evaluations", "final_norm", *settings])
-        for index, (evaluations, norm) in sorted(log.descents.items()):
-            label = plan.label(index)
-            known = label if label < len(plan.names) - 1 else ""
-            start = plan.starts.item(index).path if plan.starts.items else ""
-            about = [output.path(index).name, index, known, plan.caption(index), start, evaluations, f"{norm:.4g}"]
-            writer.writerow([*about, *settings.values()])
+    rows = [["file", "index", "class", "class_name", "init", "evaluations", "final_norm", *settings]]
+    for index, (evaluations, norm) in sorted(log.descents.items()):
+        label = plan.label(index)
+        known = label if label < len(plan.names) - 1 else ""
+        start = plan.starts.item(index).path if plan.starts.items else ""
+        about = [output.path(index).name, index, known, plan.caption(index), start, evaluations, f"{norm:.4g}"]
+        rows.append([*about, *settings.values()])
+    write_csv(output.table, rows)
 
 
 def write_npz(output: Output, num_samples: int) -> Path:
     """Writes all images, (N, H, W, 3) uint8, as `arr_0` of a file beside the folder."""
-    path = output.folder.with_name(output.folder.name + ".npz")
-    np.savez(path, arr_0=np.stack([read_png(output.path(i)) for i in range(num_samples)]))
+    path, images = output.beside(".npz"), np.stack([read_png(output.path(i)) for i in range(num_samples)])
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # to a file without this suffix, numpy adds it
+            np.savez(file, arr_0=images)
+
+    write_output(path, write)
     return path
 
 
@@ -205,11 +223,12 @@ def write_sheet(output: Output, plan: Plan, shown: dict[int, np.ndarray]) -> Pat
     Args:
         shown: frames (T, H, W, 3) uint8 by index.
     """
-    path = output.folder.with_name(output.folder.name + "-sheet.png")
+    path = output.beside("-sheet.png")
     strips = []
     for index, frames in sorted(shown.items()):
         if plan.starts.items:
             strips.append((plan.starts.given(index), f"from {Path(plan.starts.item(index).path).name}"))
         strips.append((frames, plan.caption(index)))
-    write_png(path, contact_sheet(*zip(*strips, strict=True)))
+    sheet = contact_sheet(*zip(*strips, strict=True))  # (H, W, 3)
+    write_output(path, lambda temporary: write_png(temporary, sheet))
     return path

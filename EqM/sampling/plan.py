@@ -124,7 +124,7 @@ def make_plan(request: PlanRequest, method: Method, config: Config, shape: tuple
 
 TERM = re.compile(
     r"""\s*(?P<sign>[+-]?)                                      # every term but the first needs a sign
-    \s*(?:(?P<weight>[0-9]+\.?[0-9]*|\.[0-9]+)\s*\*)?           # a decimal number and *
+    \s*(?:(?P<weight>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*\*)?           # a decimal number and *
     \s*(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>[^\s+*'"-]+))\s*""",
     re.VERBOSE,
 )
@@ -138,7 +138,7 @@ def class_index(text: str, names: Sequence[str], flag: str = "--class") -> int:
     """
     if text in names:
         return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
+    if text.isdecimal() and len(text) < 10 and int(text) < len(names):
         return int(text)
     some = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
     raise UserError(f"{flag} {text} is unknown: the checkpoint has 0 to {len(names) - 1}: {some}")

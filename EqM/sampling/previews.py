@@ -48,7 +48,7 @@ def add_preview_args(parser: argparse._ActionsContainer) -> None:
         metavar="N",
         help=f"every N steps, and at the end, sample the averaged weights: a contact sheet of {SAMPLES} samples",
     )
-    parser.add_argument("--sample-steps", type=cli.positive_int, default=STEPS, help="updates of those samples")
+    parser.add_argument("--sample-steps", type=cli.count, default=STEPS, help="updates of those samples")
     parser.add_argument("--sample-stepsize", type=cli.positive_float, default=STEPSIZE, help="step size of the updates")
     parser.add_argument("--sample-cfg-scale", type=cli.non_negative_float, default=1.0, help="guidance; 1: none")
 

@@ -51,7 +51,7 @@ def add_start_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("start")
     group.add_argument(
         "--init",
-        type=Path,
+        type=cli.path,
         metavar="FOLDER",
         help="start from the clips or images of a folder, in sorted order, from the first window of each clip;"
         " without --class, a sample has the class that its class folder names, or none",

@@ -1,10 +1,10 @@
 """Norms and energies of the first samples by step, and the evaluations of all samples: a table and plots."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from drawing.plots import Histogram, Lines, write_plots
+from runtime.files import write_csv
 
 QUANTITIES = ("norm", "energy")
 
@@ -21,12 +21,12 @@ def write_trace(folder: Path, traces: Mapping[int, list[list[float]]]) -> list[P
         The files, the table first.
     """
     table = folder.with_name(folder.name + "-trace.csv")
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sample", "step", *QUANTITIES])
-        for sample, steps in sorted(traces.items()):
-            for step, numbers in enumerate(steps, start=1):
-                writer.writerow([sample, step, *(f"{number:.6g}" for number in numbers)])
+    rows = [
+        [sample, step, *(f"{number:.6g}" for number in numbers)]
+        for sample, steps in sorted(traces.items())
+        for step, numbers in enumerate(steps, start=1)
+    ]
+    write_csv(table, [["sample", "step", *QUANTITIES], *rows])
     pictures = [folder.with_name(f"{folder.name}-trace-{name}.png") for name in QUANTITIES]
     for picture, plot in zip(pictures, trace_plots(traces), strict=True):
         write_plots(picture, [plot])
