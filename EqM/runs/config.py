@@ -10,7 +10,7 @@ from models import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
 from runtime import cli
 from runtime.errors import UserError
-from runtime.plain_data import read_as, brief_names
+from runtime.plain_data import brief_names, read_as
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class KeptFlags:
     grad_clip: Annotated[float, cli.non_negative_float] = 0.0
     ema_decay: Annotated[float, cli.fraction] = 0.9999
     micro_batch_size: Annotated[int, cli.positive_int] | None = None
-    global_seed: Annotated[int, cli.non_negative_int] = 0
+    global_seed: Annotated[int, cli.seed] = 0
 
 
 OLD_MEANINGS = asdict(KeptFlags())

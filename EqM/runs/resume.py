@@ -56,7 +56,7 @@ def add_resume_args(parser: argparse._ActionsContainer) -> None:
         "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
     )
     weights = "a new run starts from the averaged weights of this checkpoint, ours or a published one"
-    parser.add_argument("--init-weights", type=Path, metavar="FILE", help=weights)
+    parser.add_argument("--init-weights", type=cli.path, metavar="FILE", help=weights)
 
 
 def asked_of(args: argparse.Namespace, defaults: dict) -> Asked:
