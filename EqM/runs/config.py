@@ -114,6 +114,7 @@ class Config:
             "disp": objective.dispersion == DISPERSION_WEIGHT,
             "vae": self.space.name if self.space else "none",
             "global_batch_size": self.global_batch_size,
+            "init_weights": self.flags.get("init_weights"),
         }
 
 

@@ -168,7 +168,7 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     if "pos_embed" in anew:
         notes.append("--init-weights: the positions were not loaded: the pictures have another size")
     theirs, ours = before.kept_flags() if before else {}, config.kept_flags()
-    differ = [name for name in TELLING if name in theirs and theirs[name] != ours[name]]
+    differ = [name for name in TELLING if name in theirs and theirs[name] != ours[name] and name != "init_weights"]
     return notes + [f"--{name.replace('_', '-')} was {theirs[name]} there and is {ours[name]} here" for name in differ]
 
 

@@ -1,6 +1,7 @@
 """Finds where a run goes on: its folder, and its newest good checkpoint."""
 
 import argparse
+import functools
 import os
 import platform
 import re
@@ -13,7 +14,7 @@ from runs.checkpoint_writer import checkpoints
 from runs.config import Config, changed_counts, config_of
 from runs.folder import create_run_folder, run_folders, run_name
 from runtime import cli, distributed
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.files import leftovers, lock, parse_json
 from runtime.logs import log
 
@@ -21,7 +22,7 @@ from runtime.logs import log
 LOCK_PATIENCE_S = 20
 # Flags that tell one run from another. --resume goes on with the newest run that has all given values of these flags.
 TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "vae")
-TELLING += ("path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
+TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
 # Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
@@ -62,6 +63,8 @@ def add_resume_args(parser: argparse._ActionsContainer) -> None:
 def asked_of(args: argparse.Namespace, defaults: dict) -> Asked:
     """Where the flags ask a run to start. A flag that was not given must be None."""
     given = {name: value for name in TELLING if (value := getattr(args, name)) is not None}
+    if args.init_weights:
+        given["init_weights"] = str(args.init_weights)
     new = defaults | given
     return Asked(args.results_dir, args.resume, args.ckpt, given, run_name(new["model"], new["path_type"]))
 
@@ -136,28 +139,41 @@ def has_settings(folder: Path, asked: Asked, unused: tuple = ()) -> bool:
     if not config:
         return re.sub(r"^\d+-", "", folder.name) == asked.new_name
     kept = config.kept_flags()
-    kept["vae"] = same_vae(kept["vae"], asked.given.get("vae"))
+    for name in ("vae", "init_weights"):
+        kept[name] = same_path(kept[name], asked.given.get(name))
     return all(
         kept[name] == value or (name in ("clip_len", "temporal_patch") and kept[name] in unused)
         for name, value in asked.given.items()
     )
 
 
-def same_vae(kept: str, given: str | None) -> str:
-    """The VAE of a run, spelt as it was given if both name one folder."""
-    return given if given and Path(kept).resolve() == Path(given).resolve() else kept
+def same_path(kept: str | None, given: str | None) -> str | None:
+    """The file or folder of a run, spelt as it was given if both name the same."""
+    return given if kept and given and Path(kept).resolve() == Path(given).resolve() else kept
 
 
 def config_of_run(folder: Path) -> Config | None:
     """The config of a run; None if the run was stopped before it wrote one."""
+    path = folder / "config.json"
     try:
-        return config_of(parse_json(folder / "config.json"), folder / "config.json")
-    except (OSError, ValueError, UserError):
-        checkpoint, _ = newest_good(folder)
+        return config_of(parse_json(path), path)
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        warn_once(f"{error}: it is passed over")
+    except (OSError, ValueError) as error:
+        warn_once(f"{path} is damaged and passed over: {first_line(error)}")
+    checkpoint, _ = newest_good(folder)
     try:
         return config_of(load_checkpoint(checkpoint)["config"], checkpoint) if checkpoint else None
     except UserError:  # of another program or version: who goes on with this run is told
         return None
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warns of a file that is looked at more than once."""
+    log.warning("%s", text)
 
 
 def lock_run(folder: Path) -> None:
