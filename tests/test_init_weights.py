@@ -31,12 +31,8 @@ SHAPE = {"patch_size": 8, "hidden_size": 8, "depth": 1, "num_heads": 1}
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch) -> None:
     """Networks of some thousand parameters."""
-    for name, change in (
-        ("tiny", {}),
-        ("wide", {"hidden_size": 16}),
-        ("deep", {"depth": 2}),
-        ("fine", {"patch_size": 4}),
-    ):
+    changes = {"tiny": {}, "wide": {"hidden_size": 16}, "deep": {"depth": 2}, "fine": {"patch_size": 4}}
+    for name, change in changes.items():
         monkeypatch.setitem(EqM_models, name, partial(EqM, **SHAPE | change))
 
 
@@ -80,7 +76,7 @@ def test_pictures_of_another_size_and_clips_of_another_length_fit(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model": "wide"}, "is (8,) there and (16,) here"),
+        ({"model": "wide"}, "is (48,) there and (96,) here"),
         ({"model": "deep"}, "is nothing there"),
         ({"model": "fine"}, "there and"),
         ({"temporal_patch": 1}, "there and"),
@@ -113,19 +109,10 @@ def test_fine_tuning_to_other_classes_is_resumed_bitwise(checkpoint, shapes, tmp
     settings = (
         "--video --clip-len 4 --image-size 16 --model EqM-Ti/8 --num-workers 0 --global-batch-size 4 --log-every 1"
     )
-    command = [
-        "train.py",
-        "--data-path",
-        tmp_path / "data",
-        *settings.split(),
-        "--init-weights",
-        checkpoint,
-        "--resume",
-    ]
+    flags = ["--data-path", tmp_path / "data", *settings.split(), "--init-weights", checkpoint, "--resume"]
 
     def run(folder: str, steps: int) -> tuple[str, Path]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        run = run_script(*command, "--results-dir", tmp_path / folder, "--max-steps", steps, cwd=tmp_path)
+        run = run_script("train.py", *flags, "--results-dir", folder, "--max-steps", steps, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         return run.stdout, tmp_path / folder / "000-EqM-Ti-8-Linear-velocity-None"
 
@@ -141,8 +128,7 @@ def test_fine_tuning_to_other_classes_is_resumed_bitwise(checkpoint, shapes, tmp
     assert ours["config"]["classes"] == ["SquareUp", "StarUp"]
     assert ours["config"]["class_counts"] == [4, 4]
     rows = [json.loads(line)["loss"] for line in (resumed / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 3
-    assert rows[0] < 8, "a new network begins at about 16 times the variance of x − ε"
+    assert [f"step {i + 1}: loss {loss:.4f}" in said for i, loss in enumerate(rows)] == [False, True, True]
 
 
 def test_classes_that_differ_are_named_and_refused():

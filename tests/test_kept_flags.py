@@ -57,6 +57,15 @@ def test_resume_takes_the_newest_run_that_has_the_given_settings(results, given,
     assert start.config == (CONFIG, TWO, ENERGY)[number]
 
 
+def test_fine_tuning_does_not_go_on_with_the_run_whose_weights_it_starts_from(results, monkeypatch):
+    monkeypatch.chdir(results)
+    asked = Asked(Path(), resume=True, checkpoint=None, given={"init_weights": "first.pt"})
+    assert find_start(asked).folder is None
+    tuned = replace(CONFIG, flags={"init_weights": str(results / "first.pt")})
+    (results / "001-EqM-Ti-4-Linear-velocity-None" / "config.json").write_text(json.dumps(tuned.as_dict()))
+    assert find_start(asked).folder == Path("001-EqM-Ti-4-Linear-velocity-None")
+
+
 @pytest.mark.parametrize("given", [{"c_lambda": 3.0}, {"model": "EqM-Ti/2"}, {"ebm": "l2"}, {"image_size": 32}])
 def test_resume_starts_a_new_run_if_none_has_the_given_settings_and_says_so(results, given):
     start = find_start(Asked(results, resume=True, checkpoint=None, given=given))
