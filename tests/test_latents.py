@@ -22,6 +22,7 @@ from data.source import Source
 from drawing.pictures import read_png
 from models import EqM_models
 from precision import Precision
+from runs.load_network import load_network
 from runtime.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -178,6 +179,9 @@ def test_a_published_image_checkpoint_samples_with_a_vae(vae_folder, tmp_path, b
     assert run.returncode == 0, run.stderr
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)
     assert Image.open(tmp_path / "samples" / "000002.png").size == (16, 16)
+    loaded = load_network(tmp_path / "published.pt", vae=str(vae_folder), model="EqM-Ti/2", image_size=16)
+    assert torch.equal(loaded.network.state_dict()["pos_embed"], weights["pos_embed"])
+    assert (loaded.classes, loaded.vae.space) == (["0", "1", "2"], load_vae(str(vae_folder), CPU).space)
     for flags in ([], ["--vae", "none"]):
         assert "has no config" in (said := run_script(*command, *flags, cwd=tmp_path).stderr)
         assert "to sample a published one, give --model, and --vae ema or mse" in said

@@ -1,22 +1,30 @@
 """Values in checkpoints that cannot be meant are refused in one line that names them, and nothing else is raised."""
 
 import copy
+import importlib
 import math
+import os
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import runtime
 from models import EqM, EqM_models, NetworkSettings
 from precision import Precision
 from runs.checkpoint import load_checkpoint, save_checkpoint, seal
 from runs.config import Config, config_of
 from runs.load_network import load_network
+from runs.record import Metrics, read_metrics
+from runs.resume import config_of_run, newest_good
 from runtime.errors import UserError
 from state import TrainingState
 
@@ -117,6 +125,104 @@ CONFIG_WRONG = {
     ("class_counts",): [3, [3], [3, -4], ["3", "4"], [3, 4, 5], [3, HUGE]],
     ("flavour",): ["new"],
 }
+
+
+class Odd:
+    """An object of another program."""
+
+
+Odd.__module__ = "omegaconf.dictconfig"
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, load_network])
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(Path("data"), "PosixPath"), (np.float64(3), "numpy"), (Odd(), "omegaconf.dictconfig.Odd")],
+    ids=["path", "numpy", "omegaconf"],
+)
+def test_a_whole_file_with_other_objects_names_their_type(good, tmp_path, monkeypatch, load, value, name):
+    monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", SimpleNamespace(Odd=Odd))
+    torch.save({"ema": good["ema"], "args": {"value": value}}, tmp_path / "given.pt")
+    assert_refused(load, tmp_path / "given.pt", name)
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, load_network])
+@pytest.mark.parametrize("other", [{"pytorch-lightning_version": "2"}, {"config": {"width": 3}}, {"x\n" * 999: 1}])
+def test_where_no_weights_are_the_keys_that_are_there_are_named(good, tmp_path, load, other):
+    torch.save({"state_dict": good["ema"], **other}, tmp_path / "given.pt")
+    assert_refused(
+        load, tmp_path / "given.pt", "neither ema nor model, but 'state_dict', " if load == load_network else "no bad"
+    )
+    if load == load_network:
+        assert_refused(load, tmp_path / "given.pt", ascii(next(iter(other)))[1:15])
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_the_place_of_a_file_of_a_run_is_not_waited_for(pipe, tmp_path, caplog):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("checkpoints/0000010.pt", "config.json", "metrics.jsonl", "log.txt", "wandb-id.txt"):
+        (tmp_path / name).symlink_to(pipe)
+    assert_refused(load_network, tmp_path / "checkpoints" / "0000010.pt", "no checkpoint")
+    assert newest_good(tmp_path)[0] is None
+    assert "is a folder, a pipe or a device" in newest_good(tmp_path)[1][0]
+    assert config_of_run(tmp_path) is None
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read: it is a folder, a pipe or a device"):
+        read_metrics(tmp_path, ["step"])
+    metrics = Metrics(tmp_path, CPU, samples=0, step=0)
+    metrics.append({"step": 3})
+    assert "metrics.jsonl lacks the line of step 3" in caplog.text
+
+
+DAMAGED = {
+    "cut off": b'{"step": 2, "lo',
+    "without an end": b'{"step": 2, "loss": 1.0}',
+    "beyond a float": b'{"step": 1%s, "loss": 1.0}\n' % (b"0" * 400),
+    "of 5,000 digits": b'{"step": 1%s, "loss": 1.0}\n' % (b"0" * 5000),
+    "infinite": b'{"step": 1e999, "loss": 1.0}\n',
+    "nested": b"[" * 200_000 + b"\n",
+    "nested in a value": b'{"step": 2, "loss": %s}\n' % (b"[" * 200_000),
+    "a text for a number": b'{"step": "2", "loss": 1.0}\n',
+    "a list": b"[1, 2]\n",
+    "no UTF-8": b'{"step": \xff}\n',
+    "zeros": bytes(100) + b"\n",
+    "null": b'{"step": null, "loss": 1.0}\n',
+    "without a loss": b'{"step": 2}\n',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_line_of_metrics_is_left_out_with_a_word(tmp_path, caplog, line):
+    good = [b'{"step": 1, "loss": 2.5}\n', b'{"step": 2, "loss": NaN}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"".join([good[0], line] if line[-1:] != b"\n" else [good[0], line, good[1]])
+    )
+    rows = read_metrics(tmp_path, ["step", "loss"])
+    assert [row["step"] for row in rows] == ([1] if line[-1:] != b"\n" else [1, 2])
+    assert "damaged lines are left out: 1, the first is line 2" in caplog.text
+    if line != DAMAGED["without a loss"]:
+        Metrics(tmp_path, CPU, samples=0, step=1)
+        assert "damaged lines are removed: 1" in caplog.text
+        assert (tmp_path / "metrics.jsonl").read_bytes() == good[0]
+
+
+@pytest.mark.parametrize("text", ['{"network": {', "[" * 200_000, "{}", '{"network": 1e999}', "1" * 5000, "null"])
+def test_a_damaged_config_of_a_run_is_passed_over_with_a_word(tmp_path, caplog, text):
+    (tmp_path / "config.json").write_text(text)
+    assert config_of_run(tmp_path) is None
+    assert f"{tmp_path}/config.json" in caplog.text
+    assert "passed over" in caplog.text
+
+
+def test_windows_is_told_in_one_line_what_to_do(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="^error: .* on Windows, run it in WSL$"):
+        importlib.reload(runtime)
 
 
 def change(value: float) -> Callable[[Tensor], Tensor]:

@@ -104,7 +104,7 @@ def load_file(path: Path) -> dict:
         raise UserError(f"{path} is cut short or is no checkpoint: give another one") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(contents).__name__}")
-    if "config" in contents and not sealed:
+    if is_ours(contents) and not sealed:
         raise UserError(f"{path} is cut short or has been changed, its checksum is missing: give another one")
     return contents
 
@@ -115,6 +115,11 @@ def refused_types(path: Path) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # damaged bytes raise errors of many types
         return []
+
+
+def is_ours(contents: dict) -> bool:
+    """True if a file has the parts of a checkpoint that EqM/train.py wrote."""
+    return contents.keys() >= REQUIRED_KEYS
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -138,7 +143,8 @@ def check_written_here(contents: dict, path: Path) -> None:
     if missing:
         missing = "config" if "config" in missing else ", ".join(sorted(missing))
         advice = "to sample a published one, give --model, and --vae ema or mse"
-        raise UserError(f"{path} was not written by EqM/train.py: it has no {missing} ({advice})")
+        found = f"it has no {missing}, but {brief_names(contents)}"
+        raise UserError(f"{path} was not written by EqM/train.py: {found} ({advice})")
 
 
 def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from data.latents import DEFAULT_VAE_SIZE, VAE, LatentSpace, load_vae
 from energy import ENERGIES
 from models import EqM, EqM_models, NetworkSettings, check_weights, load_weights, shape_of
 from precision import Precision, resolve_precision
-from runs.checkpoint import check_written_here, load_file, network_weights
+from runs.checkpoint import check_written_here, is_ours, load_file, network_weights
 from runs.config import Config, config_of
 from runs.resume import TELLING
 from runtime import cli
@@ -109,7 +109,13 @@ class LoadedNetwork:
 
 
 def load_network(
-    path: str | Path, device: str = "cpu", precision: str = "fp32", vae: str | None = None, **known: object
+    path: str | Path,
+    device: str = "cpu",
+    precision: str = "fp32",
+    vae: str | None = None,
+    model: str | None = None,
+    image_size: int | None = None,
+    ebm: str | None = None,
 ) -> LoadedNetwork:
     """The network with the averaged weights of a checkpoint, for notebooks and scripts.
 
@@ -117,13 +123,18 @@ def load_network(
         device: as torch names it.
         precision: "fp32", "fp16" or "bf16". If the device cannot compute in it, the network has fp32.
         vae: "ema", "mse" or a folder; None: the VAE of the training.
-        known: for a published checkpoint, which has no config: `model`, such as "EqM-XL/2", and if they are not the
-            usual ones `image_size` and `ebm`.
+        model, image_size, ebm: for a published checkpoint, which has no config: `model`, such as "EqM-XL/2", is needed
+            with `vae`; `image_size` is 256 and `ebm` "none" by default.
 
     Raises:
-        UserError: as `open_network`, with one line that says what is wrong.
+        UserError: as `open_network`, with one line that says what is wrong; or there is no such model.
         RuntimeError: torch has no such device.
+        ValueError: there is no such precision.
     """
+    if model not in (None, *EqM_models):
+        raise UserError(f"there is no model {model!r}: choose {', '.join(EqM_models)}")
+    given = {"model": model, "image_size": image_size, "ebm": ebm}
+    known = {name: value for name, value in given.items() if value is not None}
     request, place = CheckpointRequest(Path(path), vae, known), torch.device(device)
     network, config, decoder = open_network(request, place, resolve_precision(precision, place.type))
     return LoadedNetwork(network, config, config.class_names, decoder)
@@ -131,7 +142,7 @@ def load_network(
 
 def averaged_weights(contents: dict, path: Path) -> dict[str, Tensor]:
     """The weights that sample. A checkpoint of EqM/train.py must have their average."""
-    return network_weights({"ema": contents.get("ema")} if "config" in contents else contents, path)
+    return network_weights({"ema": contents["ema"]} if is_ours(contents) else contents, path)
 
 
 def start_from(network: EqM, config: Config, path: Path) -> list[str]:
@@ -149,7 +160,7 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     contents = load_file(path)
     weights, fresh = averaged_weights(contents, path), network.state_dict()
     before = None
-    if "config" in contents:
+    if is_ours(contents):
         check_written_here(contents, path)
         before = config_of(contents["config"], path)
         if before.network.energy != config.network.energy:
@@ -176,7 +187,7 @@ def is_published(contents: dict, weights: dict[str, Tensor], request: Checkpoint
     """True for a published image checkpoint, if the flags give what it lacks."""
     table = weights.get("y_embedder.embedding_table.weight", torch.empty(0))  # (classes and the null class, D)
     described = "model" in request.known and request.vae not in (None, "none")
-    return "config" not in contents and table.dim() == 2 and described
+    return not is_ours(contents) and table.dim() == 2 and described
 
 
 def published_config(request: CheckpointRequest, weights: dict[str, Tensor], space: LatentSpace) -> Config:
