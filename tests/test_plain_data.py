@@ -76,7 +76,7 @@ def assert_refused(load: Callable, path: Path, *words: str) -> None:
         warnings.simplefilter("error")
         load(path)
     said = str(refused.value)
-    assert said.startswith(str(path))
+    assert str(path) in said
     assert said.isprintable(), "one line, without control characters"
     assert len(said) < 500
     assert any(word in said for word in words), said
@@ -141,6 +141,7 @@ Odd.__module__ = "omegaconf.dictconfig"
     ids=["path", "numpy", "omegaconf"],
 )
 def test_a_whole_file_with_other_objects_names_their_type(good, tmp_path, monkeypatch, load, value, name):
+    monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", SimpleNamespace(Odd=Odd))
     torch.save({"ema": good["ema"], "args": {"value": value}}, tmp_path / "given.pt")
     assert_refused(load, tmp_path / "given.pt", name)
@@ -150,11 +151,7 @@ def test_a_whole_file_with_other_objects_names_their_type(good, tmp_path, monkey
 @pytest.mark.parametrize("other", [{"pytorch-lightning_version": "2"}, {"config": {"width": 3}}, {"x\n" * 999: 1}])
 def test_where_no_weights_are_the_keys_that_are_there_are_named(good, tmp_path, load, other):
     torch.save({"state_dict": good["ema"], **other}, tmp_path / "given.pt")
-    assert_refused(
-        load, tmp_path / "given.pt", "neither ema nor model, but 'state_dict', " if load == load_network else "no bad"
-    )
-    if load == load_network:
-        assert_refused(load, tmp_path / "given.pt", ascii(next(iter(other)))[1:15])
+    assert_refused(load, tmp_path / "given.pt", f", but 'state_dict', {ascii(next(iter(other)))[:15]}")
 
 
 @pytest.fixture
@@ -199,11 +196,9 @@ DAMAGED = {
 @pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_damaged_line_of_metrics_is_left_out_with_a_word(tmp_path, caplog, line):
     good = [b'{"step": 1, "loss": 2.5}\n', b'{"step": 2, "loss": NaN}\n']
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b"".join([good[0], line] if line[-1:] != b"\n" else [good[0], line, good[1]])
-    )
-    rows = read_metrics(tmp_path, ["step", "loss"])
-    assert [row["step"] for row in rows] == ([1] if line[-1:] != b"\n" else [1, 2])
+    half = not line.endswith(b"\n")
+    (tmp_path / "metrics.jsonl").write_bytes(good[0] + line + (b"" if half else good[1]))
+    assert [row["step"] for row in read_metrics(tmp_path, ["step", "loss"])] == ([1] if half else [1, 2])
     assert "damaged lines are left out: 1, the first is line 2" in caplog.text
     if line != DAMAGED["without a loss"]:
         Metrics(tmp_path, CPU, samples=0, step=1)
