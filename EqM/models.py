@@ -20,7 +20,7 @@ from energy import ENERGIES, energy, energy_gradient
 from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes, sincos_positions
 from runtime import cli
 from runtime.errors import UserError, first_line
-from runtime.plain_data import one_of
+from runtime.plain_data import check_tensors, one_of, shape_of
 
 # Shortest and longest period, in seconds, of the sinusoids that encode a token's time. The shortest is below the step
 # of common frame rates with a frame interval. The longest is above the length of any clip.
@@ -288,40 +288,6 @@ class NetworkSettings:
 def check_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
     """Raises UserError as `check_tensors` if a state dict from `source` is not one of this network."""
     check_tensors({name: shape_of(tensor) for name, tensor in network.state_dict().items()}, weights, source)
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape; () for a nested tensor, which has none."""
-    return () if tensor.is_nested else tuple(tensor.shape)
-
-
-def check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Checks tensors by name from the file `source`: their names, their shapes, and that all numbers are finite.
-
-    Raises:
-        UserError: with the first difference.
-    """
-    found = {name: shape_of(tensor) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
-        if ours != theirs:
-            raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
-    for name, tensor in tensors.items():
-        problem = tensor_problem(tensor)
-        if problem:
-            raise UserError(f"{source} holds tensors that cannot be used: {name} {problem}")
-
-
-def tensor_problem(tensor: Tensor) -> str:
-    """Why a tensor from a file cannot be computed with, or an empty text."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        return "is sparse, quantised or without data"
-    if not tensor.is_floating_point():
-        return f"holds {tensor.dtype}, and not floating-point numbers"
-    # A sum is finite only if all its terms are, and takes a third of the time.
-    if not (tensor.sum().isfinite() or tensor.isfinite().all()):
-        return "holds numbers that are not finite"
-    return ""
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from data.latents import DEFAULT_VAE_SIZE, VAE, LatentSpace, load_vae
 from energy import ENERGIES
-from models import EqM, EqM_models, NetworkSettings, check_weights, load_weights, shape_of
+from models import EqM, EqM_models, NetworkSettings, check_weights, load_weights
 from precision import Precision, resolve_precision
 from runs.checkpoint import check_written_here, is_ours, load_file, network_weights
 from runs.config import Config, config_of
 from runs.resume import TELLING
 from runtime import cli
 from runtime.errors import UserError
+from runtime.plain_data import shape_of
 
 KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
 

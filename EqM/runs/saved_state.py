@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from models import NetworkSettings, check_tensors, check_weights, shape_of
+from models import NetworkSettings, check_weights
 from runtime import cli
 from runtime.errors import UserError
-from runtime.plain_data import read_as
+from runtime.plain_data import check_tensors, read_as, shape_of
 from state import flat_size, trainable
 
 # Flags have narrower ranges than what grows during a training.

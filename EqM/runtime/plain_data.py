@@ -1,5 +1,7 @@
 """Plain data from files become typed dataclasses. Each value is checked once, by its type and its range.
 
+Tensors are checked too: by name, shape and numbers.
+
 The annotation of a field says both. `Annotated[int, cli.positive_int]` has the range of a flag of that type.
 """
 
@@ -8,7 +10,13 @@ import types
 import typing
 from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
+
+import torch
+from torch import Tensor
+
+from runtime.errors import UserError
 
 T = TypeVar("T")
 TOO_LARGE = 2**63  # no number of a checkpoint is so large
@@ -112,3 +120,37 @@ def brief_names(keys: "Mapping | list") -> str:
     names = ", ".join(brief(key) for key in list(keys)[:5])
     more = len(keys) - 5
     return (f"{names} and {more} more" if more > 0 else names) or "nothing"
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; () for a nested tensor, which has none."""
+    return () if tensor.is_nested else tuple(tensor.shape)
+
+
+def check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Checks tensors by name from the file `source`: their names, their shapes, and that all numbers are finite.
+
+    Raises:
+        UserError: with the first difference.
+    """
+    found = {name: shape_of(tensor) for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
+        if ours != theirs:
+            raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
+    for name, tensor in tensors.items():
+        problem = tensor_problem(tensor)
+        if problem:
+            raise UserError(f"{source} holds tensors that cannot be used: {name} {problem}")
+
+
+def tensor_problem(tensor: Tensor) -> str:
+    """Why a tensor from a file cannot be computed with, or an empty text."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return "is sparse, quantised or without data"
+    if not tensor.is_floating_point():
+        return f"holds {tensor.dtype}, and not floating-point numbers"
+    # A sum is finite only if all its terms are, and takes a third of the time.
+    if not (tensor.sum().isfinite() or tensor.isfinite().all()):
+        return "holds numbers that are not finite"
+    return ""
