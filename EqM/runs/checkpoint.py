@@ -84,12 +84,11 @@ def load_file(path: Path) -> dict:
     Raises:
         UserError: the file is missing, cut short, changed, or no checkpoint.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}: give the path of a .pt file that EqM/train.py wrote")
     try:
         sealed = is_sealed(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        advice = "give the path of a .pt file that EqM/train.py wrote"
+        raise UserError(f"no checkpoint {path} can be read ({error.strerror}): {advice}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the format of files that are refused below

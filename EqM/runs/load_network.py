@@ -5,7 +5,9 @@ In a notebook, or in a script of your own, with the folder EqM on Python's path:
     from runs.load_network import load_network
 
     loaded = load_network("results/000-EqM-S-4-Linear-velocity-None/checkpoints/0001000.pt", "cuda")
-    field = loaded.network(x, torch.zeros(len(x)), y)
+    x = torch.randn(2, *loaded.network.input_shape, device="cuda")  # (2, 3, T, H, W)
+    y = torch.tensor([loaded.classes.index("CircleUp")] * 2, device="cuda")
+    field = loaded.network(x, torch.zeros(2, device="cuda"), y, loaded.config.seconds_per_frame)
 """
 
 import argparse
