@@ -17,6 +17,8 @@ from runtime.errors import UserError
 from runtime.files import open_regular, write_whole
 from runtime.logs import log
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 class Metrics:
     """Writes the lines of metrics.jsonl and of the log. On rank 0, `also` gets the values of each line."""
@@ -107,7 +109,9 @@ def numbers_of(line: bytes, names: Sequence[str]) -> dict[str, float] | None:
         numbers = {name: float(row[name]) for name in names if not isinstance(row[name], str | bool)}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return numbers if line.endswith(b"\n") and len(numbers) == len(names) and math.isfinite(numbers["step"]) else None
+    whole = line.endswith(b"\n") and len(numbers) == len(names) and 0 <= numbers["step"] < 2**63
+    # A run computes in float32. What is larger comes from elsewhere, and cannot be drawn.
+    return numbers if whole and not any(FLOAT32_MAX < abs(value) < math.inf for value in numbers.values()) else None
 
 
 def peak_memory_gb(device: torch.device) -> float:
