@@ -114,13 +114,14 @@ def test_fine_tuning_to_other_classes_is_resumed_bitwise(checkpoint, shapes, tmp
     def run(folder: str, steps: int) -> tuple[str, Path]:
         run = run_script("train.py", *flags, "--results-dir", folder, "--max-steps", steps, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-        return run.stdout, tmp_path / folder / "000-EqM-Ti-8-Linear-velocity-None"
+        return run.stdout, max((tmp_path / folder).glob("*-EqM-Ti-8-Linear-velocity-None"))
 
     said, straight = run("straight", 3)
     assert f"--init-weights: started from the averaged weights of {checkpoint}" in said
     assert "the table of labels was not loaded" in said
-    run("resumed", 1)
-    said, resumed = run("resumed", 3)
+    # Here lies the run whose weights these are. The data of the new run are not its own.
+    run("results", 1)
+    said, resumed = run("results", 3)
     assert "--init-weights" not in said, "only a new run reads it"
     ours, right = load(resumed, 3), load(straight, 3)
     for key in ours.keys() - {"config"}:

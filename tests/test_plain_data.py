@@ -83,7 +83,8 @@ def assert_refused(load: Callable, path: Path, *words: str) -> None:
 
 
 def test_the_good_one_is_taken_by_both(good, tmp_path):
-    save_checkpoint(tmp_path / "good.pt", good)
+    infinite_loss = {"sums": torch.tensor([math.inf, 1.0, 1.0]), "largest_norm": torch.ones(())}
+    save_checkpoint(tmp_path / "good.pt", good | {"since_log": infinite_loss})
     go_on(tmp_path / "good.pt")
     loaded = load_network(tmp_path / "good.pt")
     assert (loaded.classes, loaded.config, loaded.vae) == (["A", "B"], CONFIG, None)
@@ -271,7 +272,7 @@ STATE_WRONG = {
     ("scaler", "growth_interval"): [0, -1, 2.5, None],
     ("scaler", "_growth_tracker"): [-1, 2**63, 0.5],
     ("since_log",): [GONE, None, {}, {"sums": torch.zeros(3)}],
-    ("since_log", "sums"): [lambda tensor: tensor[:2]],
+    ("since_log", "sums"): [lambda tensor: tensor[:2], lambda tensor: tensor.to_sparse(), lambda tensor: tensor.long()],
     ("bad_steps",): [GONE, None, torch.zeros(3), torch.tensor([0.0, -1.0]), torch.tensor([0.0, math.nan])],
     ("moments",): [{}],
 }

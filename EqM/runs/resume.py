@@ -63,8 +63,7 @@ def add_resume_args(parser: argparse._ActionsContainer) -> None:
 def asked_of(args: argparse.Namespace, defaults: dict) -> Asked:
     """Where the flags ask a run to start. A flag that was not given must be None."""
     given = {name: value for name in TELLING if (value := getattr(args, name)) is not None}
-    if args.init_weights:
-        given["init_weights"] = str(args.init_weights)
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     new = defaults | given
     return Asked(args.results_dir, args.resume, args.ckpt, given, run_name(new["model"], new["path_type"]))
 

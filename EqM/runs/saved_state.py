@@ -74,12 +74,15 @@ def check_saved_state(contents: dict, settings: NetworkSettings, source: str | P
         shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
         if {name: shape_of(tensor) for name, tensor in saved.opt.items()} != shapes:
             raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
-    others = {**saved.opt, **vars(saved.since_log), "bad_steps": saved.bad_steps}
+    # A loss can be infinite where its gradient is finite.
+    check_tensors({"sums": (3,)}, {"sums": saved.since_log.sums}, source, finite=False)
+    others = {**saved.opt, "largest_norm": saved.since_log.largest_norm, "bad_steps": saved.bad_steps}
     shapes = {name: shape_of(tensor) for name, tensor in saved.opt.items()}
-    check_tensors(shapes | {"sums": (3,), "largest_norm": (), "bad_steps": (2,)}, others, source)
+    check_tensors(shapes | {"largest_norm": (), "bad_steps": (2,)}, others, source)
+    for name in others.keys() - {"exp_avg"}:
+        if others[name].min() < 0:
+            raise UserError(f"{source} cannot be gone on from: {name} holds numbers below 0")
+    others["sums"] = saved.since_log.sums
     for name, tensor in (*saved.model.items(), *saved.ema.items(), *others.items()):
         if tensor.dtype != torch.float32:
             raise UserError(f"{source} cannot be gone on from: {name} holds {tensor.dtype}, and not torch.float32")
-    for name in others.keys() - {"exp_avg"}:
-        if others[name].min() < 0 and name != "sums":  # the dispersive term may make a loss negative
-            raise UserError(f"{source} cannot be gone on from: {name} holds numbers below 0")

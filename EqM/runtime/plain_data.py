@@ -90,8 +90,7 @@ def as_type(kind: Any, value: object, name: str) -> Any:
         return {key: as_type(parts[1], each, f"{name}.{brief(key)[1:-1]}") for key, each in value.items()}
     if kind in (int, float) and isinstance(value, int) and abs(value) >= TOO_LARGE:
         raise ValueError(f"{name} is a number beyond 2^63")
-    # A bool is an int for Python alone. A whole number may stand for a float.
-    if not isinstance(value, kind | int if kind is float else kind) or (kind is not bool and isinstance(value, bool)):
+    if not isinstance(value, kind | int if kind is float else kind):  # a whole number may stand for a float
         raise wrong
     return value
 
@@ -127,8 +126,10 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return () if tensor.is_nested else tuple(tensor.shape)
 
 
-def check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Checks tensors by name from the file `source`: their names, their shapes, and that all numbers are finite.
+def check_tensors(
+    expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], source: str | Path, finite: bool = True
+) -> None:
+    """Checks tensors by name from the file `source`: their names, their shapes, and that all numbers are `finite`.
 
     Raises:
         UserError: with the first difference.
@@ -139,18 +140,18 @@ def check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tenso
         if ours != theirs:
             raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
     for name, tensor in tensors.items():
-        problem = tensor_problem(tensor)
+        problem = tensor_problem(tensor, finite)
         if problem:
             raise UserError(f"{source} holds tensors that cannot be used: {name} {problem}")
 
 
-def tensor_problem(tensor: Tensor) -> str:
+def tensor_problem(tensor: Tensor, finite: bool) -> str:
     """Why a tensor from a file cannot be computed with, or an empty text."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return "is sparse, quantised or without data"
     if not tensor.is_floating_point():
         return f"holds {tensor.dtype}, and not floating-point numbers"
     # A sum is finite only if all its terms are, and takes a third of the time.
-    if not (tensor.sum().isfinite() or tensor.isfinite().all()):
+    if finite and not (tensor.sum().isfinite() or tensor.isfinite().all()):
         return "holds numbers that are not finite"
     return ""
