@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from energy import ENERGIES, energy, energy_gradient
 from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes, sincos_positions
-from runtime.errors import UserError
+from runtime import cli
+from runtime.errors import UserError, first_line
+from runtime.plain_data import check_tensors, one_of, shape_of
 
 # Shortest and longest period, in seconds, of the sinusoids that encode a token's time. The shortest is below the step
 # of common frame rates with a frame interval. The longest is above the length of any clip.
@@ -221,6 +224,9 @@ EqM_models = {
 }
 
 
+Side = Annotated[int, cli.side]
+
+
 @dataclass(frozen=True)
 class NetworkSettings:
     """The settings that a network is built from, as checkpoints keep them: `model` names the size, EqM has the rest.
@@ -228,13 +234,13 @@ class NetworkSettings:
     A default is what a checkpoint without this key means. It must never change.
     """
 
-    model: str
-    input_size: int | tuple[int, int, int]
-    in_channels: int
-    num_classes: int
-    temporal_patch: int = 1
+    model: Annotated[str, one_of(EqM_models)]
+    input_size: Side | tuple[Side, Side, Side]
+    in_channels: Annotated[int, cli.positive_int]
+    num_classes: Annotated[int, cli.positive_int]
+    temporal_patch: Annotated[int, cli.positive_int] = 1
     uncond: bool = True
-    energy: str = "none"
+    energy: Annotated[str, one_of(ENERGIES)] = "none"
 
     @property
     def is_video(self) -> bool:
@@ -262,24 +268,31 @@ class NetworkSettings:
         except ValueError as error:
             raise UserError(f"{self.model}: {error}") from None
 
-    def check(self) -> None:
-        """Raises UserError if sizes do not divide, without taking memory for a network."""
-        with torch.device("meta"):
-            self.build()
+    def check(self, source: str | Path = "") -> EqM:
+        """The network on the meta device, where it takes no memory.
+
+        Raises:
+            UserError: sizes do not divide, or are too large for any tensor. The text names the file `source`.
+        """
+        start = f"{source}: " if source else ""
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except UserError as error:
+            raise UserError(f"{start}{error}") from None
+        except (RuntimeError, OverflowError) as error:
+            sizes = f"num_classes {self.num_classes}, input_size {self.input_size}"
+            raise UserError(f"{start}{self.model} cannot have {sizes}: {first_line(error)}") from None
+
+
+def check_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raises UserError as `check_tensors` if a state dict from `source` is not one of this network."""
+    check_tensors({name: shape_of(tensor) for name, tensor in network.state_dict().items()}, weights, source)
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict, which came from `source`. All names and shapes must agree.
-
-    Raises:
-        UserError: names or shapes differ; the text gives the first difference.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
-        if ours != theirs:
-            raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
+    """Loads a state dict, which came from `source`. Raises UserError as `check_weights`."""
+    check_weights(network, weights, source)
     network.load_state_dict(weights)
 
 

@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from energy import ENERGIES
 from runtime import cli
 from runtime.errors import UserError
+from runtime.plain_data import one_of
 
 LABEL_DROPOUT = 0.1
 PATHS = ("Linear", "GVP", "VP")
@@ -24,6 +26,7 @@ DISPERSION_WEIGHT = 0.5
 VP_LEAST, VP_MOST = 0.1, 20.0
 # The least 1 − γ that VP uses, since at 0 the derivative of σ is infinite. torch.rand gives no number closer to 1.
 VP_LEAST_TIME = 2.0**-24
+BETWEEN = cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class Objective:
         dispersion: weight of the dispersive term; 0: none.
     """
 
-    path: str = "Linear"
-    schedule: str = "truncated"
-    a: float = 0.8
-    b: float = 1.0
-    scale: float = 4.0
-    dispersion: float = 0.0
+    path: Annotated[str, one_of(PATHS)] = "Linear"
+    schedule: Annotated[str, one_of(SCHEDULES)] = "truncated"
+    a: Annotated[float, BETWEEN] = 0.8
+    b: Annotated[float, cli.positive_float] = 1.0
+    scale: Annotated[float, cli.positive_float] = 4.0
+    dispersion: Annotated[float, cli.non_negative_float] = 0.0
 
     def c(self, gamma: Tensor) -> Tensor:
         """The field's magnitude c(γ): (N,) → (N,)."""
@@ -144,11 +147,10 @@ def drop_labels(y: Tensor, uniform: Tensor, null_class: int) -> Tensor:
 
 def add_objective_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the objective: path, c(γ), dispersive term, explicit energy, whether the network sees γ."""
-    between = cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
     group = parser.add_argument_group("objective")
     cli.add_kept(group, "--path-type", "Linear", choices=PATHS, help="the path from noise to data")
     cli.add_kept(group, "--c-schedule", "truncated", choices=SCHEDULES, help="c(γ), the field's magnitude")
-    cli.add_kept(group, "--c-a", 0.8, type=between, help="c falls from this γ on (truncated, piecewise)")
+    cli.add_kept(group, "--c-a", 0.8, type=BETWEEN, help="c falls from this γ on (truncated, piecewise)")
     cli.add_kept(group, "--c-b", type=cli.positive_float, help="c/λ at γ = 0 (piecewise, which needs it)")
     cli.add_kept(group, "--c-lambda", 4.0, type=cli.positive_float, help="λ, the factor of c")
     cli.add_kept(

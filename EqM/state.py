@@ -6,13 +6,11 @@ precision take one kernel each.
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from compiled import copy_all, data_parallel, forget_half_step
-from models import load_weights
 from precision import Precision
 from runtime.errors import UserError
 
@@ -70,17 +68,10 @@ class TrainingState:
             "samples": self.samples,
         }
 
-    def load_state_dict(self, saved: dict, source: str | Path) -> None:
-        """Takes back what `state_dict` gave.
-
-        Raises:
-            UserError: the weights or the optimizer's state belong to another network; they came from `source`.
-        """
-        load_weights(self.network, saved["model"], source)
-        load_weights(self.ema, saved["ema"], source)
-        for name in ("exp_avg", "exp_avg_sq") if saved["opt"] else ():
-            if getattr(saved["opt"].get(name), "shape", None) != self.weights.shape:
-                raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
+    def load_state_dict(self, saved: dict) -> None:
+        """Takes back what `state_dict` gave, of a network with the same settings."""
+        self.network.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
         self.optimizer.state[self.weights] = {name: value.to(self.device) for name, value in saved["opt"].items()}
         # A disabled scaler saved nothing, and an enabled one refuses an empty state.
         if self.scaler.is_enabled() and saved["scaler"]:
@@ -195,10 +186,15 @@ def pieces(flat: Tensor, weights: list[nn.Parameter]) -> tuple[list[Tensor], lis
     return views, [gap for gap in parts[1::2] if len(gap)]
 
 
+def flat_size(weights: list[nn.Parameter]) -> int:
+    """P, the elements of one tensor that holds the weights."""
+    return sum(weight.numel() + -weight.numel() % ALIGNMENT for weight in weights)
+
+
 @torch.no_grad()
 def flatten(weights: list[nn.Parameter]) -> Tensor:
     """Moves weights into one flat tensor, (P,). They become views of it."""
-    flat = weights[0].new_zeros(sum(weight.numel() + -weight.numel() % ALIGNMENT for weight in weights))
+    flat = weights[0].new_zeros(flat_size(weights))
     for weight, view in zip(weights, pieces(flat, weights)[0], strict=True):
         weight.data = view.copy_(weight)
     return flat

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import date
@@ -29,11 +28,11 @@ from tqdm import tqdm
 
 from drawing.plots import check_plots, write_plots
 from measuring.study_tables import Cell, Cells, loss_curves, quality_by_evaluations, tables
-from measuring.trials import SETTINGS, STUDIES, Study, Trial
+from measuring.trials import SETTINGS, STUDIES, Study, read_contents
 from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError, shown
-from runtime.files import check_writable, read_csv, write_text
+from runtime.files import check_writable, write_text
 from runtime.logs import device_name
 
 
@@ -73,31 +72,14 @@ def study_of(args: argparse.Namespace) -> Study:
     )
 
 
-def report_values(report: dict) -> dict[str, float]:
-    """What a report of EqM/evaluate.py says, by name: each metric, NaN if left out, and the judge's shares."""
-    metrics = {
-        f"{metric['metric']}, {comparison['features']}": metric.get("value", math.nan)
-        for comparison in report["comparisons"]
-        for metric in comparison["metrics"]
-    }
-    return metrics | {f"{part} right": found["share"] for part, found in report["judge"]["generated"].items()}
-
-
-def qualities(trial: Trial, sampling: str) -> dict[str, float]:
-    """What was measured of the samples of one trial, by name."""
-    report = json.loads(trial.evaluation(sampling).read_text())
-    evaluations = [int(row["evaluations"]) for row in read_csv(trial.samples(sampling) / "samples.csv")]
-    known = {"evaluations": statistics.mean(evaluations), "seconds": trial.seconds(sampling)}
-    return known | report_values(report)
-
-
 def collect(study: Study) -> dict[tuple[str, str], dict[str, Cell]]:
     """The cell of each quality, by name, of each variant (training, sampling)."""
     cells = {}
     for training, samplings in study.variants.samplings.items():
         for sampling in samplings:
-            seeds = [qualities(trial, sampling) for trial in study.trials() if trial.training == training]
-            cells[training, sampling] = {name: Cell(tuple(found[name] for found in seeds)) for name in seeds[0]}
+            seeds = [trial.qualities(sampling) for trial in study.trials() if trial.training == training]
+            names = seeds[0]
+            cells[training, sampling] = {n: Cell(tuple(found.get(n, math.nan) for found in seeds)) for n in names}
     return cells
 
 
@@ -108,8 +90,8 @@ def write_report(study: Study) -> None:
     head = f"{study.name}: {study.data}, {where}, {date.today()}; {study.seeds} seeds, {study.samples} samples of each"
     settings = f"train.py {setting.training} {study.train_flags}; sample_gd.py {setting.sampling} {study.sample_flags}"
     # Where the hardware lacks a precision, the run computed in fp32.
-    configs = {trial.training: json.loads((trial.run_folder / "config.json").read_text()) for trial in study.trials()}
-    computed = ", ".join(f"{name} in {config['precision']['name']}" for name, config in configs.items())
+    precisions = {trial.training: trial.precision() for trial in study.trials()}
+    computed = ", ".join(f"{name} in {precision}" for name, precision in precisions.items())
     text = "\n".join([head, "", settings, "", f"computed: {computed}", "", *tables(cells)])
     write_text(study.output / "report.md", text)
     rows = [{"trained": t, "sampled": s} | {n: c.known() for n, c in row.items()} for (t, s), row in cells.items()]
@@ -142,7 +124,7 @@ def check_settings(study: Study) -> None:
     }
     ours |= asdict(study.setting) | {"samples": study.samples}
     path = study.output / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != ours:
+    if path.exists() and read_contents(path) != ours:
         raise UserError(f"{study.output} holds a study with other flags, data or device: name another --output")
     check_writable("--output", path)
     write_text(path, json.dumps(ours, indent=1) + "\n")

@@ -33,6 +33,7 @@ from precision import Precision, add_precision_args, agree_on_precision, log_pre
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
+from runs.load_network import start_from
 from runs.record import Metrics
 from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
 from runs.schedule import RunOptions, add_run_args, run_options_of
@@ -71,7 +72,10 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add_preview_args(run)
     add_tracker_args(run)
     add_resume_args(run)
-    return parser.parse_args(), parser.new_run_defaults()
+    args = parser.parse_args()
+    if args.ckpt and args.init_weights:
+        parser.error("argument --init-weights: not allowed with argument --ckpt")
+    return args, parser.new_run_defaults()
 
 
 def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, num_classes: int) -> NetworkSettings:
@@ -200,8 +204,9 @@ def make_config(
     classes = class_count(found, args.num_classes or max(least_classes, len(found.classes)))
     network = network_of(args, form, source.space, classes)
     rate = found.mean_frame_rate() / form.frame_interval if form.video else None
-    objective, ranks = objective_of(args), distributed.world_size()
-    return Config(network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))
+    objective, ranks, counts = objective_of(args), distributed.world_size(), tuple(found.count_by_class())
+    settings = (network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))
+    return Config(*settings, counts)
 
 
 def report_finished(folder: Path | None, step: int) -> None:
@@ -250,10 +255,13 @@ def main() -> None:
 
     # State: weights, optimizer, counters
     torch.manual_seed(args.global_seed)
-    state = TrainingState(config.network.build(), precision, device)
+    network = config.network.build()
+    if args.init_weights and not saved:
+        start.notes.extend(start_from(network, config, args.init_weights))
+    state = TrainingState(network, precision, device)
     state.working.grad_checkpoint = args.grad_checkpoint
     if saved:
-        state.load_state_dict(saved, start.checkpoint)
+        state.load_state_dict(saved)
         saved = None  # it is as large as the state itself
 
     # Folder and log

@@ -57,6 +57,15 @@ def test_resume_takes_the_newest_run_that_has_the_given_settings(results, given,
     assert start.config == (CONFIG, TWO, ENERGY)[number]
 
 
+def test_fine_tuning_does_not_go_on_with_the_run_whose_weights_it_starts_from(results, monkeypatch):
+    monkeypatch.chdir(results)
+    asked = Asked(Path(), resume=True, checkpoint=None, given={"init_weights": "first.pt"})
+    assert find_start(asked).folder is None
+    tuned = replace(CONFIG, flags={"init_weights": str(results / "first.pt")})
+    (results / "001-EqM-Ti-4-Linear-velocity-None" / "config.json").write_text(json.dumps(tuned.as_dict()))
+    assert find_start(asked).folder == Path("001-EqM-Ti-4-Linear-velocity-None")
+
+
 @pytest.mark.parametrize("given", [{"c_lambda": 3.0}, {"model": "EqM-Ti/2"}, {"ebm": "l2"}, {"image_size": 32}])
 def test_resume_starts_a_new_run_if_none_has_the_given_settings_and_says_so(results, given):
     start = find_start(Asked(results, resume=True, checkpoint=None, given=given))
@@ -91,7 +100,9 @@ def test_a_vae_has_one_name_however_its_folder_is_spelt(tmp_path, monkeypatch, s
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "000-EqM-Ti-4-Linear-velocity-None"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(replace(CONFIG, space=LatentSpace("vae", "0", 1.0, 4, 2)).as_dict()))
+    space = LatentSpace("vae", "0", 1.0, 4, 2)
+    config = replace(CONFIG, network=replace(CONFIG.network, in_channels=4), space=space)
+    (folder / "config.json").write_text(json.dumps(config.as_dict()))
     start = find_start(Asked(tmp_path, resume=True, checkpoint=None, given={"vae": spelt}))
     assert (start.folder is not None) == same
 
@@ -176,7 +187,8 @@ def test_data_with_more_classes_than_the_runs_are_refused_with_both_numbers(chec
     shutil.copytree(shapes / "CircleUp", tmp_path / "more" / "Another")
     result = run_script("train.py", "--data-path", "more", "--ckpt", checkpoint, cwd=tmp_path)
     assert result.returncode == 1
-    assert "was trained with num_classes 4, and this run has 5" in result.stderr
+    assert "was trained on other classes: these data lack nothing, and have 'Another' in addition" in result.stderr
+    assert "--init-weights" in result.stderr
 
 
 def test_help_says_the_defaults_of_kept_flags_also_if_they_are_zero(tmp_path):

@@ -1,6 +1,8 @@
 """Training and sampling in the latent space of a VAE: a small one, made at random and saved as diffusers does."""
 
+import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,15 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, run_command, run_script
+from data import latents
 from data.file_list import Found
 from data.form import Form
-from data.latents import batch_moments, draw, load_vae
+from data.latents import PUBLISHED, batch_moments, draw, load_vae
 from data.source import Source
 from drawing.pictures import read_png
 from models import EqM_models
 from precision import Precision
+from runs.load_network import load_network
 from runtime.errors import UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -175,6 +179,9 @@ def test_a_published_image_checkpoint_samples_with_a_vae(vae_folder, tmp_path, b
     assert run.returncode == 0, run.stderr
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)
     assert Image.open(tmp_path / "samples" / "000002.png").size == (16, 16)
+    loaded = load_network(tmp_path / "published.pt", vae=str(vae_folder), model="EqM-Ti/2", image_size=16)
+    assert torch.equal(loaded.network.state_dict()["pos_embed"], weights["pos_embed"])
+    assert (loaded.classes, loaded.vae.space) == (["0", "1", "2"], load_vae(str(vae_folder), CPU).space)
     for flags in ([], ["--vae", "none"]):
         assert "has no config" in (said := run_script(*command, *flags, cwd=tmp_path).stderr)
         assert "to sample a published one, give --model, and --vae ema or mse" in said
@@ -195,6 +202,21 @@ def test_without_diffusers_or_weights_one_line_says_what_to_do(tmp_path):
     run = run_command(sys.executable, "-c", hidden, *flags, cwd=tmp_path)
     assert run.returncode == 1
     assert run.stderr.strip() == "train.py: error: --vae needs diffusers: pip install -r requirements-latent.txt"
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "never answers"])
+def test_a_hub_that_cannot_be_reached_is_named_within_ten_seconds(monkeypatch, silent):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setitem(PUBLISHED, "ema", "nobody/a-vae-that-no-cache-has")
+        if silent:
+            monkeypatch.setattr(latents, "HUB_TIMEOUT_S", 0.2)
+        else:
+            server.close()
+        start = time.monotonic()
+        with pytest.raises(UserError, match="the Hugging Face hub cannot be reached.*give its folder as --vae DIR$"):
+            load_vae("ema", CPU)
+    assert time.monotonic() - start < 10
 
 
 def test_an_image_size_that_the_vae_does_not_divide_is_an_error(vae_folder, shapes, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,69 @@ def test_a_study_goes_on_with_more_seeds_but_with_nothing_else_changed(tmp_path,
     check_settings(small_study(tmp_path, seeds=3))
     with pytest.raises(UserError, match="holds a study with other flags, data or device"):
         check_settings(small_study(tmp_path, **changed))
+
+
+BROKEN = ["", '{"study": ', "[" * 200_000, "1" * 5000, '{"study": "\ud800"}', "\0" * 99]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_damaged_settings_of_a_study_are_one_line(tmp_path, text):
+    study = small_study(tmp_path)
+    check_settings(study)
+    (tmp_path / "settings.json").write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(
+        UserError, match=r"^.*settings\.json is damaged \([^\n]+\): remove it, then repeat this command$"
+    ):
+        check_settings(study)
+
+
+REPORT = {
+    "comparisons": [{"features": "pixels", "metrics": [{"metric": "FD", "value": 3.5}, {"metric": "KD"}]}],
+    "judge": {"generated": {"class": {"share": 0.5}}},
+}
+BROKEN_REPORTS = [*BROKEN, "null", "[]", "{}", '{"comparisons": 3}', '{"comparisons": [], "judge": {"generated": 3}}']
+BROKEN_REPORTS += [json.dumps(REPORT).replace("3.5", value) for value in ("1e999", '"3"', "null", "1" * 400)]
+
+
+def test_a_damaged_report_is_made_again_with_a_word(tmp_path, capsys):
+    trial = small_study(tmp_path).trials()[0]
+    path = trial.evaluation("fp32")
+    path.parent.mkdir()
+    assert trial.report("fp32") == {}
+    assert capsys.readouterr().out == ""
+    for text in BROKEN_REPORTS:
+        path.write_bytes(text.encode(errors="surrogatepass"))
+        assert trial.report("fp32") == {}
+        assert capsys.readouterr().out == f"{path} is damaged: it is made again\n"
+    path.write_text(json.dumps(REPORT))
+    found = trial.report("fp32")
+    assert (found["FD, pixels"], found["class right"]) == (3.5, 0.5)
+    assert math.isnan(found["KD, pixels"])
+
+
+@pytest.mark.parametrize(
+    "table", [None, b"", b"evaluations\n", b"evaluations\nx\n", b"file\na.mp4\n", b"evaluations\n\xff\0"]
+)
+def test_a_damaged_table_of_samples_says_what_to_remove(tmp_path, table):
+    trial = small_study(tmp_path).trials()[0]
+    trial.samples("fp32").mkdir(parents=True)
+    if table is not None:
+        (trial.samples("fp32") / "samples.csv").write_bytes(table)
+    with pytest.raises(UserError, match=r"samples\.csv is damaged: remove .* and .*, then repeat this command$"):
+        trial.qualities("fp32")
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_the_place_of_a_file_of_a_study_is_not_waited_for(tmp_path):
+    trial = small_study(tmp_path).trials()[0]
+    for path in (tmp_path / "settings.json", trial.evaluation("fp32"), trial.samples("fp32") / "samples.csv"):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="settings.json is damaged .*it is a folder, a pipe or a device"):
+        check_settings(trial.study)
+    assert trial.report("fp32") == {}
+    with pytest.raises(UserError, match="samples.csv is damaged"):
+        trial.qualities("fp32")
 
 
 def test_every_variant_is_trained_with_one_seed_before_the_next(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SMALL, WARM, environment_of, run_command, run_ranks, run_script
-from runs.checkpoint import load_checkpoint, load_file, save_checkpoint
+from runs.checkpoint import REQUIRED_KEYS, load_checkpoint, load_file, save_checkpoint
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
 from runs.config import config_of
 from runs.folder import run_folders
@@ -456,7 +456,7 @@ def test_two_hundred_damaged_checkpoints_are_all_refused_by_name(checkpoint, tmp
 
 
 def test_every_bit_of_the_checksum_and_the_index_is_guarded(tmp_path):
-    save_checkpoint(tmp_path / "whole.pt", {"config": {}, "x": torch.arange(3)})
+    save_checkpoint(tmp_path / "whole.pt", dict.fromkeys(REQUIRED_KEYS) | {"x": torch.arange(3)})
     whole = (tmp_path / "whole.pt").read_bytes()
     for place in range(len(whole) - 120, len(whole)):
         changed = bytearray(whole)

@@ -159,7 +159,7 @@ def test_a_state_saved_and_loaded_goes_on_as_if_uninterrupted():
         one_step(stopped, samples=samples)
     torch.manual_seed(9)
     resumed = TrainingState(EqM((4, 8, 8), 4, 3, 32, 2, 2, 4, temporal_patch=2), FP32, CPU)
-    resumed.load_state_dict(deepcopy(stopped.state_dict()), "stopped.pt")
+    resumed.load_state_dict(deepcopy(stopped.state_dict()))
     for samples in (16, 24):
         one_step(resumed, samples=samples)
     assert same(weights(straight.network), weights(resumed.network))
@@ -218,8 +218,8 @@ def test_a_checkpoint_of_one_precision_goes_on_in_another():
     one_step(fp16)
     saved = {"fp32": deepcopy(fp32.state_dict()), "fp16": deepcopy(fp16.state_dict())}
     into_fp16, into_fp32 = new_state(FP16), new_state(FP32)
-    into_fp16.load_state_dict(saved["fp32"], "fp32.pt")
-    into_fp32.load_state_dict(saved["fp16"], "fp16.pt")
+    into_fp16.load_state_dict(saved["fp32"])
+    into_fp32.load_state_dict(saved["fp16"])
     assert one_step(into_fp16)[0]
     assert one_step(into_fp32)[0]
     assert into_fp16.scaler.get_scale() == 2.0**16

@@ -4,19 +4,26 @@ Source: Rombach et al. 2022, arXiv 2112.10752. The VAE is diffusers' Autoencoder
 package (requirements-latent.txt).
 """
 
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime import cli
 from runtime.errors import UserError, first_line
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 DEFAULT_SIZE, DEFAULT_VAE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one
+HUB_TIMEOUT_S = 5  # for the hub's first answer
 CHUNK_PIXELS = 8 * 256 * 256  # pixels that go through the VAE at once; its memory grows with them
 
 
@@ -26,9 +33,9 @@ class LatentSpace:
 
     name: str
     fingerprint: str
-    scale: float  # latents times this have about unit variance
-    channels: int
-    downsampling: int  # pixels a latent, in each direction
+    scale: Annotated[float, cli.positive_float]  # latents times this have about unit variance
+    channels: Annotated[int, cli.positive_int]
+    downsampling: Annotated[int, cli.side]  # pixels a latent, in each direction
 
     def as_dict(self) -> dict:
         """As plain data, for configs and packs."""
@@ -109,7 +116,7 @@ def load_vae(name: str, device: torch.device, bf16: bool = False) -> VAE:
     """Loads the published VAE "ema" or "mse", or one that diffusers saved to a folder.
 
     Raises:
-        UserError: the package diffusers, or the weights, are missing.
+        UserError: the package diffusers, or the weights, are missing, or the hub cannot be reached.
     """
     try:
         from diffusers import AutoencoderKL
@@ -118,12 +125,49 @@ def load_vae(name: str, device: torch.device, bf16: bool = False) -> VAE:
     source = PUBLISHED.get(name, name)
     if name not in PUBLISHED and not Path(name).is_dir():
         raise UserError(f"--vae {name} is neither none, ema nor mse, nor a folder that diffusers saved a VAE to")
+    load = partial(AutoencoderKL.from_pretrained, source, low_cpu_mem_usage=False)
     try:
-        network = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers gives huggingface_hub a parameter that it warns of
+            try:
+                network = load(local_files_only=True)
+            except OSError:
+                if name not in PUBLISHED:
+                    raise
+                check_hub(source)
+                network = load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         advice = "give a folder with its weights as --vae DIR"
         raise UserError(f"cannot load {source}, {advice}: {first_line(error)}") from None
     return VAE(network, name, device, bf16)
+
+
+def check_hub(source: str) -> None:
+    """Raises UserError if the Hugging Face hub does not answer in time.
+
+    diffusers itself asks six times, which takes half a minute, and then blames a file. A thread asks here, since
+    looking up a name has no time limit.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    problems: SimpleQueue[str] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=HUB_TIMEOUT_S)
+            problems.put("")
+        except Exception as error:  # each version of the package has its own error types
+            problems.put(first_line(error))
+
+    Thread(target=ask, daemon=True).start()
+    try:
+        problem = problems.get(timeout=HUB_TIMEOUT_S)
+    except Empty:
+        problem = "no answer"
+    if problem:
+        advice = "download it where the hub can be reached, and give its folder as --vae DIR"
+        where = f"the Hugging Face hub cannot be reached ({problem}), and {source} is not in its cache"
+        raise UserError(f"{where}: {advice}")
 
 
 def batch_moments(vae: VAE, x: Tensor) -> Tensor:

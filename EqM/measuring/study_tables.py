@@ -42,6 +42,23 @@ class Cell:
 Cells = Mapping[tuple[str, str], Mapping[str, Cell]]
 
 
+def report_values(report: dict) -> dict[str, float]:
+    """What a report of EqM/evaluate.py says, by name: each metric, NaN if left out, and the judge's shares.
+
+    Raises:
+        AttributeError, KeyError, OverflowError, TypeError, ValueError: it is no such report.
+    """
+    values = {
+        f"{metric['metric']}, {comparison['features']}": metric.get("value", math.nan)
+        for comparison in report["comparisons"]
+        for metric in comparison["metrics"]
+    }
+    values |= {f"{part} right": found["share"] for part, found in report["judge"]["generated"].items()}
+    if not all(math.isnan(value) or math.isfinite(value) for value in values.values()):
+        raise ValueError("a value is infinite")
+    return values
+
+
 def tables(cells: Cells) -> Iterator[str]:
     """Markdown tables of all qualities. The first variant is the reference for all others.
 

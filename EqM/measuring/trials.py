@@ -1,7 +1,9 @@
 """What a study compares, and its trainings. Each training runs the commands that people run."""
 
+import csv
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.errors import UserError
+from measuring.study_tables import report_values
+from runs.config import config_of
+from runtime.errors import UserError, first_line
+from runtime.files import open_regular, parse_json, read_csv
 from runtime.interrupts import undone_at_ctrl_c
 
 COMMANDS = Path(__file__).resolve().parent.parent  # the folder of our scripts
@@ -137,7 +142,7 @@ class Trial:
                 method = [*setting.sampling.split(), *study.sample_flags.split(), *flags.split()]
                 self.call(f"sample-{name}", "sample_gd.py", *drawn, "--global-seed", 1000 + self.seed, *method)
             step()
-            if not report.exists():
+            if not self.report(name):
                 flags = ["--judge", "--output", report, *study.evaluate_flags.split()]
                 self.call(f"evaluate-{name}", "evaluate.py", real, folder, *flags)
             step()
@@ -155,8 +160,38 @@ class Trial:
     def seconds(self, sampling: str) -> float | None:
         """How long sampling took, from the sampler's log; None until sampling is done."""
         log = self.log(f"sample-{sampling}")
-        found = re.search(r"\d+ samples in ([\d.]+) s: ", log.read_text() if log.exists() else "")
+        found = re.search(rb"\d+ samples in (\d+\.?\d*) s: ", read_bytes(log) if log.exists() else b"")
         return float(found[1]) if found else None
+
+    def report(self, sampling: str) -> dict[str, float]:
+        """What the evaluation found, by name; empty until it is done, and if its report is damaged."""
+        path = self.evaluation(sampling)
+        if not path.exists():
+            return {}
+        try:
+            return report_values(parse_json(path))
+        except (OSError, AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            tqdm.write(f"{path} is damaged: it is made again")
+            return {}
+
+    def qualities(self, sampling: str) -> dict[str, float]:
+        """What was measured of the samples, by name.
+
+        Raises:
+            UserError: the table of the samples is damaged.
+        """
+        table = self.samples(sampling) / "samples.csv"
+        try:
+            evaluations = statistics.mean(int(row["evaluations"]) for row in read_csv(table))
+        except (OSError, csv.Error, ValueError, KeyError, TypeError):
+            log = self.log(f"sample-{sampling}")
+            raise UserError(f"{table} is damaged: remove {table.parent} and {log}, then repeat this command") from None
+        return {"evaluations": evaluations, "seconds": self.seconds(sampling)} | self.report(sampling)
+
+    def precision(self) -> str:
+        """In what the training computed. Where the hardware lacks a precision, that is fp32."""
+        path = self.run_folder / "config.json"
+        return config_of(read_contents(path), path).precision["name"]
 
     def log(self, name: str) -> Path:
         return self.study.output / "logs" / f"{self.name}-{name}.txt".replace(" ", "-")
@@ -178,3 +213,21 @@ class Trial:
                 status = process.wait()
         if status:
             raise UserError(f"{script} ended with status {status}: read {log}, then repeat this command to go on")
+
+
+def read_contents(path: Path) -> object:
+    """The contents of a JSON file of a study.
+
+    Raises:
+        UserError: it is damaged or cannot be read.
+    """
+    try:
+        return parse_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): remove it, then repeat this command") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a regular file."""
+    with open_regular(path) as file:
+        return file.read()

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from runs.config import config_of
+from runs.saved_state import check_saved_state
 from runtime.errors import UserError, is_out_of_memory
-from runtime.files import file_checksum, write_whole
+from runtime.files import file_checksum, open_regular, write_whole
+from runtime.plain_data import brief_names
 
 REQUIRED_KEYS = {"model", "ema", "opt", "scaler", "step", "skipped", "epoch", "samples", "config"}
 REQUIRED_KEYS |= {"since_log", "bad_steps"}
@@ -62,8 +65,8 @@ def is_sealed(path: Path) -> bool:
     Raises:
         UserError: the seal does not match the bytes: the file has changed.
     """
-    length = path.stat().st_size - SEAL_BYTES
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        length = file.seek(0, 2) - SEAL_BYTES
         file.seek(max(length, 0))
         found = file.read()
     if not found.startswith(SEAL[: SEAL.index(b"%")]):
@@ -81,12 +84,11 @@ def load_file(path: Path) -> dict:
     Raises:
         UserError: the file is missing, cut short, changed, or no checkpoint.
     """
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}: give the path of a .pt file that EqM/train.py wrote")
     try:
         sealed = is_sealed(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        advice = "give the path of a .pt file that EqM/train.py wrote"
+        raise UserError(f"no checkpoint {path} can be read ({error.strerror}): {advice}") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of the format of files that are refused below
@@ -94,22 +96,40 @@ def load_file(path: Path) -> dict:
     except Exception as error:  # damaged bytes raise errors of many types
         if is_out_of_memory(error):
             raise
+        refused = refused_types(path)
+        if refused:
+            what = f"other objects than plain data, of the types {brief_names(refused)}"
+            raise UserError(f"{path} holds {what}: save its weights alone, in a dict of tensors") from None
         raise UserError(f"{path} is cut short or is no checkpoint: give another one") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(contents).__name__}")
-    if "config" in contents and not sealed:
+    if is_ours(contents) and not sealed:
         raise UserError(f"{path} is cut short or has been changed, its checksum is missing: give another one")
     return contents
+
+
+def refused_types(path: Path) -> list[str]:
+    """The types in a whole file of torch.save that are not plain data. None of their code runs."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged bytes raise errors of many types
+        return []
+
+
+def is_ours(contents: dict) -> bool:
+    """True if a file has the parts of a checkpoint that EqM/train.py wrote."""
+    return contents.keys() >= REQUIRED_KEYS
 
 
 def load_checkpoint(path: Path) -> dict:
     """The contents of a checkpoint that EqM/train.py wrote.
 
     Raises:
-        UserError: as `load_file`, and for a checkpoint of another program.
+        UserError: as `load_file`, and for a checkpoint of another program or version.
     """
     contents = load_file(path)
     check_written_here(contents, path)
+    check_saved_state(contents, config_of(contents["config"], path).network, path)
     return contents
 
 
@@ -122,7 +142,8 @@ def check_written_here(contents: dict, path: Path) -> None:
     if missing:
         missing = "config" if "config" in missing else ", ".join(sorted(missing))
         advice = "to sample a published one, give --model, and --vae ema or mse"
-        raise UserError(f"{path} was not written by EqM/train.py: it has no {missing} ({advice})")
+        found = f"it has no {missing}, but {brief_names(contents)}"
+        raise UserError(f"{path} was not written by EqM/train.py: {found} ({advice})")
 
 
 def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:
@@ -131,8 +152,10 @@ def network_weights(contents: dict, source: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: the contents of `source` are not a network's weights.
     """
-    weights = next((contents[name] for name in ("ema", "model") if isinstance(contents.get(name), dict)), contents)
-    entries = weights.items()
+    place = next((name for name in ("ema", "model") if contents.get(name) is not None), "")
+    weights = contents[place] if place else contents
+    entries = weights.items() if isinstance(weights, dict) else ()
     if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
-        raise UserError(f"{source} holds no network's weights: give a checkpoint of an EqM network")
+        found = f"{place} is no dict of tensors" if place else f"neither ema nor model, but {brief_names(contents)}"
+        raise UserError(f"{source} holds no network's weights ({found}): give a checkpoint of an EqM network")
     return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items()}

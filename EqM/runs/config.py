@@ -2,25 +2,35 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 from data.form import Form
 from data.latents import LatentSpace
 from models import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
+from runtime import cli
 from runtime.errors import UserError
+from runtime.plain_data import brief_names, read_as
 
-# Flags of train.py that a checkpoint keeps under their own names, and the value that a checkpoint without one means.
-# These values must never change. The default of a new run stands where a flag is defined.
-OLD_MEANINGS = {
-    "frame_interval": 1,
-    "no_flip": False,
-    "lr": 1e-4,
-    "warmup_steps": 0,
-    "grad_clip": 0.0,
-    "ema_decay": 0.9999,
-    "micro_batch_size": None,
-    "global_seed": 0,
-}
+
+@dataclass(frozen=True)
+class KeptFlags:
+    """Flags of train.py that a checkpoint keeps under their own names, and what a checkpoint without one means.
+
+    These values must never change. The default of a new run stands where a flag is defined.
+    """
+
+    frame_interval: Annotated[int, cli.positive_int] = 1
+    no_flip: bool = False
+    lr: Annotated[float, cli.positive_float] = 1e-4
+    warmup_steps: Annotated[int, cli.non_negative_int] = 0
+    grad_clip: Annotated[float, cli.non_negative_float] = 0.0
+    ema_decay: Annotated[float, cli.fraction] = 0.9999
+    micro_batch_size: Annotated[int, cli.positive_int] | None = None
+    global_seed: Annotated[int, cli.seed] = 0
+
+
+OLD_MEANINGS = asdict(KeptFlags())
 
 
 @dataclass(frozen=True)
@@ -37,17 +47,19 @@ class Config:
         global_batch_size: samples of a step over all ranks.
         processes: ranks.
         flags: the flags of train.py, by name.
+        class_counts: files of each class; None: not known.
     """
 
     network: NetworkSettings
     classes: tuple[str, ...]
-    frames_per_second: float | None
-    precision: dict
+    frames_per_second: Annotated[float, cli.positive_float] | None
+    precision: dict[str, str | bool]
     objective: Objective = field(default_factory=Objective)
-    space: LatentSpace | None = None
-    global_batch_size: int | None = None
-    processes: int | None = None
-    flags: dict = field(default_factory=dict)
+    space: LatentSpace | None = field(default=None, metadata={"key": "vae"})
+    global_batch_size: Annotated[int, cli.positive_int] | None = None
+    processes: Annotated[int, cli.positive_int] | None = None
+    flags: dict[str, str | bool | int | float | None] = field(default_factory=dict, metadata={"key": "args"})
+    class_counts: tuple[Annotated[int, cli.non_negative_int], ...] | None = None
 
     def as_dict(self) -> dict:
         """As plain data, for checkpoints and config.json."""
@@ -61,6 +73,7 @@ class Config:
             "global_batch_size": self.global_batch_size,
             "processes": self.processes,
             "args": {name: str(value) if isinstance(value, Path) else value for name, value in self.flags.items()},
+            "class_counts": list(self.class_counts) if self.class_counts else None,
         }
 
     @property
@@ -101,45 +114,63 @@ class Config:
             "disp": objective.dispersion == DISPERSION_WEIGHT,
             "vae": self.space.name if self.space else "none",
             "global_batch_size": self.global_batch_size,
+            "init_weights": self.flags.get("init_weights"),
         }
 
 
-def config_of(contents: dict, source: str | Path) -> Config:
+def config_of(contents: object, source: str | Path) -> Config:
     """The config from the dict of `Config.as_dict` that the file `source`, a checkpoint or a config.json, holds.
 
     Raises:
-        UserError: a key is missing, or a value has the wrong type.
+        UserError: a key is missing or unknown, or a value has the wrong type, is out of range, or contradicts another.
     """
+    if isinstance(contents, dict):  # config.json also says who started the run
+        contents = {key: value for key, value in contents.items() if key != "launcher"}
     try:
-        network = dict(contents["network"])
-        size = network["input_size"]
-        if not isinstance(size, int):
-            frames, height, width = size
-            network["input_size"] = (frames, height, width)
-        space = contents.get("vae")
-        return Config(
-            network=NetworkSettings(**network),
-            classes=tuple(contents["classes"]),
-            frames_per_second=contents["frames_per_second"],
-            precision=dict(contents["precision"]),
-            objective=Objective(**contents.get("objective", {})),
-            space=LatentSpace(**space) if space else None,
-            global_batch_size=contents.get("global_batch_size"),
-            processes=contents.get("processes"),
-            flags=dict(contents.get("args", {})),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        config = read_as(Config, contents)
+        check_together(config)
+    except ValueError as error:
         raise UserError(f"{source} holds a config of another program or version: {error}") from None
+    return config
+
+
+def check_together(config: Config) -> None:
+    """Raises ValueError if values of a config contradict one another."""
+    network, names = config.network, {each.name for each in fields(KeptFlags)}
+    read_as(KeptFlags, {name: value for name, value in config.flags.items() if name in names}, "args")
+    if network.is_video and network.input_size[1] != network.input_size[2]:
+        raise ValueError(f"network.input_size is {network.input_size}, and no square")
+    if network.is_video != (config.frames_per_second is not None):
+        raise ValueError(
+            f"frames_per_second is {config.frames_per_second}, with network.input_size {network.input_size}"
+        )
+    if network.in_channels != (config.space.channels if config.space else 3):
+        raise ValueError(f"network.in_channels is {network.in_channels}, with other channels of the data")
+    if not 0 < len(set(config.classes)) == len(config.classes) <= network.num_classes:
+        found = f"{len(config.classes)}, and network.num_classes is {network.num_classes}"
+        raise ValueError(f"classes are {found}: too many, none, or some twice")
+    if config.class_counts and len(config.class_counts) != len(config.classes):
+        raise ValueError(f"class_counts are {len(config.class_counts)}, and classes {len(config.classes)}")
+    if not isinstance(config.precision.get("name"), str):
+        raise ValueError("precision has no name")
 
 
 def check_resumable(saved: Config, ours: Config, path: Path) -> None:
     """Raises UserError, with both values, if a checkpoint does not fit the flags or the data of this run."""
+    missing, new = (
+        [name for name in these.classes if name not in set(others.classes)]
+        for these, others in ((saved, ours), (ours, saved))
+    )
+    if saved.classes != ours.classes:
+        differ = f"these data lack {brief_names(missing)}, and have {brief_names(new)} in addition"
+        differ = differ if missing or new else "these data have them in another order"
+        advice = "to train on other classes, start a new run with --init-weights"
+        raise UserError(f"{path} was trained on other classes: {differ}: {advice}")
 
     def described(config: Config) -> dict:
         return {
             **{each.name: getattr(config.network, each.name) for each in fields(config.network)},
             **{f"the objective's {key}": value for key, value in asdict(config.objective).items()},
-            "classes": list(config.classes),
             "vae": config.space and config.space.fingerprint,
         }
 
@@ -147,3 +178,13 @@ def check_resumable(saved: Config, ours: Config, path: Path) -> None:
     for key, value in described(ours).items():
         if theirs[key] != value:
             raise UserError(f"{path} was trained with {key} {theirs[key]}, and this run has {value}")
+
+
+def changed_counts(saved: Config, ours: Config) -> str:
+    """The classes whose number of files has changed since a checkpoint, for a warning, or an empty text."""
+    if saved.class_counts is None or ours.class_counts is None:
+        return ""
+    pairs = zip(ours.classes, saved.class_counts, ours.class_counts, strict=True)
+    changed = [f"{name} had {before} and has {after}" for name, before, after in pairs if before != after]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return f"the data have changed: files of {len(changed)} classes: {', '.join(changed[:5])}{more}" if changed else ""

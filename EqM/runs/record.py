@@ -14,8 +14,10 @@ from torch import Tensor
 
 from runtime import distributed
 from runtime.errors import UserError
-from runtime.files import write_whole
+from runtime.files import open_regular, write_whole
 from runtime.logs import log
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Metrics:
@@ -78,25 +80,38 @@ class Metrics:
 
     def append(self, row: dict) -> None:
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            with open_regular(self.path, append=True) as file:
+                file.write((json.dumps(row) + "\n").encode())
         except OSError as error:
             log.error("%s lacks the line of step %d: %s", self.path, row["step"], error.strerror)
 
     def cut(self, step: int) -> None:
-        """Removes the lines after the step from which a run goes on, and half-written lines."""
-        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if step_of_line(line) <= step]
+        """Removes the lines after the step from which a run goes on, and damaged lines."""
+        lines = read_lines(self.path)
+        rows = [numbers_of(line, ["step"]) for line in lines]
+        kept = [line for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
+        if None in rows:
+            log.warning("%s: damaged lines are removed: %d", self.path, rows.count(None))
         if kept != lines:
-            write_whole(self.path, lambda temporary: temporary.write_text("".join(kept)))
+            write_whole(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
 
 
-def step_of_line(line: str) -> float:
-    """The step of a line of metrics; infinity for a damaged line."""
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of metrics. Raises OSError as `open_regular`."""
+    with open_regular(path) as file:
+        return file.readlines()
+
+
+def numbers_of(line: bytes, names: Sequence[str]) -> dict[str, float] | None:
+    """The named numbers of a line of metrics; None for a line that is damaged, half-written or without them."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        row = json.loads(line)
+        numbers = {name: float(row[name]) for name in names if not isinstance(row[name], str | bool)}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    whole = line.endswith(b"\n") and len(numbers) == len(names) and 0 <= numbers["step"] < 2**63
+    # A run computes in float32. What is larger comes from elsewhere, and cannot be drawn.
+    return numbers if whole and not any(FLOAT32_MAX < abs(value) < math.inf for value in numbers.values()) else None
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -122,16 +137,16 @@ def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
     """
     path, rows, damaged = run / "metrics.jsonl", [], []
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = read_lines(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run} is not a run's folder: it has no metrics.jsonl") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({name: float(row[name]) for name in names})
-        except (ValueError, KeyError, TypeError):
+        row = numbers_of(line, names)
+        if row:
+            rows.append(row)
+        else:
             damaged.append(number)
     if damaged:
         log.warning("%s: damaged lines are left out: %d, the first is line %d", path, len(damaged), damaged[0])

@@ -1,7 +1,7 @@
 """Finds where a run goes on: its folder, and its newest good checkpoint."""
 
 import argparse
-import json
+import functools
 import os
 import platform
 import re
@@ -11,22 +11,23 @@ from pathlib import Path
 
 from runs.checkpoint import is_sealed, load_checkpoint
 from runs.checkpoint_writer import checkpoints
-from runs.config import Config, config_of
+from runs.config import Config, changed_counts, config_of
 from runs.folder import create_run_folder, one_at_a_time, run_folders, run_name, write_config
 from runtime import cli, environment
-from runtime.errors import UserError
-from runtime.files import leftovers, lock
+from runtime.errors import UserError, first_line
+from runtime.files import leftovers, lock, parse_json
 from runtime.logs import log
 
 # The loading processes of a killed run keep its lock until they notice, some seconds later.
 LOCK_PATIENCE_S = 20
 # Flags that tell one run from another. --resume goes on with the newest run that has all given values of these flags.
 TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "vae")
-TELLING += ("path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
+TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
 # Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
 SILENT |= {"num_workers", "max_bad_steps", "vae"}  # check_resumable compares the VAEs themselves
+SILENT |= {"init_weights"}  # only a new run reads it
 SILENT |= {"global_batch_size", "use_amp", "use_bf16"}  # log_changes has lines of its own for these
 
 
@@ -49,17 +50,20 @@ class Asked:
 
 
 def add_resume_args(parser: argparse._ActionsContainer) -> None:
-    """Adds --ckpt and --resume."""
+    """Adds --ckpt, --resume and --init-weights."""
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--ckpt", type=cli.path, help="a checkpoint to go on from, in a new run folder")
     start.add_argument(
         "--resume", action="store_true", help="go on with the newest run that has the given settings, or start one"
     )
+    weights = "a new run starts from the averaged weights of this checkpoint, ours or a published one"
+    parser.add_argument("--init-weights", type=cli.path, metavar="FILE", help=weights)
 
 
 def asked_of(args: argparse.Namespace, defaults: dict) -> Asked:
     """Where the flags ask a run to start. A flag that was not given must be None."""
     given = {name: value for name in TELLING if (value := getattr(args, name)) is not None}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     new = defaults | given
     return Asked(args.results_dir, args.resume, args.ckpt, given, run_name(new["model"], new["path_type"]))
 
@@ -163,28 +167,41 @@ def has_settings(folder: Path, asked: Asked, unused: tuple = ()) -> bool:
     if not config:
         return re.sub(r"^\d+-", "", folder.name) == asked.new_name
     kept = config.kept_flags()
-    kept["vae"] = same_vae(kept["vae"], asked.given.get("vae"))
+    for name in ("vae", "init_weights"):
+        kept[name] = same_path(kept[name], asked.given.get(name))
     return all(
         kept[name] == value or (name in ("clip_len", "temporal_patch") and kept[name] in unused)
         for name, value in asked.given.items()
     )
 
 
-def same_vae(kept: str, given: str | None) -> str:
-    """The VAE of a run, spelt as it was given if both name one folder."""
-    return given if given and Path(kept).resolve() == Path(given).resolve() else kept
+def same_path(kept: str | None, given: str | None) -> str | None:
+    """The file or folder of a run, spelt as it was given if both name the same."""
+    return given if kept and given and Path(kept).resolve() == Path(given).resolve() else kept
 
 
 def config_of_run(folder: Path) -> Config | None:
     """The config of a run; None if the run was stopped before it wrote one."""
+    path = folder / "config.json"
     try:
-        return config_of(json.loads((folder / "config.json").read_text()), folder / "config.json")
-    except (OSError, ValueError, UserError):
-        checkpoint, _ = newest_good(folder)
+        return config_of(parse_json(path), path)
+    except FileNotFoundError:
+        pass
+    except UserError as error:
+        warn_once(f"{error}: it is passed over")
+    except (OSError, ValueError) as error:
+        warn_once(f"{path} is damaged and passed over: {first_line(error)}")
+    checkpoint, _ = newest_good(folder)
     try:
         return config_of(load_checkpoint(checkpoint)["config"], checkpoint) if checkpoint else None
     except UserError:  # of another program or version: who goes on with this run is told
         return None
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warns of a file that is looked at more than once."""
+    log.warning("%s", text)
 
 
 def lock_run(folder: Path) -> None:
@@ -245,8 +262,8 @@ def launcher() -> str:
 def launcher_of(folder: Path) -> str | None:
     """The `launcher` in a run's config; None if the run was stopped before it wrote one."""
     try:
-        return json.loads((folder / "config.json").read_text())["launcher"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return parse_json(folder / "config.json")["launcher"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -259,6 +276,9 @@ def log_changes(saved: Config, ours: Config) -> None:
         before, after = getattr(saved, name), getattr(ours, name)
         if before not in (None, after):
             log.warning("%s was %s and is %s", name, before, after)
+    counts = changed_counts(saved, ours)
+    if counts:
+        log.warning("%s", counts)
     old, new = saved.flags, ours.as_dict()["args"]
     for name in sorted(old.keys() & new.keys() - SILENT):
         if old[name] != new[name] and old[name] is not None:

@@ -17,6 +17,7 @@ import numpy as np
 from drawing.pictures import gif
 from runtime import distributed
 from runtime.errors import UserError, first_line
+from runtime.files import open_regular
 from runtime.logs import log
 
 
@@ -87,10 +88,12 @@ class WandB:
         path = folder / "wandb-id.txt"
         if not path.exists():
             path.write_text(secrets.token_hex(4) + "\n")
+        with open_regular(path) as file:
+            known = file.read(100).decode().strip()
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "EqM"),
             name=folder.name,
-            id=path.read_text().strip(),
+            id=known,
             resume="allow",
             dir=str(folder),
             config=config,

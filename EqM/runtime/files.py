@@ -145,17 +145,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
-    """Opens a file to read its bytes. Never waits, as opening a pipe does, and never reads a device.
+def open_regular(path: Path, buffering: int = -1, append: bool = False) -> BinaryIO:
+    """Opens a file to read its bytes, or to append some. Never waits, as opening a pipe does, or opens a device.
 
     Raises:
         OSError: it is missing, may not be read, or is a folder, a pipe or a device; `strerror` says which.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT if append else os.O_RDONLY
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", str(path))
-    return open(descriptor, "rb", buffering)  # noqa: PTH123, SIM115
+    return open(descriptor, "ab" if append else "rb", buffering)  # noqa: PTH123, SIM115
 
 
 def file_checksum(path: Path, end: int | None = None) -> int:
