@@ -3,6 +3,7 @@
 import argparse
 import errno
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
