@@ -269,10 +269,16 @@ class NetworkSettings:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict, which came from `source`. All names and shapes must agree.
+    """Loads a state dict, which came from `source`. Raises as `check_weights`."""
+    check_weights(network, weights, source)
+    network.load_state_dict(weights)
+
+
+def check_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Checks that names and shapes of a state dict are those of the network.
 
     Raises:
-        UserError: names or shapes differ; the text gives the first difference.
+        UserError: they differ; the text gives the first difference.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -280,7 +286,6 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | P
         ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
         if ours != theirs:
             raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
-    network.load_state_dict(weights)
 
 
 @torch.no_grad()

@@ -100,13 +100,17 @@ def on_main(function: Callable[[], T]) -> T:
     return result
 
 
-def mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over the ranks, on every rank."""
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks, on every rank."""
     if is_group():
         value = value.clone()
         dist.all_reduce(value)
-        value /= world_size()
     return value
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks, on every rank."""
+    return total(value) / world_size()
 
 
 class SharedFlag:
