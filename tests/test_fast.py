@@ -261,13 +261,14 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
 ):
     caplog.set_level(logging.WARNING, logger="EqM")
     right = Trained(False, "fp16", gpu_stream)
-    lr_at = Recipe.lr_at
+    unscaled = TrainingState.unscaled
 
-    def waiting(recipe: Recipe, step: torch.Tensor) -> torch.Tensor:
-        step.item()  # after gradients are unscaled, before the optimizer's step
-        return lr_at(recipe, step)
+    def waiting(state: TrainingState, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norm, scale = unscaled(state, norm)
+        norm.item()  # before the update
+        return norm, scale
 
-    monkeypatch.setattr(Recipe, "lr_at", waiting)
+    monkeypatch.setattr(TrainingState, "unscaled", waiting)
     ours = Trained(True, "fp16", gpu_stream)
     assert not ours.step.launch.recordings
     assert len(caplog.records) == 1
