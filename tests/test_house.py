@@ -17,6 +17,7 @@ FLOORS = (
     {"drawing", "models", "objective", "precision"},
     {"compiled", "data"},
     {"sharding", "optimizer"},
+    {"gradients"},
     {"state"},
     {"runs", "step", "evaluation"},
     {"sampling"},
