@@ -126,11 +126,9 @@ def attempt(function: Callable[[], None], consequence: str, together: bool) -> b
     return not problems
 
 
-def compiled_or_eager(
-    function: Callable[..., T], eager: Callable[..., T] | None = None, for_any_size: bool = False
-) -> Callable[..., T]:
+def compiled_or_eager(function: Callable[..., T], eager: Callable[..., T] | None = None) -> Callable[..., T]:
     """The function, compiled at its first call; if it cannot be compiled, `eager` or itself, and a warning says why."""
-    return eager_with_a_warning(torch.compile(function, fullgraph=True, dynamic=for_any_size), eager or function)
+    return eager_with_a_warning(torch.compile(function, fullgraph=True, dynamic=False), eager or function)
 
 
 class Graphed:

@@ -6,7 +6,7 @@ the state-dict keys of the published checkpoints. A network computes in the type
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -134,25 +134,17 @@ class EqM(nn.Module):
         Returns:
             The field, in the shape of x. With `with_tokens`, also the tokens (N, T'h'w', D).
         """
-        if self.energy == "none":
-            # Each modulation is computed where it is used, so that the backward pass ends one block after another.
-            c = self.condition(t, y)  # (N, D)
-            tokens = self.tokens(x, (block.adaLN_modulation(c) for block in self.blocks), seconds_per_frame)
-            field = self.read(tokens, self.final_layer.adaLN_modulation(c)).view(x.shape)
-        else:
-            field, tokens = self.field_and_tokens(x, *self.modulations(t, y), seconds_per_frame)
+        field, tokens = self.field_and_tokens(x, *self.modulations(t, y), seconds_per_frame)
         return (field, tokens) if with_tokens else field
-
-    def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """What γ (N,) and labels (N,) tell the network, (N, D). An `uncond` network is told nothing of γ."""
-        return self.t_embedder(torch.zeros_like(t) if self.uncond else t) + self.y_embedder(y)
 
     def modulations(self, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
         """What γ (N,) and labels (N,) do to each block, (N, 6D), and to the last layer, (N, 2D).
 
         An `uncond` network's modulations stay the same from one sampling step to the next.
         """
-        c = self.condition(t, y)  # (N, D)
+        if self.uncond:
+            t = torch.zeros_like(t)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         return [block.adaLN_modulation(c) for block in self.blocks], self.final_layer.adaLN_modulation(c)
 
     def field(
@@ -174,11 +166,6 @@ class EqM(nn.Module):
         self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
     ) -> tuple[Tensor, Tensor]:
         """The output of the network, in the shape of x, and the tokens of the last block, (N, T'h'w', D)."""
-        tokens = self.tokens(x, blocks, seconds_per_frame)  # (N, T'h'w', D)
-        return self.read(tokens, final).view(x.shape), tokens
-
-    def tokens(self, x: Tensor, blocks: Iterable[Tensor], seconds_per_frame: Tensor | float) -> Tensor:
-        """The tokens of the last block, (N, T'h'w', D)."""
         tokens = self.embed(x)  # (N, T'h'w', D)
         if self.is_video:
             # The device writes the number itself: a CUDA graph cannot record a copy from the host.
@@ -192,11 +179,7 @@ class EqM(nn.Module):
                 tokens = checkpoint(block, tokens, modulation, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, modulation)  # (N, T'h'w', D)
-        return tokens
-
-    def read(self, tokens: Tensor, final: Tensor) -> Tensor:
-        """What the last layer makes of tokens (N, T'h'w', D), with its modulation (N, 2D): (N, C, T, H, W)."""
-        return self.unpatchify(self.final_layer(tokens, final))
+        return self.unpatchify(self.final_layer(tokens, final)).view(x.shape), tokens
 
     def embed(self, x: Tensor) -> Tensor:
         """Cuts x into patches, embeds them, and adds their places in the picture: → (N, T'h'w', D)."""

@@ -1,12 +1,12 @@
 """How weights lie in one flat tensor, and how the ranks share the update of them.
 
-Every rank computes gradients of all weights, and updates only its share of them. So each rank keeps only its share of
-what an update needs. Source: ZeRO, stage 1 (Rajbhandari et al. 2020, arXiv 1910.02054). Each weight lies whole on one
-rank.
+Every rank computes gradients of all weights, and updates only its share of them: one part of the flat tensor, which
+holds whole weights. So each rank keeps only its share of what an update needs. Source: ZeRO, stage 1 (Rajbhandari et
+al. 2020, arXiv 1910.02054).
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,9 +20,6 @@ from runtime import distributed
 # Each weight begins at a multiple of so many elements of the flat tensor. That is 128 bytes in 16 bits, so that matrix
 # products find every weight aligned.
 ALIGNMENT = 64
-# Where spans end, as parts of all weights. Gradients of the last span are ready first, and those of the first one when
-# the backward pass ends: it is small, since nothing covers its exchange.
-SPAN_ENDS = (0.1, 0.4, 0.7, 1.0)
 PIECE = 2**26  # elements of one message between hosts
 
 
@@ -31,133 +28,117 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
-def aligned(shape: torch.Size) -> int:
-    """The elements of a weight, with the gap after it."""
-    return shape.numel() + -shape.numel() % ALIGNMENT
-
-
 @dataclass(frozen=True)
-class Span:
-    """Weights that are exchanged and updated at once.
+class Sharding:
+    """The places of weights in flat tensors.
+
+    The plain flat tensor (P,) holds all weights in order, with gaps that align them. Checkpoints hold the optimizer's
+    state in this form. The padded one (R·S,) has a share of S elements for each of R ranks. A share begins with the
+    rank's part of the plain tensor.
 
     Attributes:
-        shapes: of its weights, in order.
-        parts: the part of each rank in the plain tensor.
-        padded: its place in the padded tensor: a share of the same size for each rank, which begins with that part.
-        mine: this rank's share there.
-        share: its place in this rank's share.
+        shapes: of the weights, by name.
+        ends: where the parts of the ranks end in the plain tensor.
+        rank: the rank whose share is `mine`.
     """
 
-    shapes: tuple[torch.Size, ...]
-    parts: tuple[slice, ...]
-    padded: slice
-    mine: slice
-    share: slice
+    shapes: dict[str, torch.Size]
+    ends: tuple[int, ...]
+    rank: int
+
+    @staticmethod
+    def of(weights: dict[str, nn.Parameter]) -> "Sharding":
+        """Shares of nearly the same size, for this group of ranks."""
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        ranks, ends = distributed.world_size(), [0, *accumulate(map(aligned, shapes.values()))]
+
+        def nearest(target: float) -> int:
+            after = bisect.bisect(ends, target)
+            return min(ends[max(after - 1, 0) : after + 1], key=lambda end: abs(end - target))
+
+        cuts = tuple(nearest(ends[-1] * (rank + 1) / ranks) for rank in range(ranks))
+        return Sharding(shapes, cuts, distributed.rank())
 
     @property
-    def size(self) -> int:
-        """Elements of a rank's share of this span."""
-        return self.share.stop - self.share.start
+    def ranks(self) -> int:
+        return len(self.ends)
+
+    @property
+    def parts(self) -> list[slice]:
+        """The part of each rank in the plain tensor."""
+        return [slice(start, end) for start, end in zip((0, *self.ends), self.ends, strict=False)]
+
+    @property
+    def share(self) -> int:
+        """Elements of a share, S."""
+        return max(part.stop - part.start for part in self.parts)
+
+    @property
+    def mine(self) -> slice:
+        """The place of this rank's share in the padded tensor."""
+        return slice(self.rank * self.share, (self.rank + 1) * self.share)
 
     def views(self, padded: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the span's piece of a padded tensor: one in the shape of each weight, and the gaps between them."""
-        weights, gaps, shapes = [], [], iter(self.shapes)
-        for part, share in zip(self.parts, padded.split(self.size), strict=True):
-            place, length = 0, part.stop - part.start
-            while place < length:
+        """Views of a padded tensor (R·S,): one in the shape of each weight, and the gaps between them."""
+        weights, gaps, shapes = [], [], iter(self.shapes.values())
+        for part, share in zip(self.parts, padded.split(self.share), strict=True):
+            place = part.start
+            while place < part.stop:
                 shape = next(shapes)
-                weights.append(share[place : place + shape.numel()].view(shape))
-                gaps.append(share[place + shape.numel() : place + aligned(shape)])
+                start, end = place - part.start, place - part.start + shape.numel()
+                weights.append(share[start:end].view(shape))
                 place += aligned(shape)
-            gaps.append(share[length:])
+                gaps.append(share[end : place - part.start])
+            gaps.append(share[part.stop - part.start :])
         return weights, [gap for gap in gaps if len(gap)]
 
+    def named(self, plain: Tensor) -> dict[str, Tensor]:
+        """Views of a plain tensor (P,) in the shape of each weight, by name."""
+        parts = plain.split([aligned(shape) for shape in self.shapes.values()])
+        return {
+            name: part[: shape.numel()].view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
     @torch.no_grad()
-    def packed(self, weights: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The span's weights, copied into a new piece of a padded tensor, of this type and on this device."""
-        flat = torch.empty(self.padded.stop - self.padded.start, dtype=dtype, device=device)
+    def padded(self, weights: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The weights, in order, copied into a new padded tensor (R·S,) of this type and on this device."""
+        flat = torch.empty(self.ranks * self.share, dtype=dtype, device=device)
         views, gaps = self.views(flat)
         copy_all(views, list(weights))
         for gap in gaps:
             gap.zero_()
         return flat
 
-
-@dataclass(frozen=True)
-class Sharding:
-    """The places of all weights in flat tensors.
-
-    The plain flat tensor (P,) holds all weights in order, with gaps that align them. Checkpoints hold the optimizer's
-    state in this form. The padded one (R·S,) has S elements for each of R ranks, and a rank's share (S,) is its part
-    of it. With one rank all three are the same.
-    """
-
-    shapes: dict[str, torch.Size]
-    spans: tuple[Span, ...]
-    rank: int
-
-    @staticmethod
-    def of(weights: dict[str, nn.Parameter]) -> "Sharding":
-        """Spans and shares for this group of ranks. The shares of a span have nearly the same size."""
-        ranks, rank = distributed.world_size(), distributed.rank()
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        starts = [0, *accumulate(map(aligned, shapes.values()))]  # of each weight, and the end of all
-        spans, first, padded, share = [], 0, 0, 0
-        for end in SPAN_ENDS:
-            last = nearest(starts, end * starts[-1])
-            if last == first:
-                continue
-            low, high = starts[first], starts[last]
-            cuts = [nearest(starts, low + (high - low) * r / ranks) for r in range(ranks + 1)]
-            parts = tuple(slice(starts[a], starts[b]) for a, b in zip(cuts, cuts[1:], strict=False))
-            size = max(part.stop - part.start for part in parts)
-            mine = padded + rank * size
-            places = slice(padded, padded + ranks * size), slice(mine, mine + size), slice(share, share + size)
-            spans.append(Span(tuple(shapes.values())[first:last], parts, *places))
-            first, padded, share = last, padded + ranks * size, share + size
-        return Sharding(shapes, tuple(spans), rank)
-
-    @property
-    def plain_size(self) -> int:
-        return self.spans[-1].parts[-1].stop
-
-    def views(self, padded: Tensor) -> dict[str, Tensor]:
-        """Views of a padded tensor (R·S,) in the shape of each weight, by name."""
-        weights = [weight for span in self.spans for weight in span.views(padded[span.padded])[0]]
-        return dict(zip(self.shapes, weights, strict=True))
-
-    def packed(self, weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The weights, copied into a new padded tensor (R·S,) of this type and on this device."""
-        flat = torch.zeros(self.spans[-1].padded.stop, dtype=dtype, device=device)
-        with torch.no_grad():
-            copy_all(list(self.views(flat).values()), [weights[name] for name in self.shapes])
-        return flat
-
-    def my_share(self, padded: Tensor) -> Tensor:
-        """This rank's share (S,) of a padded tensor (R·S,): the tensor itself with one rank, else a copy."""
-        return padded if distributed.world_size() == 1 else torch.cat([padded[span.mine] for span in self.spans])
-
-    def named(self, plain: Tensor) -> dict[str, Tensor]:
-        """Views of a plain tensor (P,) in the shape of each weight, by name."""
-        pieces = plain.split([aligned(shape) for shape in self.shapes.values()])
-        parts = zip(self.shapes.items(), pieces, strict=True)
-        return {name: piece[: shape.numel()].view(shape) for (name, shape), piece in parts}
-
     def take_part(self, plain: Tensor, share: Tensor) -> None:
-        """Copies this rank's parts of a plain tensor (P,) into its share (S,)."""
-        for span in self.spans:
-            part = span.parts[self.rank]
-            share[span.share][: part.stop - part.start] = plain[part]
+        """Copies this rank's part of a plain tensor (P,) into its share (S,)."""
+        part = self.parts[self.rank]
+        share[: part.stop - part.start] = plain[part]
+
+    def sum_of_ranks(self, padded: Tensor, dtype: torch.dtype) -> Tensor:
+        """This rank's share (S,) of the sum of all ranks' padded tensors (R·S,), exchanged in this type.
+
+        A process without a group gets its own tensor back.
+        """
+        if not distributed.is_group():
+            return padded
+        share = torch.empty(self.share, dtype=dtype, device=padded.device)
+        collective("reduce_scatter_single", "reduce_scatter_tensor")(share, padded.to(dtype))
+        return share
+
+    def fill_from_shares(self, padded: Tensor) -> None:
+        """Copies the share that each rank has in a padded tensor (R·S,) to all other ranks."""
+        if distributed.is_group():
+            collective("all_gather_single", "all_gather_into_tensor")(padded, padded[self.mine])
 
     def whole(self, share: Tensor) -> dict[str, Tensor]:
-        """All weights by name, on every rank, from the shares (S,) of the ranks. Every rank must call it."""
-        if distributed.world_size() == 1:
-            return self.views(share)
-        padded = share.new_empty(self.spans[-1].padded.stop)
-        for span in self.spans:
-            padded[span.mine] = share[span.share]
-            spread(padded, span)()
-        return self.views(padded)
+        """All weights by name, on every rank, from the shares (S,) of the ranks."""
+        padded = share
+        if distributed.is_group():
+            padded = share.new_empty(self.ranks * self.share)
+            padded[self.mine] = share
+            self.fill_from_shares(padded)
+        return dict(zip(self.shapes, self.views(padded)[0], strict=True))
 
 
 class HostGather:
@@ -186,7 +167,7 @@ class HostGather:
             return shares
         try:
             if self.sharding.rank == 0 and not self.plain:
-                self.plain = {name: share.new_empty(self.sharding.plain_size) for name, share in shares.items()}
+                self.plain = {name: share.new_empty(self.sharding.ends[-1]) for name, share in shares.items()}
         except (MemoryError, RuntimeError) as error:
             problem = error
         ready = torch.tensor(int(problem is None))
@@ -201,51 +182,23 @@ class HostGather:
 
     def send_to_main(self, share: Tensor, plain: Tensor | None) -> None:
         """Sends each rank's share (S,) to rank 0, which puts it into `plain` (P,)."""
-        own = self.sharding.rank
-        for span in self.sharding.spans:
-            for rank, part in enumerate(span.parts):
-                used = share[span.share][: part.stop - part.start]
-                if own == rank == 0:
-                    plain[part] = used
-                elif own == 0:
-                    for piece in plain[part].split(PIECE):
-                        dist.recv(piece, rank, group=self.group)
-                elif own == rank:
-                    for piece in used.split(PIECE):
-                        dist.send(piece, 0, group=self.group)
+        for rank, part in enumerate(self.sharding.parts):
+            used = share[: part.stop - part.start]
+            if self.sharding.rank == 0 and rank == 0:
+                plain[part] = used
+            elif self.sharding.rank == 0:
+                for piece in plain[part].split(PIECE):
+                    dist.recv(piece, rank, group=self.group)
+            elif self.sharding.rank == rank:
+                for piece in used.split(PIECE):
+                    dist.send(piece, 0, group=self.group)
 
 
-def nearest(starts: list[int], target: float) -> int:
-    """The index of the number nearest to the target, in an increasing list."""
-    after = bisect.bisect(starts, target)
-    return min(range(max(after - 1, 0), min(after + 1, len(starts))), key=lambda i: abs(starts[i] - target))
+def aligned(shape: torch.Size) -> int:
+    """The elements of a weight, with the gap after it."""
+    return shape.numel() + -shape.numel() % ALIGNMENT
 
 
-def sum_of_ranks(piece: Tensor, span: Span, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Starts to add up all ranks' gradients of a span, in this type.
-
-    Returns a function that waits for this rank's share of the sum. One process gets its own tensor back.
-    """
-    if not distributed.is_group():
-        return lambda: piece
-    share = torch.empty(span.size, dtype=dtype, device=piece.device)
-    work = collective("reduce_scatter_single", "reduce_scatter_tensor")(share, piece.to(dtype), async_op=True)
-
-    def wait() -> Tensor:
-        work.wait()
-        return share
-
-    return wait
-
-
-def spread(padded: Tensor, span: Span) -> Callable[[], object]:
-    """Starts to copy each rank's share of a span to all other ranks. Returns a function that waits for it."""
-    if not distributed.is_group():
-        return lambda: None
-    gather = collective("all_gather_single", "all_gather_into_tensor")
-    return gather(padded[span.padded], padded[span.mine], async_op=True).wait
-
-
-def collective(name: str, older_name: str) -> Callable[..., dist.Work]:
+def collective(name: str, older_name: str) -> object:
     """A function of torch.distributed. Newer versions of torch have another name, and warn of the older one."""
     return getattr(dist, name, None) or getattr(dist, older_name)

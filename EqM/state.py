@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from compiled import forget_half_step
-from gradients import Gradients
 from models import check_weights
-from optimizer import Rates, Share
+from optimizer import Share
 from precision import Precision
 from runtime import distributed
 from runtime.errors import UserError
-from sharding import HostGather, Sharding, spread, trainable
+from sharding import HostGather, Sharding, trainable
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,10 +28,7 @@ class TrainingState:
     Attributes:
         working: the network that computes, in the training precision.
         working_weights: its weights, (R·S,).
-        weights: this rank's share of the float32 weights, (S,). One rank in fp32 trains the working weights themselves.
-        average: its share of their average, (S,).
-        exp_avg, exp_avg_sq: its shares of AdamW's moments, (S,).
-        gradients: those of the working network.
+        share: what this rank updates, (S,) each.
         launched: batches that the host has launched since the start of the first run.
         step: updates of the weights, as `read_counts` found them. Only the device knows which updates it skipped,
             because gradients were not finite.
@@ -48,15 +44,13 @@ class TrainingState:
         self.constants = {name: value.clone() for name, value in network.state_dict().items() if name not in weights}
         self.skeleton = without_memory(network)
         self.working = precision.working_copy(network).to(device)
-        whole = self.sharding.packed(weights, torch.float32, device)  # (R·S,)
+        whole = self.sharding.padded(weights.values(), torch.float32, device)  # (R·S,)
         self.working_weights = whole.to(precision.dtype)  # (R·S,), `whole` itself in fp32
-        working, views = trainable(self.working), self.sharding.views(self.working_weights)
-        for name, view in views.items():
-            working[name].data = view
-        self.gradients = Gradients(self.sharding, list(working.values()))
-        self.weights = self.sharding.my_share(whole)  # (S,)
-        self.average = self.weights.clone()  # (S,)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.average), torch.zeros_like(self.average)  # (S,)
+        for weight, view in zip(self.working_parameters(), self.sharding.views(self.working_weights)[0], strict=True):
+            weight.data = view
+        working = self.working_weights[self.sharding.mine]  # (S,)
+        mine = working if self.working_weights is whole else whole[self.sharding.mine].clone()  # (S,)
+        self.share = Share(mine, mine.clone(), torch.zeros_like(mine), torch.zeros_like(mine), working)
         self.lr = torch.zeros((), device=device)
         self.scaler = precision.grad_scaler(device.type)
         # The scaler looks at the gradients of an optimizer's parameters. It is shown their norm.
@@ -69,21 +63,14 @@ class TrainingState:
         self.largest_norm = torch.zeros((), device=device)  # since then
         self.bad_steps = torch.zeros(2, device=device)  # skipped in a row: now, and at most
 
-    def shares(self) -> list[Share]:
-        """What this rank updates, by span."""
-        kept = (self.weights, self.average, self.exp_avg, self.exp_avg_sq)
-        shares = []
-        for span in self.sharding.spans:
-            weights, *others = (tensor[span.share] for tensor in kept)
-            working = weights if self.weights is self.working_weights else self.working_weights[span.mine]
-            shares.append(Share(weights, *others, working))
-        return shares
+    def working_parameters(self) -> list[nn.Parameter]:
+        return list(trainable(self.working).values())
 
     def snapshot(self) -> dict:
         """What this rank gives to a checkpoint. The next step changes these same tensors."""
-        moments = {name: getattr(self, name) for name in MOMENTS}
+        moments = {name: getattr(self.share, name) for name in MOMENTS}
         return {
-            "shares": {"model": self.weights, "ema": self.average} | moments,
+            "shares": {"model": self.share.weights, "ema": self.share.average} | moments,
             "scaler": self.scaler.state_dict(),
             "since_log": {"sums": self.sums, "largest_norm": self.largest_norm},
             "bad_steps": self.bad_steps,
@@ -121,14 +108,14 @@ class TrainingState:
         """
         for name in ("model", "ema"):
             check_weights(self.skeleton, saved[name], source)
-        moments = saved["opt"]
+        moments, plain_size = saved["opt"], self.sharding.ends[-1]
         for name in MOMENTS if moments else ():
-            if getattr(moments.get(name), "shape", None) != (self.sharding.plain_size,):
+            if getattr(moments.get(name), "shape", None) != (plain_size,):
                 raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
-            self.sharding.take_part(moments[name], getattr(self, name))
-        for name, share in (("model", self.weights), ("ema", self.average)):
-            whole = self.sharding.packed(saved[name], torch.float32, torch.device("cpu"))  # (R·S,)
-            share.copy_(self.sharding.my_share(whole))
+            self.sharding.take_part(moments[name], getattr(self.share, name))
+        for name, share in (("model", self.share.weights), ("ema", self.share.average)):
+            weights = (saved[name][key] for key in self.sharding.shapes)
+            share.copy_(self.sharding.padded(weights, torch.float32, torch.device("cpu"))[self.sharding.mine])
         for name in self.constants:
             self.constants[name] = saved["model"][name]
             self.working.get_parameter(name).data.copy_(saved["model"][name])
@@ -150,29 +137,28 @@ class TrainingState:
         """
         network = copy.deepcopy(self.skeleton)
         constants = {name: value.to(self.device, dtype) for name, value in self.constants.items()}
-        network.load_state_dict(constants | self.sharding.whole(self.average.to(dtype)), assign=True)
+        network.load_state_dict(constants | self.sharding.whole(self.share.average.to(dtype)), assign=True)
         return network
 
     @torch.no_grad()
     def refresh_working_copy(self) -> None:
         """Gives the working network, on every rank, the weights of all shares. Every rank must call it."""
-        for span, share in zip(self.sharding.spans, self.shares(), strict=True):
-            if share.working is not share.weights:
-                share.working.copy_(share.weights)
-            spread(self.working_weights, span)()
+        if self.share.working is not self.share.weights:
+            self.share.working.copy_(self.share.weights)
+        self.sharding.fill_from_shares(self.working_weights)
 
-    @torch.no_grad()
-    def update(self, update: Callable[[Share, Tensor, Rates], None], gradients: list[Tensor], rates: Rates) -> None:
-        """Updates this rank's share, span by span, and gives all ranks the new working weights.
+    def take_gradients(self, dtype: torch.dtype) -> Tensor:
+        """The gradients of the working network, moved into one tensor of this type, (R·S,)."""
+        gradients = [weight.grad for weight in self.working_parameters()]
+        flat = self.sharding.padded(gradients, dtype, self.device)  # (R·S,)
+        self.working.zero_grad(set_to_none=True)
+        return flat
 
-        The exchange of a span is covered by the update of the next one. The last one is small.
-        """
-        waits = []
-        for span, share, part in reversed(list(zip(self.sharding.spans, self.shares(), gradients, strict=True))):
-            update(share, part, rates)
-            waits.append(spread(self.working_weights, span))
-        for wait in waits:
-            wait()
+    def exchange(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of the sum of all ranks' gradients (R·S,), and the norm of that sum: (S,), scalar."""
+        share = self.sharding.sum_of_ranks(gradients, self.precision.dtype)  # (S,)
+        squares = torch.linalg.vector_norm(share, dtype=torch.float32).square()
+        return share, distributed.total(squares).sqrt()
 
     def unscaled(self, scaled_norm: Tensor) -> tuple[Tensor, Tensor]:
         """The norm without the scaler's factor, and that factor. Has the scaler note whether the norm is finite."""
@@ -220,7 +206,7 @@ class TrainingState:
 
     def drop_half_step(self) -> None:
         """Forgets a step that broke off: its gradients, and that the scaler has begun it."""
-        self.gradients.forget()
+        self.working.zero_grad(set_to_none=True)
         self.norm_holder.grad = None
         forget_half_step(self.scaler)
 
@@ -248,7 +234,7 @@ class TrainingState:
 
         Every rank must call it.
         """
-        finite = bool(self.weights.isfinite().all() and self.average.isfinite().all())
+        finite = bool(self.share.weights.isfinite().all() and self.share.average.isfinite().all())
         if not all(distributed.gather(finite)):
             raise UserError(
                 f"weights are not finite at step {self.step} in {self.precision.name}, and were not saved; {advice()}:"

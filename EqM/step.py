@@ -112,9 +112,7 @@ class Update:
 
     @staticmethod
     def compiled() -> "Update":
-        return Update(
-            compiled_or_eager(prepare_update), compiled_or_eager(update_in_one_kernel, update, for_any_size=True)
-        )
+        return Update(compiled_or_eager(prepare_update), compiled_or_eager(update_in_one_kernel, update))
 
 
 TORCHS_KERNELS = Update(prepare_update, update)
@@ -144,19 +142,20 @@ def train_step(
     noise, gamma, label_uniform = draw_random_numbers(x, state.generator)
     y = drop_labels(y, label_uniform, state.working.num_classes)  # (N,)
     micro_batch, ranks = recipe.micro_batch or len(x), distributed.world_size()
-    parts = [values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)]
-    loss, last = torch.zeros_like(state.lr), len(parts[0]) - 1
-    for number, part in enumerate(zip(*parts, strict=True)):
+    loss, gradients = torch.zeros_like(state.lr), None
+    for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):
         part_loss = network_loss(state.working, recipe.objective, *part) * (micro_batch / len(x))
-        state.gradients.expect(is_first=number == 0, is_last=number == last)
         # The exchange adds up the ranks' gradients: divided before, they overflow in fp16 no sooner than one rank's.
         (state.scaler.scale(part_loss) / ranks).backward()
+        taken = state.take_gradients(state.precision.dtype if micro_batch >= len(x) else torch.float32)  # (R·S,)
+        gradients = taken if gradients is None else gradients.add_(taken)
         loss += part_loss.detach()
 
-    gradients, scaled_norm = state.gradients.collect()  # spans of (S,), scalar
+    gradients, scaled_norm = state.exchange(gradients)  # (S,), scalar
     grad_norm, scale = state.unscaled(scaled_norm)
     rates = update.prepare(state, recipe, loss, grad_norm, scale)
-    state.update(update.apply, gradients, rates)
+    update.apply(state.share, gradients, rates)
+    state.sharding.fill_from_shares(state.working_weights)
     state.scaler.update()
     return torch.stack([loss, grad_norm])
 

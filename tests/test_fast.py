@@ -87,9 +87,9 @@ class Trained:
 def assert_same(ours: Trained, reference: Trained, loss: float, weights: float) -> None:
     """The losses differ by at most `loss`, and the weights by that share of the way that they have gone."""
     torch.testing.assert_close(ours.losses, reference.losses, atol=loss, rtol=0)
-    start = TrainingState(new_network(), PRECISIONS["fp32"], ours.state.device).weights
+    start = TrainingState(new_network(), PRECISIONS["fp32"], ours.state.device).share.weights
     for name in ("weights", "average"):
-        ended, right = getattr(ours.state, name), getattr(reference.state, name)
+        ended, right = getattr(ours.state.share, name), getattr(reference.state.share, name)
         assert (ended - right).norm() <= weights * (right - start).norm()
     assert ours.state.updates == reference.state.updates
 
@@ -106,7 +106,7 @@ def test_gradients_added_up_over_micro_batches_are_those_of_the_whole_batch(eage
 
 def test_blocks_computed_again_give_the_same_weights(eager):
     again = Trained(fast=False, grad_checkpoint=True)
-    assert torch.equal(again.state.weights, eager.state.weights)
+    assert torch.equal(again.state.share.weights, eager.state.share.weights)
 
 
 @pytest.mark.slow
@@ -234,12 +234,12 @@ def test_no_step_waits_for_the_gpu(gpu_stream, precision, fast):
 def test_a_replayed_step_skips_an_overflow_on_the_gpu(gpu_stream):
     run = Trained(True, "fp16", gpu_stream)
     run.state.scaler._scale.fill_(2.0**100)
-    before = run.state.weights.clone(), run.state.average.clone(), run.state.sums.clone()
+    before = run.state.share.weights.clone(), run.state.share.average.clone(), run.state.sums.clone()
     run.advance()
     assert run.state.read_counts() == 1
     assert (run.state.step, run.state.skipped) == (20, run.skipped + 1)
-    assert torch.equal(before[0], run.state.weights)
-    assert torch.equal(before[1], run.state.average)
+    assert torch.equal(before[0], run.state.share.weights)
+    assert torch.equal(before[1], run.state.share.average)
     assert torch.equal(before[2], run.state.sums)
     assert run.state.scaler.get_scale() == 2.0**99
 
@@ -286,7 +286,7 @@ def test_a_step_that_broke_off_does_not_disturb_the_next(precision):
     recipe, x = Recipe(1e-3, 0, 0, 0.999), torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for state in (right, ours):
         training_step(state, recipe, 2, seed=0, fast=False)(x, torch.arange(2), torch.full((2,), 0.1))
-    assert torch.equal(ours.weights, right.weights)
+    assert torch.equal(ours.share.weights, right.share.weights)
 
 
 def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):

@@ -17,7 +17,6 @@ FLOORS = (
     {"drawing", "models", "objective", "precision"},
     {"compiled", "data"},
     {"sharding", "optimizer"},
-    {"gradients"},
     {"state"},
     {"runs", "step", "evaluation"},
     {"sampling"},

@@ -160,7 +160,7 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     fp16, cpu = Precision("fp16", "fp16", torch.float16), torch.device("cpu")
     state = TrainingState(network.build(), fp16, cpu)
     torch.nn.init.normal_(state.working.final_layer.linear.weight, std=0.1)
-    state.weights.copy_(state.working_weights)
+    state.share.weights.copy_(state.working_weights)
     # Half the batches overflow: after each update the scale is doubled, over what fp16 can hold.
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1)
     (tmp_path / "checkpoints").mkdir()

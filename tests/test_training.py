@@ -43,8 +43,7 @@ def one_step(
 
 def kept(state: TrainingState) -> list[torch.Tensor]:
     """Copies of all that an update changes."""
-    tensors = state.weights, state.average, state.exp_avg, state.exp_avg_sq, state.working_weights
-    return [tensor.clone() for tensor in tensors]
+    return [tensor.clone() for tensor in (*vars(state.share).values(), state.working_weights)]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -99,16 +98,16 @@ def test_gradients_are_unscaled_before_they_are_measured_and_clipped():
     assert exact_norm > 0.5
     assert scaled_norm == pytest.approx(exact_norm, rel=0.02)
     # After one update Adam's first moment is a tenth of the gradient.
-    clipped = scaled.exp_avg.norm() * 10
+    clipped = scaled.share.exp_avg.norm() * 10
     assert clipped.item() == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_ema_is_warmed_up_and_follows_the_weights():
     state = new_state()
-    start = state.average.clone()
+    start = state.share.average.clone()
     one_step(state)
     # The first update's decay is 1/10: a tenth of the old average stays.
-    torch.testing.assert_close(state.average, 0.1 * start + 0.9 * state.weights)
+    torch.testing.assert_close(state.share.average, 0.1 * start + 0.9 * state.share.weights)
     assert RECIPE.ema_decay_at(torch.tensor(1e6)).item() == pytest.approx(0.999)
 
 
@@ -121,10 +120,10 @@ def test_the_learning_rate_warms_up_linearly_then_stays():
 def test_a_step_moves_the_weights_by_the_learning_rate_of_its_place_in_the_warm_up():
     state, recipe = new_state(), Recipe(lr=1e-3, warmup_steps=4, grad_clip=0.0, ema_decay=0.999)
     for step in range(3):
-        before = state.weights.clone()
+        before = state.share.weights.clone()
         one_step(state, recipe, samples=8 * step)
         # Adam's first updates are as long as the learning rate, in every weight that has a gradient.
-        assert (state.weights - before).abs().max().item() == pytest.approx(2.5e-4 * (step + 1), rel=0.05)
+        assert (state.share.weights - before).abs().max().item() == pytest.approx(2.5e-4 * (step + 1), rel=0.05)
 
 
 def test_means_are_over_the_updates_since_the_last_time():
@@ -187,7 +186,7 @@ def shard_step(rank: int, folder: Path, ranks: int) -> None:
     x = torch.rand(4, 3, 4, 8, 8, generator=torch.Generator().manual_seed(rank)) * 2 - 1
     seed_draws(state.generator, 0, 0, rank)
     loss = train_step(state, RECIPE, x, torch.arange(4), torch.full((4,), 0.1))[0]
-    gradients = [moment * 10 for moment in state.sharding.whole(state.exp_avg).values()]
+    gradients = [moment * 10 for moment in state.sharding.whole(state.share.exp_avg).values()]
     saved = {"weights": [state.working_weights], "gradients": gradients, "loss": distributed.mean(loss)}
     torch.save(saved, folder / f"{ranks}-{rank}.pt")
     if ranks > 1:
