@@ -11,23 +11,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from models import EqM
 from runtime import distributed
 from runtime.errors import first_line, is_out_of_memory
 from runtime.logs import log
 
+T = TypeVar("T")
 # The share of a block's activations that it keeps for the backward pass. Below 1 the compiler computes GELU and
 # LayerNorm again: that frees 6 of 17 activations for 2% of the time.
 MEMORY_BUDGET = 0.8
 # Calls before a recording: they choose kernels, and allocate tensors that stay.
 WARMUP_CALLS = 3
-# DistributedDataParallel rebuilds its buckets and times itself in its first ten calls.
-WARMUP_CALLS_DISTRIBUTED = 11
 
 
 def add_compile_arg(parser: argparse._ActionsContainer) -> None:
@@ -49,8 +48,10 @@ def replayed(function: Callable[..., Tensor], fast: bool, device: torch.device) 
     return Graphed(function) if fast and device.type == "cuda" else function
 
 
-def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1) -> None:
-    """Compiles a network in place, for batches of one size. If that fails it runs eagerly, and a warning says why.
+def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1) -> bool:
+    """Compiles a network in place, for batches of one size, and returns whether that worked.
+
+    If not, it runs eagerly, and a warning says why.
 
     The repeated block is compiled once for all blocks, so that the wait does not grow with depth. A network with an
     explicit energy is compiled as a whole. The compiled parts are tried at once: forward and, for training, backward.
@@ -63,8 +64,9 @@ def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame:
     if attempt(partial(trial, network, batch, training), "running eagerly: the network cannot be compiled", training):
         log.info("compiled in %.0f s", time.perf_counter() - start)
         warn_of_later_failures(network)
-    else:
-        torch.compiler.set_stance("force_eager")
+        return True
+    torch.compiler.set_stance("force_eager")
+    return False
 
 
 def try_out(network: EqM, batch: int, training: bool) -> None:
@@ -89,7 +91,6 @@ def try_out_energy(network: EqM, batch: int, training: bool, seconds_per_frame: 
     A block that is compiled alone has a first derivative and no second one. Only within one function does the
     compiler see both.
     """
-    keep_energy_whole_under_ddp()
     network.field_and_tokens = torch.compile(network.field_and_tokens, fullgraph=True, dynamic=False)
     device = network.pos_embed.device
     x, gamma = torch.zeros(batch, *network.input_shape, device=device), torch.zeros(batch, device=device)
@@ -125,6 +126,11 @@ def attempt(function: Callable[[], None], consequence: str, together: bool) -> b
     return not problems
 
 
+def compiled_or_eager(function: Callable[..., T], eager: Callable[..., T] | None = None) -> Callable[..., T]:
+    """The function, compiled at its first call; if it cannot be compiled, `eager` or itself, and a warning says why."""
+    return eager_with_a_warning(torch.compile(function, fullgraph=True, dynamic=False), eager or function)
+
+
 class Graphed:
     """A function of tensors on the GPU, recorded as CUDA graphs and replayed: one graph for each set of shapes.
 
@@ -148,14 +154,13 @@ class Graphed:
         self.function, self.generator, self.clean_up, self.together = function, generator, clean_up, together
         self.calls: Counter[tuple] = Counter()
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self.warmup_calls = WARMUP_CALLS_DISTRIBUTED if distributed.is_group() else WARMUP_CALLS
         self.works = True
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self.recordings:
             self.calls[shapes] += 1
-            if not self.works or self.calls[shapes] <= self.warmup_calls:
+            if not self.works or self.calls[shapes] <= WARMUP_CALLS:
                 return self.function(*inputs)
             problem = "running without CUDA graphs: the step cannot be captured"
             self.works = attempt(partial(self.record, shapes, inputs), problem, self.together)
@@ -214,14 +219,6 @@ def forget_failures(memory_budget: float) -> None:
     torch.compiler.set_stance("default")
 
 
-def keep_energy_whole_under_ddp() -> None:
-    """Keeps dynamo from cutting a function between the gradient of an energy and the energy.
-
-    Noticed by test_dynamo_has_the_setting_that_cuts_graphs_under_ddp.
-    """
-    torch._dynamo.config.optimize_ddp = False
-
-
 def warn_of_later_failures(network: EqM) -> None:
     """Has a part that must be compiled again later, and cannot be, run eagerly with a warning.
 
@@ -230,13 +227,16 @@ def warn_of_later_failures(network: EqM) -> None:
     for part in (*network.blocks, network.final_layer):
         if part._compiled_call_impl:
             part._compiled_call_impl = eager_with_a_warning(part._compiled_call_impl, part._call_impl)
+    if "field_and_tokens" in vars(network):  # of an explicit energy
+        eager = partial(type(network).field_and_tokens, network)
+        network.field_and_tokens = eager_with_a_warning(network.field_and_tokens, eager)
 
 
-def eager_with_a_warning(compiled: Callable[..., Tensor], eager: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def eager_with_a_warning(compiled: Callable[..., T], eager: Callable[..., T]) -> Callable[..., T]:
     """The compiled function; once it cannot be compiled for some inputs, the eager one, and a warning says why."""
     failed = False
 
-    def call(*inputs: Tensor) -> Tensor:
+    def call(*inputs: object) -> T:
         nonlocal failed
         if failed:
             return eager(*inputs)
@@ -244,7 +244,7 @@ def eager_with_a_warning(compiled: Callable[..., Tensor], eager: Callable[..., T
             return compiled(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             failed = True
-            log.warning("a part of the network runs eagerly: it cannot be compiled again: %s", first_line(error))
+            log.warning("a part of the step runs eagerly, because it cannot be compiled: %s", first_line(error))
             return eager(*inputs)
 
     return call
@@ -266,12 +266,27 @@ def free_from_capture(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-def skip_update_if(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Has the fused optimizer's next step change nothing if `bad`, a bool, is true; the host does not wait to know.
+def fused_adamw_(
+    weights: Tensor,
+    gradients: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    betas: tuple[float, float],
+    epsilon: float,
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+) -> None:
+    """AdamW's update of flat float32 tensors in place, by torch's kernel, with gradients / divisor.
 
-    A gradient scaler that is enabled sets this itself. Noticed by test_the_fused_optimizer_skips_a_bad_update.
+    `step` counts from 1. If the bool `skip` is true nothing changes, and the host does not wait to know. Noticed by
+    test_the_fused_update_is_that_of_torchs_optimizer.
     """
-    optimizer.found_inf = bad.float()
+    state = [weights], [gradients], [exp_avg], [exp_avg_sq], [], [step.float()]
+    constants = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "eps": epsilon}
+    switches = {"amsgrad": False, "maximize": False, "grad_scale": divisor, "found_inf": skip.float()}
+    torch._fused_adamw_(*state, lr=lr, **constants, **switches)
 
 
 def forget_half_step(scaler: torch.amp.GradScaler) -> None:
@@ -283,16 +298,3 @@ def forget_half_step(scaler: torch.amp.GradScaler) -> None:
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies many tensors, converting their types, in one kernel. Noticed by test_many_tensors_are_copied_at_once."""
     torch._foreach_copy_(targets, sources)
-
-
-def data_parallel(network: nn.Module) -> nn.Module:
-    """The network itself in one process, else one that averages gradients over the ranks.
-
-    It never times itself, since a CUDA graph cannot be recorded then. Noticed by
-    test_a_parallel_network_does_not_time_itself.
-    """
-    if not distributed.is_group():
-        return network
-    parallel = DistributedDataParallel(network, gradient_as_bucket_view=True)
-    parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
-    return parallel

@@ -1,7 +1,7 @@
 """The state that a training step changes: weights, their average, optimizer, scaler, counters.
 
-All weights lie in one flat tensor, so that the optimizer's update, the average and the working copy in the training
-precision take one kernel each.
+All weights lie in one flat tensor. Each rank keeps, in float32, its share of the weights, of their average and of the
+optimizer's moments. The network that computes is whole on every rank.
 """
 
 import copy
@@ -10,22 +10,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from compiled import copy_all, data_parallel, forget_half_step
+from compiled import forget_half_step
+from optimizer import Share
 from precision import Precision
+from runtime import distributed
 from runtime.errors import UserError
+from sharding import HostGather, Sharding, trainable
 
-# Each weight begins at a multiple of so many elements of the flat tensor. That is 128 bytes in 16 bits, so that matrix
-# products find every weight aligned.
-ALIGNMENT = 64
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
-    """Everything that a step changes and a checkpoint keeps.
+    """Everything that a step changes and a checkpoint keeps. R ranks have shares of S elements.
 
     Attributes:
-        network: the float32 weights.
-        working: the network that computes: `network` itself, or its copy in the training precision.
-        ema: the network with averaged weights.
+        working: the network that computes, in the training precision.
+        working_weights: its weights, (R·S,).
+        share: what this rank updates, (S,) each.
         launched: batches that the host has launched since the start of the first run.
         step: updates of the weights, as `read_counts` found them. Only the device knows which updates it skipped,
             because gradients were not finite.
@@ -34,32 +35,40 @@ class TrainingState:
     """
 
     def __init__(self, network: nn.Module, precision: Precision, device: torch.device):
-        self.network = network.to(device)
-        self.working = precision.working_copy(self.network)
-        self.ema = copy.deepcopy(self.network).eval()
-        self.ema_weights = flatten(trainable(self.ema))  # (P,)
-        self.ema.requires_grad_(False)
-        self.weights = nn.Parameter(flatten(trainable(self.network)))  # (P,)
-        self.working_weights = self.weights if self.working is network else flatten(trainable(self.working))  # (P,)
-        self.parallel = data_parallel(self.working)
-        self.lr = torch.zeros((), device=device)
-        capturable = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW([self.weights], self.lr, weight_decay=0, fused=True, capturable=capturable)
-        self.scaler = precision.grad_scaler(device.type)
-        self.generator = torch.Generator(device)
         self.precision, self.device = precision, device
+        weights = trainable(network)
+        self.sharding = Sharding.of(weights)
+        self.host_gather = HostGather(self.sharding)
+        self.constants = {name: value.clone() for name, value in network.state_dict().items() if name not in weights}
+        self.skeleton = without_memory(network)
+        self.working = precision.working_copy(network).to(device)
+        whole = self.sharding.padded(weights.values(), torch.float32, device)  # (R·S,)
+        self.working_weights = whole.to(precision.dtype)  # (R·S,), `whole` itself in fp32
+        for weight, view in zip(self.working_parameters(), self.sharding.views(self.working_weights)[0], strict=True):
+            weight.data = view
+        working = self.working_weights[self.sharding.mine]  # (S,)
+        mine = working if self.working_weights is whole else whole[self.sharding.mine].clone()  # (S,)
+        self.share = Share(mine, mine.clone(), torch.zeros_like(mine), torch.zeros_like(mine), working)
+        self.lr = torch.zeros((), device=device)
+        self.scaler = precision.grad_scaler(device.type)
+        # The scaler looks at the gradients of an optimizer's parameters. It is shown their norm.
+        self.norm_holder = nn.Parameter(torch.zeros((), device=device))
+        self.shown_to_scaler = torch.optim.SGD([self.norm_holder])
+        self.generator = torch.Generator(device)
         self.launched = self.step = self.skipped = self.samples = 0
         self.updates = torch.zeros((), device=device, dtype=torch.int64)
         self.sums = torch.zeros(3, device=device)  # losses, gradient norms, updates since `take_means`
         self.largest_norm = torch.zeros((), device=device)  # since then
         self.bad_steps = torch.zeros(2, device=device)  # skipped in a row: now, and at most
 
-    def state_dict(self) -> dict:
-        """The parts of a checkpoint that a step changes. The next step changes these same tensors."""
+    def working_parameters(self) -> list[nn.Parameter]:
+        return list(trainable(self.working).values())
+
+    def snapshot(self) -> dict:
+        """What this rank gives to a checkpoint. The next step changes these same tensors."""
+        moments = {name: getattr(self.share, name) for name in MOMENTS}
         return {
-            "model": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "opt": dict(self.optimizer.state[self.weights]),
+            "shares": {"model": self.share.weights, "ema": self.share.average} | moments,
             "scaler": self.scaler.state_dict(),
             "since_log": {"sums": self.sums, "largest_norm": self.largest_norm},
             "bad_steps": self.bad_steps,
@@ -68,11 +77,37 @@ class TrainingState:
             "samples": self.samples,
         }
 
+    def assemble(self, snapshot: dict, problem: Exception | None = None) -> dict:
+        """The contents of a checkpoint, with whole tensors, on rank 0; nothing on the other ranks.
+
+        Every rank must call it, with its snapshot on the host, or with the problem that kept it from having one.
+
+        Raises:
+            MemoryError, RuntimeError: a rank has a problem.
+        """
+        plain = self.host_gather.collect(snapshot.get("shares", {}), problem)  # (P,) each
+        if not plain:
+            return {}
+        model, ema = ({**self.constants, **self.sharding.named(plain[name])} for name in ("model", "ema"))
+        order = self.skeleton.state_dict()
+        others = {name: value for name, value in snapshot.items() if name != "shares"}
+        return {
+            "model": {name: model[name] for name in order},
+            "ema": {name: ema[name] for name in order},
+            "opt": {"step": torch.tensor(float(snapshot["step"]))} | {name: plain[name] for name in MOMENTS},
+            **others,
+        }
+
     def load_state_dict(self, saved: dict) -> None:
-        """Takes back what `state_dict` gave, of a network with the same settings."""
-        self.network.load_state_dict(saved["model"])
-        self.ema.load_state_dict(saved["ema"])
-        self.optimizer.state[self.weights] = {name: value.to(self.device) for name, value in saved["opt"].items()}
+        """Takes this rank's share of what `assemble` gave, of a network with the same settings."""
+        for name in MOMENTS if saved["opt"] else ():
+            self.sharding.take_part(saved["opt"][name], getattr(self.share, name))
+        for name, share in (("model", self.share.weights), ("ema", self.share.average)):
+            weights = (saved[name][key] for key in self.sharding.shapes)
+            share.copy_(self.sharding.padded(weights, torch.float32, torch.device("cpu"))[self.sharding.mine])
+        for name in self.constants:
+            self.constants[name] = saved["model"][name]
+            self.working.get_parameter(name).data.copy_(saved["model"][name])
         # A disabled scaler saved nothing, and an enabled one refuses an empty state.
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -84,28 +119,46 @@ class TrainingState:
         self.bad_steps.copy_(saved["bad_steps"])
         self.refresh_working_copy()
 
+    def averaged_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A network with all averaged weights, in this type and without gradients. Every rank must call it.
+
+        It holds the weights of now for a short time only: the next step may change them.
+        """
+        network = copy.deepcopy(self.skeleton)
+        constants = {name: value.to(self.device, dtype) for name, value in self.constants.items()}
+        network.load_state_dict(constants | self.sharding.whole(self.share.average.to(dtype)), assign=True)
+        return network
+
     @torch.no_grad()
     def refresh_working_copy(self) -> None:
-        if self.working is not self.network:
-            self.working_weights.copy_(self.weights)
+        """Gives the working network, on every rank, the weights of all shares. Every rank must call it."""
+        if self.share.working is not self.share.weights:
+            self.share.working.copy_(self.share.weights)
+        self.sharding.fill_from_shares(self.working_weights)
 
-    def take_gradients(self) -> Tensor:
-        """The gradients of the working copy, moved into one float32 tensor, (P,)."""
-        weights = trainable(self.working)
-        flat = torch.empty_like(self.weights)
-        gradients, gaps = pieces(flat, weights)
-        copy_all(gradients, [weight.grad for weight in weights])
-        for gap in gaps:
-            gap.zero_()
+    def take_gradients(self, dtype: torch.dtype) -> Tensor:
+        """The gradients of the working network, moved into one tensor of this type, (R·S,)."""
+        gradients = [weight.grad for weight in self.working_parameters()]
+        flat = self.sharding.padded(gradients, dtype, self.device)  # (R·S,)
         self.working.zero_grad(set_to_none=True)
         return flat
 
+    def exchange(self, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's share of the sum of all ranks' gradients (R·S,), and the norm of that sum: (S,), scalar."""
+        share = self.sharding.sum_of_ranks(gradients, self.precision.dtype)  # (S,)
+        squares = torch.linalg.vector_norm(share, dtype=torch.float32).square()
+        return share, distributed.total(squares).sqrt()
+
+    def unscaled(self, scaled_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm without the scaler's factor, and that factor. Has the scaler note whether the norm is finite."""
+        self.norm_holder.grad = scaled_norm
+        self.scaler.unscale_(self.shown_to_scaler)
+        norm, self.norm_holder.grad = self.norm_holder.grad, None
+        return norm, self.scaler.scale(torch.ones_like(norm))
+
     @torch.no_grad()
-    def finish_update(self, decay: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
-        """Updates the average, the working copy and the counters, unless the optimizer skipped."""
-        updated = grad_norm.isfinite()
-        self.ema_weights.lerp_(self.weights, (1 - decay) * updated)
-        self.refresh_working_copy()
+    def count(self, updated: Tensor, loss: Tensor, grad_norm: Tensor) -> None:
+        """Counts a batch, whose update was made if the bool `updated` is true."""
         self.sums += torch.where(updated, torch.stack([loss, grad_norm, torch.ones_like(loss)]), 0)
         self.largest_norm.copy_(torch.where(updated, self.largest_norm.maximum(grad_norm), self.largest_norm))
         in_a_row = torch.where(updated, 0, self.bad_steps[0] + 1)
@@ -143,7 +196,7 @@ class TrainingState:
     def drop_half_step(self) -> None:
         """Forgets a step that broke off: its gradients, and that the scaler has begun it."""
         self.working.zero_grad(set_to_none=True)
-        self.weights.grad = None
+        self.norm_holder.grad = None
         forget_half_step(self.scaler)
 
     def check_gradients(self, max_bad_steps: int, advice: Callable[[], str]) -> None:
@@ -166,35 +219,19 @@ class TrainingState:
             )
 
     def check_finite(self, advice: Callable[[], str]) -> None:
-        """Raises UserError, with advice, if weights are not finite: no checkpoint should hold them."""
-        if not (self.weights.isfinite().all() and self.ema_weights.isfinite().all()):
+        """Raises UserError, with advice, if weights are not finite: no checkpoint should hold them.
+
+        Every rank must call it.
+        """
+        finite = bool(self.share.weights.isfinite().all() and self.share.average.isfinite().all())
+        if not all(distributed.gather(finite)):
             raise UserError(
                 f"weights are not finite at step {self.step} in {self.precision.name}, and were not saved; {advice()}:"
                 " go on from there with a lower --lr, or with --grad-clip"
             )
 
 
-def trainable(network: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in network.parameters() if weight.requires_grad]
-
-
-def pieces(flat: Tensor, weights: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-    """Views of a flat tensor (P,): one in the shape of each weight, and the gaps between them."""
-    sizes = [size for weight in weights for size in (weight.numel(), -weight.numel() % ALIGNMENT)]
-    parts = flat.split(sizes)
-    views = [part.view(weight.shape) for part, weight in zip(parts[::2], weights, strict=True)]
-    return views, [gap for gap in parts[1::2] if len(gap)]
-
-
-def flat_size(weights: list[nn.Parameter]) -> int:
-    """P, the elements of one tensor that holds the weights."""
-    return sum(weight.numel() + -weight.numel() % ALIGNMENT for weight in weights)
-
-
-@torch.no_grad()
-def flatten(weights: list[nn.Parameter]) -> Tensor:
-    """Moves weights into one flat tensor, (P,). They become views of it."""
-    flat = weights[0].new_zeros(flat_size(weights))
-    for weight, view in zip(weights, pieces(flat, weights)[0], strict=True):
-        weight.data = view.copy_(weight)
-    return flat
+def without_memory(network: nn.Module) -> nn.Module:
+    """A copy of the network that has no memory for weights, for evaluation."""
+    weights = {id(weight): nn.Parameter(weight.to("meta"), requires_grad=False) for weight in network.parameters()}
+    return copy.deepcopy(network, weights).eval()

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compiled import Graphed, compile_network, skip_update_if
+from compiled import Graphed, compile_network, compiled_or_eager
 from objective import Objective, drop_labels
+from optimizer import Rates, Share, update, update_in_one_kernel
 from runtime import cli, distributed
 from runtime.random_numbers import seed_draws
 from state import TrainingState
@@ -92,7 +93,39 @@ def network_loss(
     return objective.loss(field, x, noise, gamma)
 
 
-def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, seconds_per_frame: Tensor) -> Tensor:
+@torch.no_grad()
+def prepare_update(state: TrainingState, recipe: Recipe, loss: Tensor, grad_norm: Tensor, scale: Tensor) -> Rates:
+    """The rates of this batch's update. Counts the batch."""
+    updated, before = grad_norm.isfinite(), state.updates.clone()
+    state.lr.copy_(recipe.lr_at(before))
+    excess = (grad_norm / recipe.grad_clip).clamp(min=1) if recipe.grad_clip else 1
+    state.count(updated, loss, grad_norm)
+    return Rates.of(updated, before + 1, state.lr, scale * excess, recipe.ema_decay_at(before))
+
+
+@dataclass(frozen=True)
+class Update:
+    """The two parts of an update: its rates, and its change of the weights. Each is one kernel if compiled."""
+
+    prepare: Callable[[TrainingState, Recipe, Tensor, Tensor, Tensor], Rates]
+    apply: Callable[[Share, Tensor, Rates], None]
+
+    @staticmethod
+    def compiled() -> "Update":
+        return Update(compiled_or_eager(prepare_update), compiled_or_eager(update_in_one_kernel, update))
+
+
+TORCHS_KERNELS = Update(prepare_update, update)
+
+
+def train_step(
+    state: TrainingState,
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    seconds_per_frame: Tensor,
+    update: Update = TORCHS_KERNELS,
+) -> Tensor:
     """One forward pass, backward pass and update. It never waits for the device.
 
     If gradients are not finite, the update is skipped: weights, their average and the count of updates stay as they
@@ -107,26 +140,23 @@ def train_step(state: TrainingState, recipe: Recipe, x: Tensor, y: Tensor, secon
         This rank's loss, and the norm of the gradients before clipping, (2,).
     """
     noise, gamma, label_uniform = draw_random_numbers(x, state.generator)
-    y = drop_labels(y, label_uniform, state.network.num_classes)  # (N,)
-    micro_batch = recipe.micro_batch or len(x)
-    loss, state.weights.grad = torch.zeros_like(state.lr), None
+    y = drop_labels(y, label_uniform, state.working.num_classes)  # (N,)
+    micro_batch, ranks = recipe.micro_batch or len(x), distributed.world_size()
+    loss, gradients = torch.zeros_like(state.lr), None
     for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):
-        part_loss = network_loss(state.parallel, recipe.objective, *part) * (micro_batch / len(x))
-        state.scaler.scale(part_loss).backward()
-        gradients = state.take_gradients()  # (P,)
-        state.weights.grad = gradients if state.weights.grad is None else state.weights.grad.add_(gradients)
+        part_loss = network_loss(state.working, recipe.objective, *part) * (micro_batch / len(x))
+        # The exchange adds up the ranks' gradients: divided before, they overflow in fp16 no sooner than one rank's.
+        (state.scaler.scale(part_loss) / ranks).backward()
+        taken = state.take_gradients(state.precision.dtype if micro_batch >= len(x) else torch.float32)  # (R·S,)
+        gradients = taken if gradients is None else gradients.add_(taken)
         loss += part_loss.detach()
 
-    state.scaler.unscale_(state.optimizer)
-    grad_norm = torch.linalg.vector_norm(state.weights.grad)
-    if recipe.grad_clip:
-        nn.utils.clip_grads_with_norm_([state.weights], recipe.grad_clip, grad_norm)
-    state.lr.copy_(recipe.lr_at(state.updates))
-    skip_update_if(~grad_norm.isfinite(), state.optimizer)
-    state.scaler.step(state.optimizer)
+    gradients, scaled_norm = state.exchange(gradients)  # (S,), scalar
+    grad_norm, scale = state.unscaled(scaled_norm)
+    rates = update.prepare(state, recipe, loss, grad_norm, scale)
+    update.apply(state.share, gradients, rates)
+    state.sharding.fill_from_shares(state.working_weights)
     state.scaler.update()
-    state.weights.grad = None
-    state.finish_update(recipe.ema_decay_at(state.updates), loss, grad_norm)
     return torch.stack([loss, grad_norm])
 
 
@@ -148,9 +178,10 @@ class SeededStep:
 
 def training_step(state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool) -> SeededStep:
     """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`."""
-    step = partial(train_step, state, recipe)
-    if fast:
-        compile_network(state.working, recipe.micro_batch or batch, training=True)
-        if state.device.type == "cuda":
-            step = Graphed(step, state.generator, state.drop_half_step, together=True)
+    compiles = fast and compile_network(state.working, recipe.micro_batch or batch, training=True)
+    on_gpu = state.device.type == "cuda"
+    # A CPU gains nothing: there torch's kernels are as fast.
+    step = partial(train_step, state, recipe, update=Update.compiled() if compiles and on_gpu else TORCHS_KERNELS)
+    if fast and on_gpu:
+        step = Graphed(step, state.generator, state.drop_half_step, together=True)
     return SeededStep(step, state, seed)

@@ -97,10 +97,10 @@ def announce(config: Config, state: TrainingState, source: Source, batch: int, b
     where = device_name(state.device)
     log.info("device: %s, %d process(es), torch %s", where, distributed.world_size(), torch.__version__)
     log_precision(state.precision)
-    parameters = sum(p.numel() for p in state.network.parameters())
+    parameters = sum(p.numel() for p in state.working.parameters())
     log.info("model: %s, %s parameters", config.network.model, f"{parameters:,}")
     source.announce()
-    log.info("tokens per sample: %d", state.network.num_tokens)
+    log.info("tokens per sample: %d", state.working.num_tokens)
     note = " (the default on a CPU; on a GPU 256)" if by_default and state.device.type == "cpu" else ""
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
@@ -127,8 +127,7 @@ def save(state: TrainingState, batches: TrainingBatches, config: Config, writer:
         UserError: weights are not finite.
     """
     state.check_finite(writer.advice)
-    if distributed.is_main():
-        writer.save(state.state_dict() | {"epoch": batches.epoch(state.samples), "config": config.as_dict()})
+    writer.save(state.snapshot() | {"epoch": batches.epoch(state.samples), "config": config.as_dict()})
 
 
 def train(
@@ -287,7 +286,7 @@ def main() -> None:
         if fast:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
-        writer = CheckpointWriter(folder, options.keep, start.checkpoint)
+        writer = CheckpointWriter(folder, options.keep, start.checkpoint, state.assemble)
         finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
         trackers.close()
         signals.close()

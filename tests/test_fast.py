@@ -87,9 +87,9 @@ class Trained:
 def assert_same(ours: Trained, reference: Trained, loss: float, weights: float) -> None:
     """The losses differ by at most `loss`, and the weights by that share of the way that they have gone."""
     torch.testing.assert_close(ours.losses, reference.losses, atol=loss, rtol=0)
-    start = TrainingState(new_network(), PRECISIONS["fp32"], ours.state.device).weights
-    for name in ("weights", "ema_weights"):
-        ended, right = getattr(ours.state, name), getattr(reference.state, name)
+    start = TrainingState(new_network(), PRECISIONS["fp32"], ours.state.device).share.weights
+    for name in ("weights", "average"):
+        ended, right = getattr(ours.state.share, name), getattr(reference.state.share, name)
         assert (ended - right).norm() <= weights * (right - start).norm()
     assert ours.state.updates == reference.state.updates
 
@@ -106,7 +106,7 @@ def test_gradients_added_up_over_micro_batches_are_those_of_the_whole_batch(eage
 
 def test_blocks_computed_again_give_the_same_weights(eager):
     again = Trained(fast=False, grad_checkpoint=True)
-    assert torch.equal(again.state.weights, eager.state.weights)
+    assert torch.equal(again.state.share.weights, eager.state.share.weights)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_no_collection_looks_through_what_compiling_left_behind_and_starting_ove
     trained = Trained(fast=True)
     freeze_garbage_collector()
     assert gc.get_freeze_count() > 10 * len(gc.get_objects())
-    network, trained.myself = weakref.ref(trained.state.network), trained
+    network, trained.myself = weakref.ref(trained.state.working), trained
     del trained
     gc.collect()
     assert network(), "a cycle that is not looked through"
@@ -234,12 +234,12 @@ def test_no_step_waits_for_the_gpu(gpu_stream, precision, fast):
 def test_a_replayed_step_skips_an_overflow_on_the_gpu(gpu_stream):
     run = Trained(True, "fp16", gpu_stream)
     run.state.scaler._scale.fill_(2.0**100)
-    before = run.state.weights.clone(), run.state.ema_weights.clone(), run.state.sums.clone()
+    before = run.state.share.weights.clone(), run.state.share.average.clone(), run.state.sums.clone()
     run.advance()
     assert run.state.read_counts() == 1
     assert (run.state.step, run.state.skipped) == (20, run.skipped + 1)
-    assert torch.equal(before[0], run.state.weights)
-    assert torch.equal(before[1], run.state.ema_weights)
+    assert torch.equal(before[0], run.state.share.weights)
+    assert torch.equal(before[1], run.state.share.average)
     assert torch.equal(before[2], run.state.sums)
     assert run.state.scaler.get_scale() == 2.0**99
 
@@ -261,13 +261,14 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
 ):
     caplog.set_level(logging.WARNING, logger="EqM")
     right = Trained(False, "fp16", gpu_stream)
-    lr_at = Recipe.lr_at
+    unscaled = TrainingState.unscaled
 
-    def waiting(recipe: Recipe, step: torch.Tensor) -> torch.Tensor:
-        step.item()  # after gradients are unscaled, before the optimizer's step
-        return lr_at(recipe, step)
+    def waiting(state: TrainingState, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        norm, scale = unscaled(state, norm)
+        norm.item()  # before the update
+        return norm, scale
 
-    monkeypatch.setattr(Recipe, "lr_at", waiting)
+    monkeypatch.setattr(TrainingState, "unscaled", waiting)
     ours = Trained(True, "fp16", gpu_stream)
     assert not ours.step.launch.recordings
     assert len(caplog.records) == 1
@@ -278,15 +279,14 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_that_broke_off_does_not_disturb_the_next(precision):
     right, ours = (TrainingState(new_network(), PRECISIONS[precision], CPU) for _ in range(2))
-    ours.weights.grad = torch.ones_like(ours.weights)
     ours.scaler.scale(torch.ones(()))
-    ours.scaler.unscale_(ours.optimizer)
+    ours.unscaled(torch.ones(()))
     ours.working.final_layer.linear.weight.grad = torch.ones_like(ours.working.final_layer.linear.weight)
     ours.drop_half_step()
     recipe, x = Recipe(1e-3, 0, 0, 0.999), torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for state in (right, ours):
         training_step(state, recipe, 2, seed=0, fast=False)(x, torch.arange(2), torch.full((2,), 0.1))
-    assert torch.equal(ours.weights, right.weights)
+    assert torch.equal(ours.share.weights, right.share.weights)
 
 
 def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
@@ -302,7 +302,7 @@ def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
         "    self.recordings[shapes] = None\n"
         "compiled.Graphed.record = record\n"
         "step = compiled.Graphed(lambda x: x + 1, together=True)\n"
-        "calls = [step(torch.zeros(2)).tolist() for _ in range(compiled.WARMUP_CALLS_DISTRIBUTED + 3)]\n"
+        "calls = [step(torch.zeros(2)).tolist() for _ in range(compiled.WARMUP_CALLS + 3)]\n"
         "assert calls == [[1, 1]] * len(calls), calls\n"
         "assert not step.recordings\n"
         "distributed.stop()\n"
@@ -396,14 +396,11 @@ def test_each_set_of_shapes_has_a_graph_of_its_own(gpu_stream):
 
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_distributed_data_parallel_is_captured_with_its_exchange(gpu_stream, tmp_path, monkeypatch, precision):
-    # Eight forward passes a step: the 100th falls into the captured one.
-    monkeypatch.setattr("compiled.WARMUP_CALLS_DISTRIBUTED", 12)
+def test_the_exchange_is_captured(gpu_stream, tmp_path, precision):
     alone = Trained(True, precision, gpu_stream, micro_batch=1)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=gpu_stream)
     try:
         ours = Trained(True, precision, gpu_stream, micro_batch=1)
-        assert isinstance(ours.state.parallel, torch.nn.parallel.DistributedDataParallel)
         assert len(ours.step.launch.recordings) == 1
     finally:
         dist.destroy_process_group()

@@ -16,6 +16,7 @@ FLOORS = (
     {"runtime", "energy", "layers"},
     {"drawing", "models", "objective", "precision"},
     {"compiled", "data"},
+    {"sharding", "optimizer"},
     {"state"},
     {"runs", "step", "evaluation"},
     {"sampling"},
@@ -25,7 +26,7 @@ COMMANDS = len(FLOORS)
 # Functions that read flags, outside commands.
 READS_FLAGS = re.compile(r"add_\w+_args?|\w+_of|check_\w+")
 PRIVATE_TORCH = re.compile(
-    r"torch\._[a-z]|_foreach_|\bfound_inf\b|_per_optimizer_states|graphsafe_|_set_ddp|_compiled_call_impl|_call_impl"
+    r"torch\._[a-z]|_foreach_|_fused_adamw|\bfound_inf\b|_per_optimizer_states|graphsafe_|_compiled_call_impl|_call_impl"
 )
 
 

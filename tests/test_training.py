@@ -41,8 +41,9 @@ def one_step(
     return state.read_counts() == 0, loss, grad_norm
 
 
-def weights(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [tensor.clone() for tensor in module.state_dict().values()]
+def kept(state: TrainingState) -> list[torch.Tensor]:
+    """Copies of all that an update changes."""
+    return [tensor.clone() for tensor in (*vars(state.share).values(), state.working_weights)]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -60,15 +61,13 @@ def test_the_loss_falls_on_one_batch_in_every_precision(precision):
 def test_an_overflow_moves_neither_weights_nor_ema_nor_counters():
     state = new_state(FP16)
     one_step(state)
-    before = weights(state.network), weights(state.ema), deepcopy(state.state_dict()["opt"]), state.sums.clone()
+    before = kept(state), state.sums.clone()
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
     updated, _, grad_norm = one_step(state)
     assert not updated
     assert not math.isfinite(grad_norm)
-    assert same(before[0], weights(state.network))
-    assert same(before[1], weights(state.ema))
-    assert same(list(state.state_dict()["opt"].values()), list(before[2].values()))
-    assert torch.equal(state.sums, before[3])
+    assert same(before[0], kept(state))
+    assert torch.equal(state.sums, before[1])
     assert (state.step, state.skipped) == (1, 1)
     assert state.scaler.get_scale() == 2.0**99
 
@@ -82,13 +81,11 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 def test_a_bad_update_is_skipped_without_a_scaler_too(precision, device):
     state = new_state(precision, torch.device(device))
     one_step(state)
-    before = [weights(state.network), weights(state.ema), weights(state.working)], deepcopy(state.state_dict()["opt"])
+    before = kept(state)
     updated, loss, _ = one_step(state, x=torch.full((8, 3, 4, 8, 8), float("nan")))
     assert not updated
     assert not math.isfinite(loss)
-    for network, right in zip((state.network, state.ema, state.working), before[0], strict=True):
-        assert same(weights(network), right)
-    assert same(list(state.state_dict()["opt"].values()), list(before[1].values()))
+    assert same(before, kept(state))
     assert (state.step, state.skipped, state.launched) == (1, 1, 2)
     assert one_step(state)[0], "the next update is made"
 
@@ -101,18 +98,16 @@ def test_gradients_are_unscaled_before_they_are_measured_and_clipped():
     assert exact_norm > 0.5
     assert scaled_norm == pytest.approx(exact_norm, rel=0.02)
     # After one update Adam's first moment is a tenth of the gradient.
-    clipped = scaled.state_dict()["opt"]["exp_avg"].norm() * 10
+    clipped = scaled.share.exp_avg.norm() * 10
     assert clipped.item() == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_ema_is_warmed_up_and_follows_the_weights():
     state = new_state()
-    start = weights(state.ema)
+    start = state.share.average.clone()
     one_step(state)
     # The first update's decay is 1/10: a tenth of the old average stays.
-    expected = [0.1 * a + 0.9 * b for a, b in zip(start, weights(state.network), strict=True)]
-    for ours, right in zip(weights(state.ema), expected, strict=True):
-        torch.testing.assert_close(ours, right)
+    torch.testing.assert_close(state.share.average, 0.1 * start + 0.9 * state.share.weights)
     assert RECIPE.ema_decay_at(torch.tensor(1e6)).item() == pytest.approx(0.999)
 
 
@@ -125,10 +120,10 @@ def test_the_learning_rate_warms_up_linearly_then_stays():
 def test_a_step_moves_the_weights_by_the_learning_rate_of_its_place_in_the_warm_up():
     state, recipe = new_state(), Recipe(lr=1e-3, warmup_steps=4, grad_clip=0.0, ema_decay=0.999)
     for step in range(3):
-        before = state.weights.clone()
+        before = state.share.weights.clone()
         one_step(state, recipe, samples=8 * step)
         # Adam's first updates are as long as the learning rate, in every weight that has a gradient.
-        assert (state.weights - before).abs().max().item() == pytest.approx(2.5e-4 * (step + 1), rel=0.05)
+        assert (state.share.weights - before).abs().max().item() == pytest.approx(2.5e-4 * (step + 1), rel=0.05)
 
 
 def test_means_are_over_the_updates_since_the_last_time():
@@ -159,19 +154,17 @@ def test_a_state_saved_and_loaded_goes_on_as_if_uninterrupted():
         one_step(stopped, samples=samples)
     torch.manual_seed(9)
     resumed = TrainingState(EqM((4, 8, 8), 4, 3, 32, 2, 2, 4, temporal_patch=2), FP32, CPU)
-    resumed.load_state_dict(deepcopy(stopped.state_dict()))
+    resumed.load_state_dict(deepcopy(stopped.assemble(stopped.snapshot())))
     for samples in (16, 24):
         one_step(resumed, samples=samples)
-    assert same(weights(straight.network), weights(resumed.network))
-    assert same(weights(straight.ema), weights(resumed.ema))
+    assert same(kept(straight), kept(resumed))
     assert resumed.step == 4
 
 
 def test_a_scale_that_has_fallen_to_zero_never_counts_as_an_update():
     state = new_state(FP16)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=1e-45)
-    state.network.final_layer.linear.bias.data.fill_(float("nan"))
-    state.refresh_working_copy()
+    state.working.final_layer.linear.bias.data.fill_(float("nan"))
     assert [one_step(state)[0] for _ in range(4)] == [False] * 4
     assert (state.scaler.get_scale(), state.step) == (0, 0)
     with pytest.raises(UserError, match="overflow at step 0 however small the fp16 scale, 4 batches skipped; ADVICE"):
@@ -181,7 +174,7 @@ def test_a_scale_that_has_fallen_to_zero_never_counts_as_an_update():
 def test_weights_that_are_not_finite_are_not_saved():
     state = new_state()
     state.check_finite(lambda: "ADVICE")
-    state.network.blocks[1].attn.qkv.bias.data[0] = float("inf")
+    state.working.blocks[1].attn.qkv.bias.data[0] = float("inf")
     with pytest.raises(UserError, match="not finite at step 0 in fp32, and were not saved; ADVICE"):
         state.check_finite(lambda: "ADVICE")
 
@@ -193,8 +186,8 @@ def shard_step(rank: int, folder: Path, ranks: int) -> None:
     x = torch.rand(4, 3, 4, 8, 8, generator=torch.Generator().manual_seed(rank)) * 2 - 1
     seed_draws(state.generator, 0, 0, rank)
     loss = train_step(state, RECIPE, x, torch.arange(4), torch.full((4,), 0.1))[0]
-    gradients = [state.state_dict()["opt"]["exp_avg"] * 10]
-    saved = {"weights": weights(state.network), "gradients": gradients, "loss": distributed.mean(loss)}
+    gradients = [moment * 10 for moment in state.sharding.whole(state.share.exp_avg).values()]
+    saved = {"weights": [state.working_weights], "gradients": gradients, "loss": distributed.mean(loss)}
     torch.save(saved, folder / f"{ranks}-{rank}.pt")
     if ranks > 1:
         dist.destroy_process_group()
@@ -216,7 +209,7 @@ def test_a_checkpoint_of_one_precision_goes_on_in_another():
     fp32, fp16 = new_state(FP32), new_state(FP16)
     one_step(fp32)
     one_step(fp16)
-    saved = {"fp32": deepcopy(fp32.state_dict()), "fp16": deepcopy(fp16.state_dict())}
+    saved = {name: deepcopy(state.assemble(state.snapshot())) for name, state in (("fp32", fp32), ("fp16", fp16))}
     into_fp16, into_fp32 = new_state(FP16), new_state(FP32)
     into_fp16.load_state_dict(saved["fp32"])
     into_fp32.load_state_dict(saved["fp16"])

@@ -77,7 +77,7 @@ def train_windows(
     """Window losses (WINDOWS,) of one training, and the averaged network."""
     start_over(device)
     step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))
-    return window_losses(step, STEPS[device.type]), step.state.ema
+    return window_losses(step, STEPS[device.type]), step.state.averaged_network()
 
 
 def sample_difference(work: Work, network: EqM, precision: Precision, device: torch.device) -> float:
@@ -125,5 +125,5 @@ def rank_losses(work: Work, precision: Precision, device: torch.device, seed: in
     step = Training(share, precision, device.type == "cuda", device, recipe=recipe)
     step.y.fill_(NUM_CLASSES)  # the null class: no label can be dropped at random
     losses = window_losses(step, RANK_STEPS[device.type])
-    weights = hashlib.sha256(step.state.weights.detach().cpu().numpy()).hexdigest()
+    weights = hashlib.sha256(step.state.working_weights.float().cpu().numpy()).hexdigest()
     return losses, len(set(distributed.gather(weights))) == 1

@@ -34,7 +34,7 @@ def saving_times(work: Work, precision: Precision, fast: bool, device: torch.dev
 
     def save() -> None:
         step.state.read_counts()
-        writer.save(step.state.state_dict() | {"config": {}})
+        writer.save(step.state.snapshot() | {"config": {}})
 
     def usual() -> float:
         end = time.perf_counter() + USUAL_SECONDS
@@ -42,7 +42,7 @@ def saving_times(work: Work, precision: Precision, fast: bool, device: torch.dev
 
     with tempfile.TemporaryDirectory(dir=folder) as name:
         (Path(name) / "checkpoints").mkdir()
-        writer = CheckpointWriter(Path(name), 1, None)
+        writer = CheckpointWriter(Path(name), 1, None, step.state.assemble)
         save()  # the first one allocates the host's memory
         writer.finish()
         before, start = usual(), time.perf_counter()

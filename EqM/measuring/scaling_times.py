@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from compiled import WARMUP_CALLS_DISTRIBUTED
+from compiled import WARMUP_CALLS
 from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 from precision import Precision
 from runtime import distributed
@@ -127,7 +127,7 @@ def measure_share(work: Work, share: Share, precision: Precision, device: torch.
     recipe = replace(RECIPE, micro_batch=share.micro_batch)
     step = Training(replace(work, batch=share.batch), precision, fast, device, recipe=recipe)
     # On a GPU the step is recorded in these calls.
-    for _ in range(WARMUP_CALLS_DISTRIBUTED + 2 if fast else 1):
+    for _ in range(WARMUP_CALLS + 2 if fast else 1):
         step()
     seconds = max(distributed.gather(seconds_a_call(step, device)))
     return seconds, max(distributed.gather(torch.cuda.max_memory_allocated(device))) / 1e9 if fast else None

@@ -101,7 +101,7 @@ class Training:
         self.state.working.grad_checkpoint = work.grad_checkpoint
         # Before compilation, which may draw random numbers too; how many depends on the rank's share.
         samples, mine = work.batch * distributed.world_size(), part_of_rank(work.batch)
-        self.x = torch.randn(samples, *self.state.network.input_shape, device=device)[mine].clone()
+        self.x = torch.randn(samples, *self.state.working.input_shape, device=device)[mine].clone()
         self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
         self.seconds_per_frame = torch.full((work.batch,), 0.1, device=device)
         self.step = training_step(self.state, recipe, work.batch, seed, fast)

@@ -1,6 +1,7 @@
 """Writes checkpoints while training goes on, and keeps the newest ones."""
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,28 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run in a thread.
+    """Writes the checkpoints of one run in a thread of rank 0. Threads of the other ranks send it their shares.
 
     Training waits only for the copy into the host's memory, which a GPU makes between two steps.
 
     Args:
         folder: the folder of the run.
         keep: how many good checkpoints to keep; None: all.
+        assemble: makes a checkpoint's contents of what the ranks give, or passes on why a rank gives nothing; it
+            returns nothing on ranks other than 0.
 
     Attributes:
         newest: the checkpoint that was written last, or that the run went on from; None: there is none yet.
     """
 
-    def __init__(self, folder: Path, keep: int | None, newest: Path | None):
-        self.folder, self.keep, self.newest = folder, keep, newest
+    def __init__(
+        self,
+        folder: Path,
+        keep: int | None,
+        newest: Path | None,
+        assemble: Callable[[dict, Exception | None], dict],
+    ):
+        self.folder, self.keep, self.newest, self.assemble = folder, keep, newest, assemble
         self.good = {newest} if newest else set()
         self.buffers: dict[str, Tensor] = {}
         self.pool = ThreadPoolExecutor(1, "checkpoint")
@@ -47,22 +56,21 @@ class CheckpointWriter:
     def save(self, contents: dict) -> None:
         """Waits for the checkpoint before, then copies these contents and hands them to the thread.
 
-        A checkpoint that cannot be written is an error in the log, and training goes on.
+        Every rank must call it. A checkpoint that cannot be written is an error in the log, and training goes on.
         """
         problem = self.wait()
         if problem:
             log.error("%s", problem)
+        copied, problem = {}, None
         try:
             copied = self.to_host(contents)
         except (MemoryError, RuntimeError) as error:
-            self.pending = Future()
-            self.pending.set_exception(error)
-            return
+            problem = error
         done = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
         if done:
             done.record()
         path = self.folder / "checkpoints" / f"{contents['step']:07d}.pt"
-        self.pending = self.pool.submit(self.write, path, copied, done)
+        self.pending = self.pool.submit(self.write, path, copied, problem, done)
 
     def to_host(self, value: Any, name: str = "") -> Any:
         """Copies tensors to (pinned) host memory. From a GPU, the copy is complete when the current stream is."""
@@ -74,10 +82,13 @@ class CheckpointWriter:
             self.buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return self.buffers[name].copy_(value.detach(), non_blocking=True)
 
-    def write(self, path: Path, contents: dict, done: torch.cuda.Event | None) -> None:
-        """Writes one checkpoint, then removes old ones."""
+    def write(self, path: Path, copied: dict, problem: Exception | None, done: torch.cuda.Event | None) -> None:
+        """Writes one checkpoint, then removes old ones. Ranks other than 0 only send what they have copied."""
         if done:
             done.synchronize()
+        contents = self.assemble(copied, problem)
+        if not contents:
+            return
         save_checkpoint(path, contents)
         log.info("saved %s", path)
         self.newest = path

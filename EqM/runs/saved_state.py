@@ -12,7 +12,7 @@ from models import NetworkSettings, check_weights
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import check_tensors, read_as, shape_of
-from state import flat_size, trainable
+from sharding import plain_size, trainable
 
 # Flags have narrower ranges than what grows during a training.
 Count = Annotated[int, cli.checked(int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2^63 - 1")]
@@ -45,7 +45,7 @@ class SinceLog:
 
 @dataclass(frozen=True)
 class SavedState:
-    """The contents of a checkpoint: `TrainingState.state_dict`, the epoch and the config."""
+    """The contents of a checkpoint: `TrainingState.assemble`, the epoch and the config."""
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
@@ -70,7 +70,7 @@ def check_saved_state(contents: dict, settings: NetworkSettings, source: str | P
     for weights in (saved.model, saved.ema):
         check_weights(network, weights, source)
     if saved.opt or saved.step:  # before the first update there is no optimizer's state
-        size = (flat_size(trainable(network)),)
+        size = (plain_size(trainable(network)),)
         shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
         if {name: shape_of(tensor) for name, tensor in saved.opt.items()} != shapes:
             raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")

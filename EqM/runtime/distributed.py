@@ -144,13 +144,17 @@ def check_same_flags(flags: dict[str, object]) -> None:
             )
 
 
-def mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over the ranks, on every rank."""
+def total(value: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks, on every rank."""
     if is_group():
         value = value.clone()
         dist.all_reduce(value)
-        value /= world_size()
     return value
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks, on every rank."""
+    return total(value) / world_size()
 
 
 class SharedFlag:

@@ -101,7 +101,7 @@ class Previews:
     ):
         self.method, self.at_once, self.state, self.config, self.vae = method, at_once, state, config, vae
         self.folder, self.trackers = folder / "samples", trackers
-        starts = Starts(SEED, state.network.input_shape, objective=config.objective)
+        starts = Starts(SEED, state.working.input_shape, objective=config.objective)
         self.plan = Plan(list(range(len(config.classes))), [], starts, config.classes)
 
     def show(self, signals: StopSignals) -> float:
@@ -132,7 +132,7 @@ class Previews:
         rows = 1 if self.method.cfg_scale == 1 else 2
         batches = batches_of_rank(SAMPLES, max(1, self.at_once // rows) * distributed.world_size())
         # A copy that stayed would take memory from the step.
-        network = self.state.precision.working_copy(self.state.ema)
+        network = self.state.averaged_network(self.state.precision.dtype)
         size = max(map(len, batches), default=1)
         sampler = Sampler(self.method, network, self.plan, self.config.seconds_per_frame, size)
         total, samples = sum(map(len, batches)) * self.method.steps, {}
@@ -183,7 +183,7 @@ class Previews:
         self.folder.mkdir(exist_ok=True)
         sheet = contact_sheet(clips, captions)  # (H, W, 3)
         write_png(self.sheet_path(), sheet)
-        if not self.state.network.is_video:
+        if not self.state.working.is_video:
             return Preview(step, sheet, captions, [], [], None)
         output = Output(self.folder / f"{step:07d}", ".mp4", self.config.frames_per_second)
         output.folder.mkdir(exist_ok=True)
