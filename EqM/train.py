@@ -148,7 +148,11 @@ def train(
     writer: CheckpointWriter,
     signals: StopSignals,
 ) -> bool:
-    """The training loop. Returns False if a signal ended it early."""
+    """The training loop. Returns False if a signal ended it early.
+
+    Raises:
+        UserError: the batches ended early (the state is saved), or gradients or weights are not finite.
+    """
     bar = tqdm(total=options.last_step, initial=state.step, unit="step", disable=not distributed.is_main())
     stopped = False
     iterator = iter(batches)  # it is kept until the end, since loading processes take seconds to end
@@ -157,7 +161,7 @@ def train(
         step(x, y, seconds_per_frame)
         state.advance(config.global_batch_size)
         bar.update(state.expected_step - bar.n)
-        due = options.due_at(state.expected_step, signals.asked())
+        due = options.due_at(state.expected_step, signals.asked(batches.problem))
         if not due:
             continue  # the host never waits for the GPU here
 
@@ -176,6 +180,8 @@ def train(
             save(state, batches, config, writer)
         if due.show:
             metrics.leave_out(previews.show(signals))
+    else:
+        stopped = bool(batches.problem)
     bar.close()
 
     # End: the last line, the last checkpoint, the last preview
@@ -187,6 +193,8 @@ def train(
     if not stopped:
         previews.show(signals)
     distributed.on_main(writer.finish)
+    if stopped:
+        batches.raise_problem()
     return not stopped
 
 
