@@ -148,11 +148,7 @@ def train(
     writer: CheckpointWriter,
     signals: StopSignals,
 ) -> bool:
-    """The training loop. Returns False if a signal ended it early.
-
-    Raises:
-        UserError: the batches ended early (the state is saved), or gradients or weights are not finite.
-    """
+    """The training loop. Returns False if a signal, or a problem of the batches, ended it early."""
     bar = tqdm(total=options.last_step, initial=state.step, unit="step", disable=not distributed.is_main())
     stopped = False
     iterator = iter(batches)  # it is kept until the end, since loading processes take seconds to end
@@ -193,8 +189,6 @@ def train(
     if not stopped:
         previews.show(signals)
     distributed.on_main(writer.finish)
-    if stopped:
-        batches.raise_problem()
     return not stopped
 
 
@@ -300,6 +294,8 @@ def main() -> None:
         finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
         trackers.close()
         signals.close()
+        if not finished:
+            batches.raise_problem()
     log.info("done: %s" if finished else "stopped: %s; --resume (in place of --ckpt) goes on", folder)
     distributed.stop()
     sys.exit(0 if finished else EXIT_STATUS)
