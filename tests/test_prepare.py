@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -141,6 +142,26 @@ def test_ctrl_c_that_comes_while_processes_start_is_not_lost(shapes, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
     assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_that_comes_while_futures_are_locked_ends_packing(shapes, tmp_path, monkeypatch):
+    def wait(pending, *arguments):
+        """As if Ctrl-C came inside of it, where a KeyboardInterrupt leaves the locks of futures behind."""
+        locked = [future._condition for future in pending]
+        for condition in locked:
+            condition.acquire()
+        signal.raise_signal(signal.SIGINT)
+        for condition in locked:
+            condition.release()
+        return futures.wait(pending, *arguments)
+
+    monkeypatch.setattr("data.packs.workers.wait", wait)
+    plan = begun(shapes, tmp_path / "pack", FORM, None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        pack_shards(plan, [0, 1, 2, 3], 2, None, False, tqdm(disable=True))
+    signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()
 
 
