@@ -8,6 +8,7 @@ why. Nothing here changes what is computed.
 import argparse
 import gc
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -154,6 +155,8 @@ class Graphed:
         self.function, self.generator, self.clean_up, self.together = function, generator, clean_up, together
         self.calls: Counter[tuple] = Counter()
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        # At an exit too: a group of ranks whose exchange a graph holds would wait for the graph's end for ever.
+        weakref.finalize(self, self.recordings.clear)
         self.works = True
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -210,6 +210,30 @@ def make_config(
     return Config(*settings, counts)
 
 
+def make_state(
+    args: argparse.Namespace,
+    config: Config,
+    saved: dict | None,
+    notes: list[str],
+    precision: Precision,
+    device: torch.device,
+) -> TrainingState:
+    """The state of a new run, or of one that goes on from a checkpoint's contents. Adds to the notes for the log.
+
+    Raises:
+        UserError: --init-weights names weights that do not fit.
+    """
+    torch.manual_seed(args.global_seed)
+    network = config.network.build()
+    if args.init_weights and not saved:
+        notes.extend(start_from(network, config, args.init_weights))
+    state = TrainingState(network, precision, device)
+    state.working.grad_checkpoint = args.grad_checkpoint
+    if saved:
+        state.load_state_dict(saved)
+    return state
+
+
 def report_finished(folder: Path | None, step: int) -> None:
     """Says that there is nothing left to do.
 
@@ -255,15 +279,8 @@ def main() -> None:
             return report_finished(start.folder, saved["step"])
 
     # State: weights, optimizer, counters
-    torch.manual_seed(args.global_seed)
-    network = config.network.build()
-    if args.init_weights and not saved:
-        start.notes.extend(start_from(network, config, args.init_weights))
-    state = TrainingState(network, precision, device)
-    state.working.grad_checkpoint = args.grad_checkpoint
-    if saved:
-        state.load_state_dict(saved)
-        saved = None  # it is as large as the state itself
+    state = make_state(args, config, saved, start.notes, precision, device)
+    saved = None  # it is as large as the state itself
 
     # Folder and log
     folder = distributed.on_main(lambda: claim_folder(start, asked, config))
@@ -294,6 +311,7 @@ def main() -> None:
         signals.close()
         if not finished:
             batches.raise_problem()
+    del step  # a group cannot end while a CUDA graph holds its exchange
     log.info("done: %s" if finished else "stopped: %s; --resume (in place of --ckpt) goes on", folder)
     distributed.stop()
     sys.exit(0 if finished else EXIT_STATUS)

@@ -43,10 +43,8 @@ def good() -> Iterator[dict]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EqM_models, "tiny", partial(EqM, patch_size=8, hidden_size=8, depth=1, num_heads=1))
         state = TrainingState(NETWORK.build(), FP16, CPU)
-        state.weights.grad = torch.zeros_like(state.weights)
-        state.optimizer.step()
         state.step = 1
-        yield state.state_dict() | {"epoch": 0, "config": CONFIG.as_dict()}
+        yield state.assemble(state.snapshot()) | {"epoch": 0, "config": CONFIG.as_dict()}
 
 
 def go_on(path: Path) -> None:
