@@ -142,7 +142,7 @@ def train(
     writer: CheckpointWriter,
     signals: StopSignals,
 ) -> bool:
-    """The training loop. Returns False if a signal ended it early."""
+    """The training loop. Returns False if a signal, or a problem of the batches, ended it early."""
     bar = tqdm(total=options.last_step, initial=state.step, unit="step", disable=not distributed.is_main())
     stopped = False
     iterator = iter(batches)  # it is kept until the end, since loading processes take seconds to end
@@ -151,7 +151,7 @@ def train(
         step(x, y, seconds_per_frame)
         state.advance(config.global_batch_size)
         bar.update(state.expected_step - bar.n)
-        due = options.due_at(state.expected_step, signals.asked())
+        due = options.due_at(state.expected_step, signals.asked(batches.problem))
         if not due:
             continue  # the host never waits for the GPU here
 
@@ -170,6 +170,8 @@ def train(
             save(state, batches, config, writer)
         if due.show:
             metrics.leave_out(previews.show(signals))
+    else:
+        stopped = bool(batches.problem)
     bar.close()
 
     # End: the last line, the last checkpoint, the last preview
@@ -291,6 +293,8 @@ def main() -> None:
         finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
         trackers.close()
         signals.close()
+        if not finished:
+            batches.raise_problem()
     log.info("done: %s" if finished else "stopped: %s; --resume (in place of --ckpt) goes on", folder)
     distributed.stop()
     sys.exit(0 if finished else EXIT_STATUS)

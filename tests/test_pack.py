@@ -1,3 +1,5 @@
+import ctypes
+import errno
 import json
 import os
 import pickle
@@ -533,9 +535,55 @@ def test_another_folder_is_no_pack(shapes):
         open_pack(shapes, False)
 
 
+def test_a_system_that_does_not_let_a_process_copy_its_memory_reads_the_same(packed, monkeypatch):
+    def refuse(*arguments: object) -> int:
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    expected = [item_frames(open_pack(packed, False), i) for i in range(16)]
+    for call in (None, refuse):
+        monkeypatch.setattr("data.packs.shards._copy", call)
+        pack = open_pack(packed, False)
+        assert all(np.array_equal(item_frames(pack, i), expected[i]) for i in range(16))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_shard_that_is_cut_or_gone_or_another_is_named(copied, monkeypatch, fast):
+    if not fast:
+        monkeypatch.setattr("data.packs.shards._copy", None)
+    monkeypatch.setattr("data.packs.shards.CHECK_S", 0)
+    samples = PackedSamples(open_pack(copied, False), CLIPS, 0)
+    for number, (damage, problem) in enumerate(
+        [
+            (lambda path: os.truncate(path, 5000), "has 5,000 bytes, not the 12,288 that it had"),
+            (lambda path: path.write_bytes(bytes(12_288)), "has changed since the run began"),
+            (lambda path: (path.unlink(), path.write_bytes(bytes(12_288))), "has changed since the run began"),
+            (Path.unlink, "cannot be read (No such file or directory)"),
+            (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read (it is a folder, a pipe or a device"),
+        ]
+    ):
+        place, gone = [(0, number)], number > 1  # what is open stays whole when its name is gone
+        whole = samples.__getitems__(place)["x"]
+        damage(shard_path(copied, number))
+        if gone:
+            assert torch.equal(samples.__getitems__(place)["x"], whole)
+            samples.shards.opened.cache_clear()
+        assert f"shard-{number:05d}.bin {problem}" in samples.__getitems__(place)["problem"]
+
+
+def test_a_shard_with_another_time_and_the_same_bytes_is_read_on(copied, monkeypatch):
+    monkeypatch.setattr("data.packs.shards.CHECK_S", 0)
+    samples = PackedSamples(open_pack(copied, False), CLIPS, 0)
+    whole = samples.__getitems__([(0, 2)])["x"]
+    shard_path(copied, 2).write_bytes(shard_path(copied, 2).read_bytes())
+    assert torch.equal(samples.__getitems__([(0, 2)])["x"], whole)
+
+
 def test_more_shards_than_may_be_open_are_read(packed, monkeypatch):
-    pack = open_pack(packed, False)
-    expected = [item_frames(pack, i) for i in range(16)]
-    monkeypatch.setattr("data.packs.shards.MAX_OPEN", 2)
-    other = read_pack(packed)
-    assert all(np.array_equal(item_frames(other, i), expected[i]) for i in range(16))
+    samples = PackedSamples(open_pack(packed, False), CLIPS, 0)
+    keys = [(0, i) for i in range(16)]
+    expected = samples.__getitems__(keys)["x"]
+    monkeypatch.setattr("data.packs.shards.MAX_OPEN", 3)
+    other = PackedSamples(read_pack(packed), CLIPS, 0)
+    assert torch.equal(other.__getitems__(keys)["x"], expected)
+    assert other.shards.opened.cache_info().currsize == 3

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent import futures
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -141,6 +142,26 @@ def test_ctrl_c_that_comes_while_processes_start_is_not_lost(shapes, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         pack_shards(plan, [0, 1], 2, None, False, tqdm(disable=True))
     assert signal.signal(signal.SIGINT, before) == signal.default_int_handler
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_that_comes_while_futures_are_locked_ends_packing(shapes, tmp_path, monkeypatch):
+    def wait(pending, *arguments):
+        """As if Ctrl-C came inside of it, where a KeyboardInterrupt leaves the locks of futures behind."""
+        locked = [future._condition for future in pending]
+        for condition in locked:
+            condition.acquire()
+        signal.raise_signal(signal.SIGINT)
+        for condition in locked:
+            condition.release()
+        return futures.wait(pending, *arguments)
+
+    monkeypatch.setattr("data.packs.workers.wait", wait)
+    plan = begun(shapes, tmp_path / "pack", FORM, None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        pack_shards(plan, [0, 1, 2, 3], 2, None, False, tqdm(disable=True))
+    signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()
 
 
@@ -384,13 +405,15 @@ def test_too_many_unreadable_files_are_an_error_and_are_tried_again(tmp_path):
     source = noise_clips(tmp_path / "train", 8)
     broken = source / "A" / "0001.avi"
     content = broken.read_bytes()
-    broken.write_bytes(b"")
+    for name in ("0001.avi", "0002.avi"):
+        (source / "A" / name).write_bytes(b"")
     result = run_script("prepare.py", source, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
     assert result.returncode == 1
-    assert f"1 of 8 files in {source} cannot be read, for example {broken}" in result.stderr
+    assert f"2 of 8 files in {source} cannot be read, for example {broken}" in result.stderr
     with pytest.raises(UserError, match="half-made"):
         is_pack(tmp_path / "pack")
-    broken.write_bytes(content)
+    for name in ("0001.avi", "0002.avi"):
+        (source / "A" / name).write_bytes(content)
     assert len(make_pack(source, tmp_path / "pack")) == 8
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.clips import MAX_TRIES
 from data.file_list import Found
+from data.loading import LoadedBatches
 from data.scan import too_many
 from data.source import Source
 from runtime import cli, distributed
@@ -57,7 +58,9 @@ def sample_limit(epochs: int | None, max_steps: int | None, items: int) -> int:
 
 
 class TrainingBatches:
-    """Yields (x, y, seconds_per_frame) on the device to the end of training. Every rank yields its part of a batch.
+    """Yields (x, y, seconds_per_frame) on the device to the end of training, or to a `problem`.
+
+    Every rank yields its part of a batch.
 
     Args:
         first: samples that all ranks drew before.
@@ -76,9 +79,11 @@ class TrainingBatches:
             # On a CPU, loading processes would take cores from the step. Sending a pack's batch between processes
             # takes longer than gathering it.
             workers = 0 if source.pack else DEFAULT_WORKERS[device.type]
-        self.loader = DeviceLoader(make_loader(source.dataset(seed), stream, workers, device.type == "cuda"), device)
-        self.generator, self.rank = torch.Generator(device), rank
         self.unreadable = UnreadableLog(source.found)
+        loader = make_loader(source.dataset(seed), stream, workers, device.type == "cuda")
+        self.loaded = LoadedBatches(loader, self.check)
+        self.loader = DeviceLoader(self.loaded, device)
+        self.generator, self.rank = torch.Generator(device), rank
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -86,10 +91,24 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x (N, C, H, W) or (N, C, T, H, W) float32, labels y (N,), seconds_per_frame (N,)."""
         for number, batch in enumerate(self.loader):
-            self.unreadable.add(batch["unreadable"])
             drawn_before = self.first + number * self.batch
             x = self.source.to_input(batch, self.generator, self.seed, drawn_before, self.rank)
             yield x, batch["label"], batch["seconds_per_frame"]
+
+    def check(self, batch: dict) -> None:
+        """Raises UserError for a batch that nothing can be trained on. Notes its unreadable files."""
+        if "problem" in batch:
+            raise UserError(batch["problem"])
+        self.unreadable.add(batch["unreadable"])
+
+    @property
+    def problem(self) -> str:
+        """Why this rank's batches end early, or an empty text. All ranks must then stop after the same step."""
+        return self.loaded.problem
+
+    def raise_problem(self) -> None:
+        """Raises UserError if any rank's batches ended early. Every rank must call it, with the state saved."""
+        self.loaded.raise_problem()
 
     def epoch(self, samples: int) -> int:
         """The epoch of the data after this many samples."""
@@ -155,7 +174,7 @@ def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_mem
 
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Ignores the signals that terminals and schedulers send to every process. A worker ends with its trainer."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -176,7 +195,7 @@ class DeviceLoader:
     It also measures how long the device waits between the work of two batches.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device):
+    def __init__(self, loader: LoadedBatches, device: torch.device):
         self.loader, self.device = loader, device
         self.on_gpu = device.type == "cuda"
         self.gaps: list[tuple] = []

@@ -46,12 +46,12 @@ class StopSignals:
         self.received_at = self.received_at if self.received else time.monotonic()
         self.received = self.received or signal.Signals(number).name
 
-    def asked(self) -> bool:
-        """True on every rank once any rank was asked to stop. Every rank must call it after every step."""
+    def asked(self, problem: str) -> bool:
+        """True on every rank once any rank was asked to stop, or has a problem. Every rank must call it every step."""
         self.has_stepped = True
-        stopping = self.flag.raised(bool(self.received))
+        stopping = self.flag.raised(bool(self.received or problem))
         if stopping:
-            log.warning("stopping after this step: %s", self.received or "another process was asked to")
+            log.warning("stopping after this step: %s", self.received or problem or "another process was asked to")
         return stopping
 
     def close(self) -> None:

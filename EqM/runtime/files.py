@@ -22,7 +22,9 @@ READ_BYTES = 2**22  # at a time
 TRIED_BYTES = 2**12  # a full disk may take an empty file
 
 
-def write_whole(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
+def write_whole(
+    path: Path, write: Callable[[Path], object], durable: bool = True, replaces_streams: bool = False
+) -> None:
     """Has `write` make a temporary file beside `path`, flushes it to the disk, and renames it to `path`.
 
     A link is followed: it stays, and what it leads to is replaced. A pipe and a character device, as /dev/null and
@@ -31,12 +33,13 @@ def write_whole(path: Path, write: Callable[[Path], object], durable: bool = Tru
     Args:
         write: is given the temporary file, whose name has another suffix.
         durable: False leaves the flushing to the system, where a file can be made again after a power cut.
+        replaces_streams: replaces a pipe or a device, in a folder whose files nobody names.
 
     Raises:
         OSError: the disk is full or fails, a pipe has no reader, or a folder, a socket or a disk is there. Other
             errors are those of `write`. No temporary file is left.
     """
-    if is_stream(path):
+    if not replaces_streams and is_stream(path):
         write_stream(path, write)
         return
     path = Path(os.path.realpath(path))
@@ -188,14 +191,14 @@ def check_takes_files(folder: Path) -> None:
         file.write(bytes(TRIED_BYTES))
 
 
-def write_json(path: Path, contents: dict) -> None:
-    """Writes a JSON file with a checksum of its contents, whole or not at all.
+def write_json(path: Path, contents: dict, replaces_streams: bool = False) -> None:
+    """Writes a JSON file with a checksum of its contents, whole or not at all, as `write_whole`.
 
     Raises:
         OSError: the disk is full or fails.
     """
     text = json.dumps(contents | {"checksum": contents_checksum(contents)})
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), replaces_streams=replaces_streams)
 
 
 def read_json(path: Path) -> dict:

@@ -8,8 +8,8 @@ MAX_LENGTH = 2**32  # frames of an item; keeps sums below 2^63
 COLUMNS = {"path", "label", "frames", "frames_per_second", "offset"}
 
 
-def check_index(index: dict, settings: Settings) -> None:
-    """Checks an index whose settings are those of the pack.
+def check_index(index: dict, settings: Settings) -> dict[str, np.ndarray]:
+    """Checks an index whose settings are those of the pack, and returns its columns of numbers, (N,) each.
 
     Raises:
         ValueError, KeyError, TypeError: a value is missing, of another type, or wrong.
@@ -20,7 +20,7 @@ def check_index(index: dict, settings: Settings) -> None:
     for record in shards:
         check_file(record)
     check_unreadable(index["unreadable"])
-    check_items(index["items"], [record["bytes"] for record in shards], settings)
+    return check_items(index["items"], [record["bytes"] for record in shards], settings)
 
 
 def check_record(record: dict, settings: Settings) -> None:
@@ -43,7 +43,7 @@ def check_unreadable(pairs: list) -> None:
     require(isinstance(pairs, list) and all(is_texts(pair) and len(pair) == 2 for pair in pairs))
 
 
-def check_items(items: dict, shard_bytes: list[int], settings: Settings) -> None:
+def check_items(items: dict, shard_bytes: list[int], settings: Settings) -> dict[str, np.ndarray]:
     """Checks the columns of items: the items of each shard follow one another and fill it, shard by shard."""
     count = len(items["path"])
     require(is_texts(items["path"]))
@@ -61,13 +61,15 @@ def check_items(items: dict, shard_bytes: list[int], settings: Settings) -> None
     frames = np.zeros(len(shard_bytes), np.int64)
     np.add.at(frames, shards, lengths)
     require([number * settings.frame_bytes for number in frames.tolist()] == shard_bytes)
+    rates = rates.astype(np.float64)
+    return {"label": labels, "frames": lengths, "frames_per_second": rates, "offset": offsets, "shard": shards}
 
 
 def whole_numbers(column: list, count: int) -> np.ndarray:
     """A column as (count,) int64. Raises ValueError for other numbers, and for none of them."""
     values = np.array(column)
     require(values.shape == (count,) and (not count or values.dtype.kind == "i"))
-    return values.astype(np.int64)
+    return values.astype(np.int64, copy=False)
 
 
 def in_range(values: np.ndarray, end: int) -> bool:

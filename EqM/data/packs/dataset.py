@@ -62,8 +62,7 @@ class PackedSamples(Dataset):
         offsets = (places + pack.first_frames[indices][:, None]) * settings.frame_bytes  # (N, T)
         if not self.pixels:
             offsets += flips[:, None] * (settings.frame_bytes // 2)
-        shards = np.repeat(pack.shards[indices], places.shape[1])  # (N·T,)
-        self.shards.read(shards, offsets.reshape(-1), x.reshape(-1, *shape))
+        self.shards.read(pack.shards[indices], offsets, x)
         return x
 
 

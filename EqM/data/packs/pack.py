@@ -27,15 +27,12 @@ from runtime.files import file_checksum, read_json
 
 
 def read_index(folder: Path, settings: Settings) -> dict | None:
-    """The index of a whole pack. None if it is missing, damaged, unreadable, wrong or of another pack."""
+    """The index of a whole pack. None if it is missing, damaged, unreadable or of another pack."""
     try:
         index = read_json(folder / "index.json")
-        if index.get("settings") != settings.identity():
-            return None
-        check_index(index, settings)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
-    return index
+    return index if index.get("settings") == settings.identity() else None
 
 
 class Pack:
@@ -48,20 +45,21 @@ class Pack:
         rates: its frames a second, 0 for an image, (N,) float64.
         shards: the shard that holds it, (N,) int64.
         first_frames: the place of its first frame in that shard, (N,) int64.
+
+    Raises:
+        ValueError, KeyError, TypeError: the index says something wrong, or lacks something.
     """
 
     def __init__(self, folder: Path, settings: Settings, index: dict):
         self.folder, self.settings = folder, settings
-        self.shard_records, self.unreadable = index["shards"], index["unreadable"]
-        items = index["items"]
-        self.paths = items["path"]
+        columns = check_index(index, settings)
+        self.shard_records, self.unreadable, self.paths = index["shards"], index["unreadable"], index["items"]["path"]
         # As in a scan, a class without a readable file is none.
-        used, self.labels = np.unique(np.array(items["label"], np.int64), return_inverse=True)  # (N,)
+        used, self.labels = np.unique(columns["label"], return_inverse=True)  # (N,)
         self.classes = tuple(settings.classes[i] for i in used)
-        self.lengths = np.array(items["frames"], np.int64)  # (N,)
-        self.rates = np.array(items["frames_per_second"], np.float64)  # (N,)
-        self.shards = np.array(items["shard"], np.int64)  # (N,)
-        self.first_frames = np.array(items["offset"], np.int64) // self.settings.frame_bytes  # (N,)
+        self.lengths = columns["frames"]
+        self.rates, self.shards = columns["frames_per_second"], columns["shard"]
+        self.first_frames = columns["offset"] // self.settings.frame_bytes  # (N,)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,12 +110,14 @@ def read_pack(folder: Path) -> Pack:
     if not settings:
         raise UserError(f"{folder} is not a pack: make one with EqM/prepare.py")
     index = read_index(folder, settings)
-    if not index:
-        raise UserError(
-            f"{folder / 'index.json'} is damaged or may not be read:"
-            f" run {settings.command(folder)} again, which mends it"
-        )
-    return Pack(folder, settings, index)
+    try:
+        if index:
+            return Pack(folder, settings, index)
+    except (ValueError, KeyError, TypeError):  # its checksum is right, and what it says is not
+        pass
+    raise UserError(
+        f"{folder / 'index.json'} is damaged or may not be read: run {settings.command(folder)} again, which mends it"
+    )
 
 
 def open_pack(folder: Path, show_progress: bool = True) -> Pack:

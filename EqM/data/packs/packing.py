@@ -196,7 +196,7 @@ def finish(plan: PackPlan) -> Pack:
     with disk_errors(plan.folder):
         # A whole pack is left alone: it may lie on a read-only disk.
         if read_index(plan.folder, plan.settings) != index:
-            write_json(plan.folder / "index.json", index)
+            write_json(plan.folder / "index.json", index, replaces_streams=True)
         for names in PACK_FILES:
             for left in leftovers(plan.folder, names):
                 left.unlink()

@@ -18,7 +18,7 @@ from runtime.files import file_checksum, open_regular
 
 MAX_OPEN = 256  # shards that a process holds open; each takes two file descriptors
 CHECK_S = 1.0  # between looks at the open shards: a look at each in every batch would take a quarter of the time
-MAX_PARTS = 1024  # that Linux copies in one call
+MAX_PARTS, MAX_BYTES = 1024, 2**30  # that Linux copies in one call
 NOT_ALLOWED = (errno.EPERM, errno.ENOSYS)  # by the rules of some containers, or by an old kernel
 
 # Copies parts of a process's memory. Where a mapped file has been cut, it fails. Reading the memory would end the
@@ -68,31 +68,31 @@ class Shards:
         self.opened = lru_cache(MAX_OPEN)(self.open)
 
     def read(self, shards: np.ndarray, offsets: np.ndarray, x: np.ndarray) -> None:
-        """Fills a contiguous x (M, …) with what stands at byte offsets (M,) of shards (M,).
+        """Fills a contiguous x (N, T, …) with the frames at byte offsets (N, T) of shards (N,).
 
         Raises:
             LostPack: a shard is missing, or has changed since this object was made.
         """
         numbers, which = np.unique(shards, return_inverse=True)
-        for first in range(0, len(numbers), MAX_OPEN):
-            some = np.flatnonzero((which >= first) & (which < first + MAX_OPEN))
-            self.read_some(numbers[first : first + MAX_OPEN].tolist(), which[some] - first, offsets[some], x, some)
-
-    def read_some(
-        self, numbers: list[int], which: np.ndarray, offsets: np.ndarray, x: np.ndarray, places: np.ndarray
-    ) -> None:
-        """`read` for few shards: fills x at `places` (m,) from offsets (m,) of the shards numbers[which]."""
+        if len(numbers) > MAX_OPEN:
+            for some in (which < MAX_OPEN, which >= MAX_OPEN):
+                part = x[some]
+                self.read(shards[some], offsets[some], part)
+                x[some] = part
+            return
         while True:
-            opened = [self.opened(number) for number in numbers]
-            whole, now = copy_parts(opened, which, offsets, x, places), time.monotonic()
+            opened = [self.opened(number) for number in numbers.tolist()]
+            whole, now = copy_frames([opened[i] for i in which.tolist()], offsets, x), time.monotonic()
             if whole and now < self.checked_at + CHECK_S:
                 return
             self.checked_at = now
-            changed = [n for n, shard in zip(numbers, opened, strict=True) if not self.is_trusted(n, shard.file)]
+            changed = [
+                n for n, shard in zip(numbers.tolist(), opened, strict=True) if not self.is_trusted(n, shard.file)
+            ]
             if whole and not changed:
                 return
             if not changed:
-                raise self.lost(numbers[0], "or another shard cannot be read")
+                raise self.lost(int(numbers[0]), "or another shard cannot be read")
             for number in changed:
                 self.trust_again(number)
             self.opened.cache_clear()
@@ -134,35 +134,38 @@ class Shards:
         return LostPack(f"{path} {problem}: put the pack back, or run {command} again")
 
 
-def copy_parts(opened: list[Shard], which: np.ndarray, offsets: np.ndarray, x: np.ndarray, places: np.ndarray) -> bool:
-    """Copies parts as long as x[0] from offsets (m,) of opened[which] to x at `places`. False if one is not there."""
-    size = x[0].nbytes
-    sources = np.array([shard.address for shard in opened])[which] + offsets
+def copy_frames(shards: list[Shard], offsets: np.ndarray, x: np.ndarray) -> bool:
+    """Copies the frames at offsets (N, T) of N shards to a contiguous x (N, T, …). False if one is not there."""
+    if (np.diff(offsets) == x[0, 0].nbytes).all():
+        offsets = offsets[:, :1]  # a clip of neighbours is one piece
+    frames = x.reshape(offsets.size, -1).view(np.uint8)  # (N·T, bytes)
     try:
-        return copy_mapped(sources, x.ctypes.data + places * size, size)
+        return copy_mapped(np.array([shard.address for shard in shards])[:, None] + offsets, frames)
     except OSError as error:
         if error.errno not in NOT_ALLOWED:
             raise
-    frames = x.reshape(len(x), -1).view(np.uint8)  # (M, size)
-    parts = zip(which.tolist(), offsets.tolist(), places.tolist(), strict=True)
-    return all(os.preadv(opened[one].file.fileno(), [frames[place]], at) == size for one, at, place in parts)
+    files = np.repeat([shard.file.fileno() for shard in shards], offsets.shape[1])  # (N·T,)
+    parts = zip(files.tolist(), frames, offsets.reshape(-1).tolist(), strict=True)
+    return all(os.preadv(file, [frame], offset) == len(frame) for file, frame, offset in parts)
 
 
-def copy_mapped(sources: np.ndarray, targets: np.ndarray, size: int) -> bool:
-    """Copies from addresses (m,) to addresses (m,) of this process, `size` bytes each. False if one is not there.
+def copy_mapped(addresses: np.ndarray, frames: np.ndarray) -> bool:
+    """Copies what stands at as many addresses of this process to frames (M, bytes). False if one is not there.
 
     Raises:
         OSError: the system has no such call, or does not allow it.
     """
     if not _copy:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    vectors = [np.stack([addresses, np.full_like(addresses, size)], axis=1) for addresses in (targets, sources)]
-    for first in range(0, len(sources), MAX_PARTS):
-        count = min(MAX_PARTS, len(sources) - first)
-        ends = [part for vector in vectors for part in (vector[first:].ctypes.data, count)]
-        copied = _copy(os.getpid(), *ends, 0)
+    size = frames.shape[1]
+    sources = np.stack([addresses.reshape(-1), np.full(len(frames), size)], axis=1)  # (M, 2)
+    most = min(MAX_PARTS, max(1, MAX_BYTES // size))
+    for first in range(0, len(frames), most):
+        some = sources[first : first + most]
+        target = np.array([frames[first:].ctypes.data, len(some) * size])
+        copied = _copy(os.getpid(), target.ctypes.data, 1, some.ctypes.data, len(some), 0)
         if copied < 0 and ctypes.get_errno() in NOT_ALLOWED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        if copied != count * size:
+        if copied != len(some) * size:
             return False
     return True

@@ -79,13 +79,13 @@ def follow(
     """Lets a pool pack shards, and shows how many items are `done`. Stops all workers at the first error or Ctrl-C."""
     with pool:
         try:
-            with interrupts_wait():
+            with interrupts_wait() as asked:
                 pending = {pool.submit(pack, number) for number in shards}
-            while pending:
-                finished, pending = wait(pending, REFRESH_S, FIRST_COMPLETED)
-                bar.update(done.get_obj().value - bar.n)  # a killed worker may have left it locked
-                for future in finished:
-                    future.result()
+                while pending and not asked:
+                    finished, pending = wait(pending, REFRESH_S, FIRST_COMPLETED)
+                    bar.update(done.get_obj().value - bar.n)  # a killed worker may have left it locked
+                    for future in finished:
+                        future.result()
         except BaseException:
             stop()
             pool.shutdown(cancel_futures=True)
@@ -93,12 +93,15 @@ def follow(
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Puts Ctrl-C off until the end of the block. Python ignores the KeyboardInterrupt if it comes during a fork."""
-    asked = []
+def interrupts_wait() -> Iterator[list[bool]]:
+    """Puts Ctrl-C off until the end of the block, and yields a list that is empty until it comes.
+
+    Python ignores a KeyboardInterrupt during a fork. In `wait` it may leave a future locked, and the pool never ends.
+    """
+    asked: list[bool] = []
     before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGINT, before)
     if asked:

@@ -39,10 +39,14 @@ def pack_shard(plan: PackPlan, number: int, encode: Encode | None, advance: Call
     """
     path, record = shard_path(plan.folder, number), {}
     with disk_errors(plan.folder):
-        write_whole(path, lambda temporary: record.update(write_frames(temporary, plan, number, encode, advance)))
+        write_whole(
+            path,
+            lambda temporary: record.update(write_frames(temporary, plan, number, encode, advance)),
+            replaces_streams=True,
+        )
         # Last, since the record is what makes a shard count.
         made = {"mtime_ns": path.stat().st_mtime_ns, "settings_crc32": contents_checksum(plan.settings.identity())}
-        write_json(path.with_suffix(".json"), record | made)
+        write_json(path.with_suffix(".json"), record | made, replaces_streams=True)
 
 
 def write_frames(
