@@ -42,7 +42,9 @@ def main() -> None:
     parser = cli.ArgumentParser("Prints what training would find in a folder or a pack.")
     parser.add_argument("path", type=cli.path, help="class folders, videos with a CSV, or a pack")
     parser.add_argument("--video", action="store_true", help="look for videos, not images; a pack knows what it holds")
-    decode = "decode all of each file, which takes long and finds all damage; fails if more than a tenth is damaged"
+    decode = (
+        "decode each file to its end: slow, finds more damage; fails if over a tenth (and over one file) is damaged"
+    )
     parser.add_argument("--decode", action="store_true", help=decode)
     args = parser.parse_args()
 

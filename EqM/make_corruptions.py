@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("source", type=cli.path, help="a folder of clips, or of class folders of clips")
     parser.add_argument("destination", type=cli.path, help="gets the folders noise/, shuffled/ and frozen/")
     parser.add_argument("--image-size", type=cli.side, default=64, help="the network's height and width, pixels")
-    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of all random choices")
     return parser.parse_args()
 
 

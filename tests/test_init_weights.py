@@ -145,9 +145,9 @@ def test_classes_that_differ_are_named_and_refused():
 
 @pytest.mark.parametrize(
     ("counts", "said"),
-    [((5, 6, 7), ""), ((5, 0, 9), "files of 2 classes: B had 6 and has 0, C had 7 and has 9"), (None, "")],
+    [((5, 6, 7), ""), ((5, 0, 9), "in 2 classes: B had 6 files and has 0, C had 7 files and has 9"), (None, "")],
 )
 def test_classes_whose_number_of_files_has_changed_are_named(caplog, counts, said):
     with caplog.at_level(logging.WARNING):
         log_changes(CONFIG, replace(CONFIG, class_counts=counts))
-    assert [record.getMessage() for record in caplog.records] == ([f"the data have changed: {said}"] if said else [])
+    assert [record.getMessage() for record in caplog.records] == ([f"the data have changed {said}"] if said else [])

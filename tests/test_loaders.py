@@ -53,7 +53,7 @@ def test_a_loading_process_that_is_killed_ends_a_run_in_one_line_with_its_state_
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 1, said
     assert_ended(
-        said, "a loading process ended (SIGKILL), mostly because memory ran out: lower --num-wor", tmp_path, shapes
+        said, "a loading process ended (SIGKILL), probably because memory ran out: lower --num-wor", tmp_path, shapes
     )
     assert not is_running(other)
 

@@ -276,7 +276,7 @@ def make_socket(path: Path) -> None:
     ("make", "said"),
     [
         (Path.mkdir, "folder"),
-        (make_socket, "no file"),
+        (make_socket, "not a file"),
         (lambda path: path.symlink_to(path), "symbolic links"),
         (os.mkfifo, "No such device"),  # a pipe without a reader
         (lambda path: path.symlink_to("/dev/full"), "No space left"),

@@ -112,7 +112,7 @@ class Found:
             return self
         names = [self.classes[i] for i in used]
         empty = [name for name in self.classes if name not in set(names)]
-        note = f"{MISTAKE}no readable file in {listed(empty)}: it is no class"
+        note = f"{MISTAKE}no readable file in {listed(empty)}: left out of the classes"
         labels = np.searchsorted(used, self.labels)  # (N,)
         return replace(self, classes=tuple(names), labels=labels, notes=(*self.notes, note))
 

@@ -90,10 +90,10 @@ class LoadedBatches:
         how = signal.Signals(-lost.exitcode).name if lost.exitcode < 0 else f"status {lost.exitcode}"
         if lost.exitcode == -signal.SIGBUS:
             return (
-                f"a loading process ended ({how}), mostly because /dev/shm is full: enlarge it or lower --num-workers"
+                f"a loading process ended ({how}), probably because /dev/shm is full: enlarge it or lower --num-workers"
             )
         return (
-            f"a loading process ended ({how}), mostly because memory ran out:"
+            f"a loading process ended ({how}), probably because memory ran out:"
             " lower --num-workers, --global-batch-size or --image-size"
         )
 

@@ -139,18 +139,18 @@ def check_together(config: Config) -> None:
     network, names = config.network, {each.name for each in fields(KeptFlags)}
     read_as(KeptFlags, {name: value for name, value in config.flags.items() if name in names}, "args")
     if network.is_video and network.input_size[1] != network.input_size[2]:
-        raise ValueError(f"network.input_size is {network.input_size}, and no square")
+        raise ValueError(f"network.input_size is {network.input_size}, which is not square")
     if network.is_video != (config.frames_per_second is not None):
         raise ValueError(
-            f"frames_per_second is {config.frames_per_second}, with network.input_size {network.input_size}"
+            f"frames_per_second is {config.frames_per_second}, which does not fit input_size {network.input_size}"
         )
     if network.in_channels != (config.space.channels if config.space else 3):
-        raise ValueError(f"network.in_channels is {network.in_channels}, with other channels of the data")
+        raise ValueError(f"network.in_channels is {network.in_channels}, and the data have other channels")
     if not 0 < len(set(config.classes)) == len(config.classes) <= network.num_classes:
-        found = f"{len(config.classes)}, and network.num_classes is {network.num_classes}"
-        raise ValueError(f"classes are {found}: too many, none, or some twice")
+        found = f"{len(config.classes)} names, and network.num_classes is {network.num_classes}"
+        raise ValueError(f"classes has {found}: too many, none, or a name twice")
     if config.class_counts and len(config.class_counts) != len(config.classes):
-        raise ValueError(f"class_counts are {len(config.class_counts)}, and classes {len(config.classes)}")
+        raise ValueError(f"class_counts has {len(config.class_counts)} numbers for {len(config.classes)} classes")
     if not isinstance(config.precision.get("name"), str):
         raise ValueError("precision has no name")
 
@@ -185,6 +185,6 @@ def changed_counts(saved: Config, ours: Config) -> str:
     if saved.class_counts is None or ours.class_counts is None:
         return ""
     pairs = zip(ours.classes, saved.class_counts, ours.class_counts, strict=True)
-    changed = [f"{name} had {before} and has {after}" for name, before, after in pairs if before != after]
+    changed = [f"{name} had {before} files and has {after}" for name, before, after in pairs if before != after]
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return f"the data have changed: files of {len(changed)} classes: {', '.join(changed[:5])}{more}" if changed else ""
+    return f"the data have changed in {len(changed)} classes: {', '.join(changed[:5])}{more}" if changed else ""

@@ -2,6 +2,7 @@
 
 In a notebook, or in a script of your own, with the folder EqM on Python's path:
 
+    import torch
     from runs.load_network import load_network
 
     loaded = load_network("results/000-EqM-S-4-Linear-velocity-None/checkpoints/0001000.pt", "cuda")
@@ -178,9 +179,9 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
         raise UserError(f"{error} (size, patches, temporal patch and output must be the same)") from None
     notes = [f"--init-weights: started from the averaged weights of {path}"]
     if not same_classes:
-        notes.append("--init-weights: the table of labels was not loaded and begins anew: the classes may be others")
+        notes.append("--init-weights: the table of labels was not loaded, and begins anew: other or unknown classes")
     if "pos_embed" in anew:
-        notes.append("--init-weights: the positions were not loaded: the pictures have another size")
+        notes.append("--init-weights: the positions were not loaded: pictures or clips have another size")
     theirs, ours = before.kept_flags() if before else {}, config.kept_flags()
     differ = [name for name in TELLING if name in theirs and theirs[name] != ours[name] and name != "init_weights"]
     return notes + [f"--{name.replace('_', '-')} was {theirs[name]} there and is {ours[name]} here" for name in differ]

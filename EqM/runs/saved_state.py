@@ -65,7 +65,7 @@ def check_saved_state(contents: dict, settings: NetworkSettings, source: str | P
     try:
         saved = read_as(SavedState, contents)
     except ValueError as error:
-        raise UserError(f"{source} cannot be gone on from: {error}") from None
+        raise UserError(f"no training can go on from {source}: {error}") from None
     network = settings.check(source)
     for weights in (saved.model, saved.ema):
         check_weights(network, weights, source)
@@ -73,7 +73,9 @@ def check_saved_state(contents: dict, settings: NetworkSettings, source: str | P
         size = (plain_size(trainable(network)),)
         shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
         if {name: shape_of(tensor) for name, tensor in saved.opt.items()} != shapes:
-            raise UserError(f"{source} holds another optimizer's state: it can be sampled, but not trained on")
+            raise UserError(
+                f"{source} holds another optimizer's state: it can be sampled, but no training can go on from it"
+            )
     # A loss can be infinite where its gradient is finite.
     check_tensors({"sums": (3,)}, {"sums": saved.since_log.sums}, source, finite=False)
     others = {**saved.opt, "largest_norm": saved.since_log.largest_norm, "bad_steps": saved.bad_steps}
@@ -81,8 +83,8 @@ def check_saved_state(contents: dict, settings: NetworkSettings, source: str | P
     check_tensors(shapes | {"largest_norm": (), "bad_steps": (2,)}, others, source)
     for name in others.keys() - {"exp_avg"}:
         if others[name].min() < 0:
-            raise UserError(f"{source} cannot be gone on from: {name} holds numbers below 0")
+            raise UserError(f"no training can go on from {source}: {name} holds numbers below 0")
     others["sums"] = saved.since_log.sums
     for name, tensor in (*saved.model.items(), *saved.ema.items(), *others.items()):
         if tensor.dtype != torch.float32:
-            raise UserError(f"{source} cannot be gone on from: {name} holds {tensor.dtype}, and not torch.float32")
+            raise UserError(f"no training can go on from {source}: {name} holds {tensor.dtype}, not torch.float32")

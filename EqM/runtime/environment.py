@@ -10,7 +10,7 @@ from dataclasses import dataclass
 PLACE = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 COUNTS = ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-ADVICE = "if WORLD_SIZE, RANK and LOCAL_RANK are left over, unset them; else start all processes with torchrun"
+ADVICE = "if WORLD_SIZE, RANK and LOCAL_RANK are left over from another job, unset them; else start all with torchrun"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def place() -> Place:
     if missing := [name for name in needed if not given.get(name)]:
         raise wrong(given, f"without {missing[0]}")
     if max(rank, local_rank) >= ranks or port >= 2**16:
-        raise wrong(given, "which cannot be")
+        raise wrong(given, "which cannot be right")
     listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Place(rank, ranks, local_rank, given.get("MASTER_ADDR", ""), port, listens)
 

@@ -35,9 +35,8 @@ def first_line(error: Exception) -> str:
 
 
 def shown(text: object) -> str:
-    """A text, as a file's name, that a terminal can show in one line: what is not printable is escaped as in Python.
+    """A text, such as a file's name, as a terminal can show it in one line. What is not printable is escaped.
 
-    That is control characters, newlines, marks that change the direction of writing, and bytes of a name that are no
-    UTF-8.
+    These are newlines, control characters, marks that change the direction of writing, and bytes that are no UTF-8.
     """
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))

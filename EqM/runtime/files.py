@@ -60,7 +60,7 @@ def is_stream(path: Path) -> bool:
     except FileNotFoundError:
         return False
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        raise OSError(errno.EINVAL, "it is a folder, a socket or a disk, and no file", str(path))
+        raise OSError(errno.EINVAL, "it is a folder, a socket or a disk, not a file", str(path))
     return not stat.S_ISREG(mode)
 
 
@@ -158,7 +158,7 @@ def open_regular(path: Path, buffering: int = -1, append: bool = False) -> Binar
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", str(path))
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", str(path))
     return open(descriptor, "ab" if append else "rb", buffering)  # noqa: PTH123, SIM115
 
 

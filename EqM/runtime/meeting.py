@@ -77,9 +77,7 @@ def wait_for(missing: Callable[[], list[str]], where: str, end: float) -> None:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         if time.monotonic() > end:
             waited = f"within {PATIENCE_S / 60:.1f} minutes"
-            raise UserError(
-                f"{shown} did not come to {where} {waited}; the environment says to wait: {environment.ADVICE}"
-            )
+            raise UserError(f"{shown} did not come to {where} {waited}: {environment.ADVICE}")
         if time.monotonic() > speak:
             speak = end
             minutes = (end - time.monotonic()) / 60

@@ -44,11 +44,11 @@ def read_as(kind: type[T], contents: object, name: str = "it") -> T:
         ValueError: a key is missing or unknown, or a value has another type or is out of its range.
     """
     if not isinstance(contents, dict):
-        raise ValueError(f"{name} is {brief(contents)}, and not a dict")
+        raise ValueError(f"{name} is {brief(contents)}, not a dict")
     keys = {field.metadata.get("key", field.name): field for field in fields(kind)}
     unknown = [key for key in contents if key not in keys]
     if unknown:
-        raise ValueError(f"{name} has the unknown {brief_names(unknown)}: a newer version of EqM may know it")
+        raise ValueError(f"{name} has the unknown key {brief_names(unknown)}: a newer version of EqM may know it")
     hints = typing.get_type_hints(kind, include_extras=True)
     values = {}
     for key, field in keys.items():
@@ -77,7 +77,7 @@ def as_type(kind: Any, value: object, name: str) -> Any:
         return as_one_of(parts, value, name)
     if is_dataclass(kind):
         return read_as(kind, value, name)
-    wrong = ValueError(f"{name} is {brief(value)}, and not {getattr(origin or kind, '__name__', kind)}")
+    wrong = ValueError(f"{name} is {brief(value)}, not {getattr(origin or kind, '__name__', kind)}")
     if origin is tuple:
         every = parts[-1] is Ellipsis
         if not isinstance(value, list | tuple) or not (every or len(value) == len(parts)):
@@ -150,7 +150,7 @@ def tensor_problem(tensor: Tensor, finite: bool) -> str:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return "is sparse, quantised or without data"
     if not tensor.is_floating_point():
-        return f"holds {tensor.dtype}, and not floating-point numbers"
+        return f"holds {tensor.dtype}, not floating-point numbers"
     # A sum is finite only if all its terms are, and takes a third of the time.
     if finite and not (tensor.sum().isfinite() or tensor.isfinite().all()):
         return "holds numbers that are not finite"
