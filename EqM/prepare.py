@@ -70,7 +70,8 @@ def main() -> None:
     missing = distributed.on_main(lambda: missing_shards(plan))
 
     mine = missing[distributed.rank() :: distributed.world_size()]
-    workers = args.num_workers or max(1, len(os.sched_getaffinity(0)) // environment.local_ranks())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.num_workers or max(1, cores // environment.local_ranks())
     count = sum(len(plan.shard(number)) for number in mine)
     hidden = not (mine and distributed.is_main())
     start = time.perf_counter()
