@@ -18,12 +18,14 @@ import time
 from tqdm import tqdm
 
 from data.form import Form
+from data.latent_space import LatentSpace
 from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, load_vae
+from data.packs.format import Windows
 from data.packs.pack import Pack
 from data.packs.packing import begin_pack, finish, lock_pack, missing_shards, plan_pack
 from data.packs.workers import pack_shards
 from runtime import cli, distributed, environment
-from runtime.errors import shown
+from runtime.errors import UserError, shown
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,10 +41,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--vae", default="none", type=cli.given, metavar="{none,ema,mse,DIR}", help="pack latents of this VAE"
     )
+    clips = parser.add_argument_group("for a VAE that compresses time: it encodes these clips of each video whole")
+    clips.add_argument("--clip-len", type=cli.side, help="frames of a clip")
+    clips.add_argument(
+        "--frame-interval", type=cli.positive_int, help="video frames from one of a clip to the next; default 3"
+    )
+    clips.add_argument("--windows", type=cli.side, help="clips of a video, evenly spread; default 4")
     parser.add_argument(
         "--num-workers", type=cli.processes, help="processes a rank (threads if a GPU encodes); default all cores"
     )
     return parser.parse_args()
+
+
+def windows_of(args: argparse.Namespace, space: LatentSpace | None) -> Windows | None:
+    """Which clips to pack; None to pack all frames.
+
+    Raises:
+        UserError: the flags of clips are missing, or are not for these data.
+    """
+    given = {name: getattr(args, name) for name in ("clip_len", "frame_interval", "windows")}
+    if not (args.video and space and space.time_factor > 1):
+        flag = next((f"--{name.replace('_', '-')}" for name, value in given.items() if value), None)
+        if flag:
+            raise UserError(f"{flag} is for videos and a VAE that compresses time: leave it out, a pack has all frames")
+        return None
+    if not args.clip_len:
+        lengths = ", ".join(str(space.clip_len(frames)) for frames in (3, 4, 5))
+        raise UserError(f"the VAE {space.name} encodes clips whole: give --clip-len, such as {lengths}")
+    return Windows(args.clip_len, args.frame_interval or 3, args.windows or 4)
 
 
 def report(pack: Pack, packed: int, seconds: float) -> None:
@@ -52,8 +78,10 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
         print(shown(f"skipped unreadable {path}: {reason}"))
     print(
         f"{pack.folder} is whole: {len(pack):,} {kind} of {len(pack.classes)} classes,"
-        f" {pack.lengths.sum():,} frames, {pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
+        f" {pack.count_text()}, {pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
     )
+    for line in pack.latent_sums.report(pack.settings.space) if pack.latent_sums else ():
+        print(line)
     if packed:
         print(f"packed {packed:,} {kind} in {seconds:.1f} s: {packed / seconds:.1f} a second")
 
@@ -64,7 +92,8 @@ def main() -> None:
     distributed.check_same_flags(vars(args))
     vae = load_vae(args.vae, device) if args.vae != "none" else None
     form = Form(args.video, args.image_size or (DEFAULT_VAE_SIZE if vae else DEFAULT_SIZE))
-    plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space))
+    windows = windows_of(args, vae and vae.space)
+    plan = distributed.on_main(lambda: plan_pack(args.source, args.pack, form, vae and vae.space, windows))
     distributed.on_main(lambda: lock_pack(plan.folder))
     distributed.on_main(lambda: begin_pack(plan))
     missing = distributed.on_main(lambda: missing_shards(plan))

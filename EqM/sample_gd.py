@@ -122,10 +122,9 @@ def main() -> None:
 
     # Sample
     start = time.perf_counter()
-    seconds_per_frame = 1 / frames_per_second if frames_per_second else 0.0
     size = max(map(len, batches), default=1)
     fast = fast_of(args, device.type)
-    sampler = Sampler(method, network, plan, seconds_per_frame, size, fast)
+    sampler = Sampler(method, network, plan, config.seconds_at(frames_per_second), size, fast)
     if fast:
         freeze_garbage_collector()
     own = write_samples(sampler, batches, args.trace, vae, output)

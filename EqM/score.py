@@ -108,8 +108,9 @@ def score(
             read_ones = {i: result for i, result in results.items() if not isinstance(result, str)}
             if read_ones:
                 x = torch.stack([x for x, _ in read_ones.values()]).to(device)
-                x = encode(x, vae) if x.dtype == torch.uint8 else x.float() * vae.space.scale  # (N, C, …)
+                x = encode(x, vae) if x.dtype == torch.uint8 else vae.space.normalised(x.float())  # (N, C, …)
                 seconds = torch.tensor([seconds for _, seconds in read_ones.values()], device=device)  # (N,)
+                seconds = seconds * (vae.space.time_factor if vae else 1)
                 y = torch.tensor([labels[i] for i in read_ones], device=device)  # (N,)
                 rows |= dict(zip(read_ones, scores_at(network, x, y, seconds).tolist(), strict=True))
             bar.update(len(places))

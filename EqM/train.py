@@ -24,9 +24,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from compiled import add_compile_arg, fast_of, freeze_garbage_collector
 from data.batches import TrainingBatches, add_batch_args, batch_of, sample_limit
 from data.form import Form
-from data.latents import LatentSpace
+from data.latent_space import LatentSpace
 from data.packs.pack import Pack
-from data.source import Source, add_data_args, class_count, find_pack, form_of, open_source, open_space
+from data.source import Source, add_data_args, class_count, find_pack, form_of, open_source, open_space, packed_flags
 from models import EqM_models, NetworkSettings
 from objective import add_objective_args, objective_of
 from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
@@ -85,8 +85,9 @@ def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, 
         UserError: sizes do not divide.
     """
     side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
-    size = (form.clip_len, side, side) if form.video else side
-    temporal_patch = (args.temporal_patch or (1 if form.clip_len % 2 else 2)) if form.video else 1
+    frames = space.frames(form.clip_len) if space else form.clip_len
+    size = (frames, side, side) if form.video else side
+    temporal_patch = (args.temporal_patch or (1 if frames % 2 else 2)) if form.video else 1
     settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm)
     settings.check()
     return settings
@@ -185,14 +186,23 @@ def train(
     return not stopped
 
 
-def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device, precision: Precision) -> Source:
+def open_data(
+    args: argparse.Namespace,
+    pack: Pack | None,
+    before: LatentSpace | None,
+    device: torch.device,
+    precision: Precision,
+) -> Source:
     """What --data-path names, in the form that the flags ask for. Every rank must call it.
+
+    Args:
+        before: the space of the latents of the run that goes on.
 
     Raises:
         UserError: there is nothing in this form, or no network fits it.
     """
     form = form_of(args, pack)
-    space, vae = open_space(pack, args.vae, device, precision)
+    space, vae = open_space(pack, args.vae, device, precision, before)
     network_of(args, form, space, num_classes=1)  # a wrong size ends the run before a long scan
     return open_source(args.data_path, form, pack, space, vae)
 
@@ -261,6 +271,7 @@ def main() -> None:
 
     # Start: a new run, or one that goes on with its own settings
     pack = distributed.together(lambda: find_pack(args.data_path))
+    defaults = defaults | packed_flags(pack)
     asked = asked_of(args, defaults)
     start = distributed.on_main(lambda: find_start(asked))
     saved = distributed.together(lambda: load_checkpoint(start.checkpoint)) if start.checkpoint else None
@@ -270,7 +281,7 @@ def main() -> None:
 
     # Data, and the network for them
     batch = batch_of(args, device.type)
-    source = open_data(args, pack, device, precision)
+    source = open_data(args, pack, before.space if before else None, device, precision)
     config = make_config(args, source, precision, batch, before.network.num_classes if saved else 0)
     last_sample = sample_limit(args.epochs, args.max_steps, len(source.found))
     if saved:

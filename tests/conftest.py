@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.form import Form
-from data.latents import LatentSpace
+from data.latent_space import LatentSpace
 from data.packs.dataset import PackedSamples
 from data.packs.pack import Pack, open_pack
 from data.packs.packing import PackPlan, begin_pack, finish, missing_shards, plan_pack

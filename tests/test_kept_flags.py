@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import make_pack, run_script
-from data.latents import LatentSpace
+from data.latent_space import LatentSpace
 from models import NetworkSettings
 from objective import Objective
 from runs.checkpoint import save_checkpoint

@@ -17,7 +17,8 @@ from conftest import ROOT, run_command, run_script
 from data import latents
 from data.file_list import Found
 from data.form import Form
-from data.latents import PUBLISHED, batch_moments, draw, load_vae
+from data.latent_space import LatentSpace, draw
+from data.latents import PUBLISHED, batch_moments, load_vae
 from data.source import Source
 from drawing.pictures import read_png
 from models import EqM_models
@@ -106,7 +107,7 @@ def test_in_bf16_a_cast_copy_computes_and_what_comes_out_is_float32(vae_folder):
 
 def test_latents_are_drawn_from_the_posterior_and_scaled():
     moments = torch.stack([torch.full((1000, 4), 3.0), torch.full((1000, 4), 0.25)], dim=1).half()
-    latents = draw(moments, 0.5, torch.Generator().manual_seed(0))
+    latents = draw(moments, LatentSpace("", "", 0.5, 4, 8), torch.Generator().manual_seed(0))
     assert latents.dtype == torch.float32
     assert latents.mean().item() == pytest.approx(1.5, abs=0.01)
     assert latents.std().item() == pytest.approx(0.125, abs=0.005)

@@ -24,7 +24,7 @@ from data.packs.dataset import PackedSamples, unpack
 from data.packs.format import shard_path
 from data.packs.pack import is_pack, open_pack, read_pack
 from data.scan import scan
-from data.source import Source, packed_space
+from data.source import Source
 from data.video import write_video
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json, write_json
@@ -168,7 +168,7 @@ def test_samples_of_latents_have_the_windows_and_flips_of_the_pixels(shapes, tmp
 @pytest.mark.parametrize("vae", [None, BlockMeans])
 def test_the_network_sees_a_pack_in_one_layout(shapes, tmp_path, vae):
     pack = make_pack(shapes, tmp_path / "pack", image_size=32, vae=vae)
-    source = Source(replace(CLIPS, image_size=32), pack.found(), pack, packed_space(pack), None)
+    source = Source(replace(CLIPS, image_size=32), pack.found(), pack, pack.settings.space, None)
     samples = source.dataset(seed=0)
     stream = EpochStream(len(samples), 4, 12, seed=3, first=0, rank=0, ranks=1)
     batch = next(iter(make_loader(samples, stream, 0, pin_memory=False)))

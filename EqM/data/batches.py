@@ -89,11 +89,11 @@ class TrainingBatches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x (N, C, H, W) or (N, C, T, H, W) float32, labels y (N,), seconds_per_frame (N,)."""
+        """x (N, C, H, W) or (N, C, T, H, W) float32, labels y (N,), seconds_per_frame (N,) of the frames in x."""
         for number, batch in enumerate(self.loader):
             drawn_before = self.first + number * self.batch
             x = self.source.to_input(batch, self.generator, self.seed, drawn_before, self.rank)
-            yield x, batch["label"], batch["seconds_per_frame"]
+            yield x, batch["label"], batch["seconds_per_frame"] * self.source.time_factor
 
     def check(self, batch: dict) -> None:
         """Raises UserError for a batch that nothing can be trained on. Notes its unreadable files."""

@@ -15,7 +15,7 @@ from data.clips import frame_indices, read_sample
 from data.file_list import Item
 from data.form import Form
 from data.images import image_size
-from data.latents import LatentSpace
+from data.latent_space import LatentSpace
 from data.npz import read_npz
 from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack, read_pack
@@ -77,15 +77,20 @@ def packed_content(
     settings = pack.settings
     packed = (settings.video, settings.image_size, settings.vae.get("fingerprint"))
     wanted = (form.video, form.image_size, space.fingerprint if space else None)
+    windows = settings.windows
+    if windows and (windows.clip_len, windows.frame_interval) != (form.clip_len, form.frame_interval):
+        takes = f"clips of {form.clip_len} frames, {form.frame_interval} apart"
+        raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give a pack of those")
     if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
         takes = f"{'videos' if form.video else 'images'} of {form.image_size}×{form.image_size} pixels"
         raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give a pack of those")
     samples = PackedSamples(pack, form, seed=0)
 
     def read(index: int) -> tuple[Tensor, float]:
-        frames = np.array([frame_indices(form, int(pack.lengths[index]), window(index))])  # (1, T)
-        x = torch.from_numpy(samples.gather(np.array([index]), frames, np.array([False])))
-        x = unpack(x, torch.tensor([False]), form.video)[0]  # (3, T, H, W), or (2, C, T, h, w)
+        one = np.array([index])
+        places = samples.places(one, np.array([window(index)]))  # (1, T)
+        x = torch.from_numpy(samples.gather(one, places, np.array([False])))
+        x = unpack(x, torch.tensor([False]), form.video)[0]  # (3, T, H, W), or (2, C, t, h, w)
         return x if samples.pixels else x[0], form.frame_interval / pack.rates[index] if form.video else 0.0
 
     return Content(list(pack.paths), [pack.classes[label] for label in pack.labels], read)

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from data.clips import Samples
 from data.file_list import Found
 from data.form import Form
-from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, VAE, LatentSpace, batch_moments, draw, load_vae, to_unit_range
+from data.latent_space import LatentSpace, draw
+from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, VAE, batch_moments, load_vae, to_unit_range
 from data.packs.dataset import PackedSamples, unpack
 from data.packs.pack import Pack, is_pack, open_pack
 from data.scan import scan_for_training
@@ -58,7 +59,7 @@ class Source:
         if not self.space:
             return to_unit_range(x.contiguous())
         seed_draws(generator, *place, POSTERIOR)
-        return draw(batch_moments(self.vae, x) if self.vae else x, self.space.scale, generator).contiguous()
+        return draw(batch_moments(self.vae, x) if self.vae else x, self.space, generator).contiguous()
 
     def decoder(self, device: torch.device, precision: Precision) -> VAE | None:
         """The VAE that decodes samples; None for pixels. Loads it if the pack holds latents.
@@ -73,7 +74,13 @@ class Source:
             raise UserError(
                 f"{self.pack.folder} was made with other weights of the VAE {self.space.name}: make the pack again"
             )
+        vae.take_space(self.space)
         return vae
+
+    @property
+    def time_factor(self) -> int:
+        """Frames of a clip from one frame that the network sees to the next."""
+        return self.space.time_factor if self.space else 1
 
     def announce(self) -> None:
         """Logs the size of the data, what is left out of them, and the files that cannot be read."""
@@ -84,8 +91,12 @@ class Source:
         for path, reason in found.unreadable:
             log.warning("skipped unreadable %s: %s", shown(path), shown(reason))
         if form.video:
-            short = found.shorter_than(form.window)
             log.info("clips of %d frames, %d apart", form.clip_len, form.frame_interval)
+            if self.time_factor > 1:
+                log.info("the VAE makes %d frames of latents of each", self.space.frames(form.clip_len))
+            if self.pack and self.pack.settings.windows:
+                return
+            short = found.shorter_than(form.window)
             log.info("%d of %d videos are shorter than a clip, which repeats their last frame", short, len(found))
 
     def __str__(self) -> str:
@@ -128,17 +139,26 @@ def form_of(args: argparse.Namespace, pack: Pack | None) -> Form:
 
 
 def open_space(
-    pack: Pack | None, vae_name: str | None, device: torch.device, precision: Precision
+    pack: Pack | None,
+    vae_name: str | None,
+    device: torch.device,
+    precision: Precision,
+    before: LatentSpace | None = None,
 ) -> tuple[LatentSpace | None, VAE | None]:
     """The latent space that the network sees, and the VAE that encodes pixels; None, None for pixels.
+
+    Args:
+        before: the space of the run that goes on. If it is of the same VAE, the run goes on in it.
 
     Raises:
         UserError: the VAE cannot be loaded.
     """
-    packed = packed_space(pack) if pack else None
+    packed = pack.settings.space if pack else None
     if packed:
         return packed, None
     vae = load_vae(vae_name, device, precision.name == "bf16") if vae_name not in (None, "none") else None
+    if vae and before and before.fingerprint == vae.space.fingerprint:
+        vae.take_space(before)
     return vae and vae.space, vae
 
 
@@ -152,13 +172,10 @@ def open_source(path: Path, form: Form, pack: Pack | None, space: LatentSpace | 
     return Source(form, found, pack, space, vae)
 
 
-def packed_space(pack: Pack) -> LatentSpace | None:
-    """The latent space of a pack; None for pixels."""
-    vae = pack.settings.vae
-    if not vae:
-        return None
-    downsampling = pack.settings.image_size // vae["side"]
-    return LatentSpace(vae["name"], vae["fingerprint"], vae["scale"], vae["channels"], downsampling)
+def packed_flags(pack: Pack | None) -> dict:
+    """What a new run takes for flags that a pack of windows decides, by name."""
+    windows = pack.settings.windows if pack else None
+    return {"clip_len": windows.clip_len, "frame_interval": windows.frame_interval} if windows else {}
 
 
 def check_pack(args: argparse.Namespace, pack: Pack | None) -> None:
@@ -172,6 +189,8 @@ def check_pack(args: argparse.Namespace, pack: Pack | None) -> None:
     packed = {"--image-size": (args.image_size, settings.image_size)}
     if settings.vae:
         packed["--vae"] = (args.vae, settings.vae["name"])
+    for name, value in packed_flags(pack).items():
+        packed[f"--{name.replace('_', '-')}"] = (getattr(args, name), value)
     for flag, (asked, value) in packed.items():
         if asked is not None and asked != value:
             raise UserError(f"{args.data_path} was made with {flag} {value}, not {asked}: leave out {flag}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.batches import EpochStream, make_loader
 from data.form import Form
-from data.source import find_pack, open_source, packed_space
+from data.source import find_pack, open_source
 
 WIDTH, HEIGHT, FRAMES, RATE = 320, 240, 50, 25  # of the source videos: MPEG-4 in AVI, like UCF-101
 CLIP_LEN, FRAME_INTERVAL = 4, 3
@@ -51,7 +51,7 @@ def write_vae(folder: Path) -> bool:
 def clips_per_second(data: Path, image_size: int, workers: int) -> float:
     """Clips a second from a folder of videos or a pack, once the workers have started."""
     form, pack = Form(True, image_size, CLIP_LEN, FRAME_INTERVAL, flip=True), find_pack(data)
-    source = open_source(data, form, pack, packed_space(pack) if pack else None, None)
+    source = open_source(data, form, pack, pack.settings.space if pack else None, None)
     stream = EpochStream(len(source.found), BATCH, 10**6, seed=0, first=0, rank=0, ranks=1)
     batches = iter(make_loader(source.dataset(seed=0), stream, workers, pin_memory=False))
     for _ in range(WARMUP_BATCHES):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data.form import Form
-from data.latents import LatentSpace
+from data.latent_space import LatentSpace
 from models import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
 from runtime import cli
@@ -81,12 +81,25 @@ class Config:
         """The form of the data that the network was trained on, without mirrored samples."""
         pixels = self.space.downsampling if self.space else 1
         interval = self.flags.get("frame_interval", OLD_MEANINGS["frame_interval"]) if self.network.is_video else 1
-        return Form(self.network.is_video, self.network.side * pixels, self.network.frames, interval)
+        clip_len = self.space.clip_len(self.network.frames) if self.space else self.network.frames
+        return Form(self.network.is_video, self.network.side * pixels, clip_len, interval)
 
     @property
     def seconds_per_frame(self) -> float:
-        """Mean seconds between two frames of a training clip; 0 for images."""
-        return 1 / self.frames_per_second if self.frames_per_second else 0.0
+        """Mean seconds between two frames that the network sees of a training clip; 0 for images."""
+        return self.seconds_at(self.frames_per_second)
+
+    def seconds_at(self, frames_per_second: float | None) -> float:
+        """Seconds between two frames that the network sees, for clips of this frame rate; 0 for None, which images have.
+
+        A VAE may make one frame of latents of several frames.
+        """
+        return self.time_factor / frames_per_second if frames_per_second else 0.0
+
+    @property
+    def time_factor(self) -> int:
+        """Frames of a clip from one frame that the network sees to the next."""
+        return self.space.time_factor if self.space else 1
 
     @property
     def class_names(self) -> list[str]:
@@ -100,7 +113,7 @@ class Config:
             **{name: self.flags.get(name, meaning) for name, meaning in OLD_MEANINGS.items()},
             "model": network.model,
             "video": network.is_video,
-            "clip_len": network.frames if network.is_video else None,
+            "clip_len": self.form.clip_len if network.is_video else None,
             "image_size": self.form.image_size,
             "num_classes": network.num_classes,
             "temporal_patch": network.temporal_patch if network.is_video else None,
@@ -146,6 +159,8 @@ def check_together(config: Config) -> None:
         )
     if network.in_channels != (config.space.channels if config.space else 3):
         raise ValueError(f"network.in_channels is {network.in_channels}, and the data have other channels")
+    if config.space:
+        config.space.frames(config.form.clip_len)  # more frames than it has statistics for are a UserError
     if not 0 < len(set(config.classes)) == len(config.classes) <= network.num_classes:
         found = f"{len(config.classes)} names, and network.num_classes is {network.num_classes}"
         raise ValueError(f"classes has {found}: too many, none, or a name twice")
@@ -178,6 +193,9 @@ def check_resumable(saved: Config, ours: Config, path: Path) -> None:
     for key, value in described(ours).items():
         if theirs[key] != value:
             raise UserError(f"{path} was trained with {key} {theirs[key]}, and this run has {value}")
+    if saved.space and not saved.space.same_numbers(ours.space):
+        numbers = "latents were scaled and shifted by other numbers"
+        raise UserError(f"{path} was trained when {numbers}: give the data that it was trained on, or start a new run")
 
 
 def changed_counts(saved: Config, ours: Config) -> str:

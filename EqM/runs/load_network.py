@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.latents import DEFAULT_VAE_SIZE, VAE, LatentSpace, load_vae
+from data.latent_space import LatentSpace
+from data.latents import DEFAULT_VAE_SIZE, VAE, load_vae
 from energy import ENERGIES
 from models import EqM, EqM_models, NetworkSettings, check_weights, load_weights
 from precision import Precision, resolve_precision
@@ -224,12 +225,13 @@ def load_same_vae(
     vae = load_vae(name, device, bf16)
     if vae.space.fingerprint != space.fingerprint:
         raise UserError(f"--vae {name} is not the VAE that {request.path} was trained on")
+    vae.take_space(space)
     return vae
 
 
 def check_known(known: Mapping[str, object], config: Config) -> None:
     """Raises UserError, with both values, if a flag contradicts the checkpoint."""
-    trained = config.kept_flags() | {"clip_len": config.network.frames}
+    trained = config.kept_flags() | {"clip_len": config.form.clip_len}
     for name, asked in known.items():
         if asked != trained[name]:
             flag = f"--{name.replace('_', '-')} {asked}"

@@ -4,7 +4,7 @@ import argparse
 import math
 
 from data.packs.pack import Pack
-from data.source import check_pack
+from data.source import check_pack, packed_flags
 from objective import objective_of
 from runs.config import Config
 from runtime import cli, distributed
@@ -43,11 +43,13 @@ def kept_of(args: argparse.Namespace, before: Config, pack: Pack | None) -> dict
         kept["micro_batch_size"] = math.gcd(kept["micro_batch_size"], max(batch // distributed.world_size(), 1))
     if pack:
         check_pack(args, pack)
-        for name, value in (("video", pack.settings.video), ("image_size", pack.settings.image_size)):
+        settings = pack.settings
+        form = {"video": settings.video, "image_size": settings.image_size, **packed_flags(pack)}
+        for name, value in form.items():
             if getattr(args, name) is None and kept[name] != value:
                 flag = "--" + name.replace("_", "-")
                 found = f"{args.data_path} is a pack with {flag} {value}"
                 raise UserError(f"the run has {flag} {kept[name]}, and {found}: give another pack")
-        if pack.settings.vae:
+        if settings.vae:
             kept["vae"] = None  # the pack names its own
     return kept

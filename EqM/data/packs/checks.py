@@ -3,6 +3,7 @@
 import numpy as np
 
 from data.packs.format import Settings, is_texts, is_whole
+from data.packs.latent_sums import LatentSums
 
 MAX_LENGTH = 2**32  # frames of an item; keeps sums below 2^63
 COLUMNS = {"path", "label", "frames", "frames_per_second", "offset"}
@@ -28,6 +29,8 @@ def check_record(record: dict, settings: Settings) -> None:
     check_file(record)
     check_unreadable(record["unreadable"])
     require(set(record["items"]) == COLUMNS)
+    if "latents" in record:
+        LatentSums.read(record["latents"])
     alone = record["items"] | {"shard": [0] * len(record["items"]["path"])}
     check_items(alone, [record["bytes"]], settings)
 

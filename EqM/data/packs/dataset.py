@@ -15,8 +15,9 @@ class PackedSamples(Dataset):
     """`Samples` of a pack, a whole batch at a time. The same keys give the same windows, flips and pixels.
 
     The slow work is left to the device. `x` is as the pack has it: pixels (N, T, H, W, 3) uint8, or latents
-    (N, T, 2, C, h, w) float16. `flip` (N,) marks the pixels that are still to be mirrored. `unpack` transposes
-    and mirrors. If the pack is lost, the batch is a `problem` alone: the error, as text that any process can send.
+    (N, T, 2, C, h, w) float16, or windows of latents (N, 1, 2, C, t, h, w). `flip` (N,) marks the pixels that are still
+    to be mirrored. `unpack` transposes and mirrors. If the pack is lost, the batch is a `problem` alone: the error, as
+    text that any process can send.
     """
 
     def __init__(self, pack: Pack, form: Form, seed: int):
@@ -30,10 +31,7 @@ class PackedSamples(Dataset):
         """The samples of many keys, as one batch."""
         indices = np.array([index for _, index in keys])  # (N,)
         uniforms = keyed_uniforms(self.seed, keys)  # (N, 2)
-        lengths = self.pack.lengths[indices]  # (N,)
-        starts = (uniforms[:, 0] * (np.maximum(lengths - self.form.window, 0) + 1)).astype(np.int64)  # (N,)
-        places = starts[:, None] + np.arange(self.form.clip_len) * self.form.frame_interval  # (N, T)
-        places = np.minimum(places, lengths[:, None] - 1)  # a short video holds its last frame
+        places = self.places(indices, uniforms[:, 0])  # (N, T)
         flips = self.form.flip & (uniforms[:, 1] < 0.5)  # (N,)
         seconds = (
             self.form.frame_interval / self.pack.rates[indices] if self.form.video else np.zeros(len(keys))
@@ -49,6 +47,19 @@ class PackedSamples(Dataset):
             "seconds_per_frame": torch.from_numpy(seconds.astype(np.float32)),
             "unreadable": [[]] * len(keys),
         }
+
+    def places(self, indices: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The frames of clips by their place in items (N,): (N, T), or (N, 1) for windows.
+
+        Args:
+            starts: where the clips start, (N,), from 0, the first place, up to, but not including, 1.
+        """
+        lengths = self.pack.lengths[indices]  # (N,)
+        if self.pack.settings.windows:
+            return (starts * lengths).astype(np.int64)[:, None]
+        first = (starts * (np.maximum(lengths - self.form.window, 0) + 1)).astype(np.int64)  # (N,)
+        places = first[:, None] + np.arange(self.form.clip_len) * self.form.frame_interval  # (N, T)
+        return np.minimum(places, lengths[:, None] - 1)  # a short video holds its last frame
 
     def gather(self, indices: np.ndarray, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
         """The frames at places (N, T) of items (N,); for flipped latents, the mirrored copies.
@@ -70,11 +81,13 @@ def unpack(x: Tensor, flip: Tensor, video: bool) -> Tensor:
     """Gives a batch of `PackedSamples` the layout of `Samples`, on any device.
 
     Pixels (N, T, H, W, 3) become (N, 3, T, H, W) uint8. Latents (N, T, 2, C, h, w) become (N, 2, C, T, h, w)
-    float16. Images lose T.
+    float16, and windows of them (N, 2, C, t, h, w). Images lose T.
     """
     if x.dtype == torch.uint8:
         x = x.permute(0, 4, 1, 2, 3)  # (N, 3, T, H, W)
         x = torch.where(flip.view(-1, 1, 1, 1, 1), x.flip(-1), x)
+    elif x.dim() == 7:
+        x = x.squeeze(1)  # (N, 2, C, t, h, w)
     else:
         x = x.permute(0, 2, 3, 1, 4, 5)  # (N, 2, C, T, h, w)
     return x if video else x.squeeze(-3)

@@ -1,23 +1,35 @@
 """The settings of a pack: what it is made from and how, and where its parts lie."""
 
-import math
 import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from data.latent_space import LatentSpace
+from runtime import cli
 from runtime.cli import MAX_SIDE
 from runtime.errors import UserError
 from runtime.files import parse_json, without_checksum
+from runtime.plain_data import read_as
 
 FORMAT, VERSION = "EqM pack", 2
 # An interruption costs one shard a process, and damage costs a whole shard.
 SHARD_BYTES, MIN_SHARDS = 2**28, 64
 FRAMES_OF_A_VIDEO = 200  # assumed, since the size of shards is fixed before any video is opened
 MAX_FILES = 10**9
-VAE_KEYS = {"name", "fingerprint", "scale", "channels", "side"}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which clips of each video a pack holds, if its VAE encodes clips whole: at most `windows`, evenly spread."""
+
+    clip_len: Annotated[int, cli.side]
+    frame_interval: Annotated[int, cli.positive_int]
+    windows: Annotated[int, cli.side]
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,8 @@ class Settings:
         video: made from videos, not images.
         image_size: height and width of a frame, pixels.
         values: "pixels" or "latents".
-        vae: for latents `name`, `fingerprint`, `scale`, `channels` and `side`, the latents' height and width;
-            empty for pixels.
+        vae: for latents what `LatentSpace.as_dict` gives, but with `side`, the latents' height and width, in place of
+            `downsampling`; and the attributes of Windows, if there are such. Empty for pixels.
         classes: names of the classes.
         files: how many files.
         names_crc32: checksum over the names and classes of all files.
@@ -49,10 +61,33 @@ class Settings:
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
-        """(H, W, 3), or (2, 2, C, h, w) for latents: as it is and mirrored, mean and standard deviation."""
+        """(H, W, 3), or (2, 2, C, [t,] h, w) for latents: as it is and mirrored, mean and standard deviation.
+
+        With windows, each window stands in the place of a frame.
+        """
         if self.values == "pixels":
-            return self.image_size, self.image_size, 3
-        return 2, 2, self.vae["channels"], self.vae["side"], self.vae["side"]
+            return self.pixel_shape
+        frames = [self.space.frames(self.windows.clip_len)] if self.windows else []
+        return 2, 2, self.vae["channels"], *frames, self.vae["side"], self.vae["side"]
+
+    @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """The pixels that a frame is made of: (H, W, 3), or (T, H, W, 3) for a window."""
+        return *([self.windows.clip_len] if self.windows else []), self.image_size, self.image_size, 3
+
+    @cached_property
+    def space(self) -> LatentSpace | None:
+        """The space of the latents; None for pixels. Raises ValueError if `vae` is wrong."""
+        if not self.vae:
+            return None
+        about = {name: value for name, value in self.vae.items() if name not in {"side", *WINDOW_KEYS}}
+        return read_as(LatentSpace, about | {"downsampling": self.image_size // self.vae["side"]}, "vae")
+
+    @cached_property
+    def windows(self) -> Windows | None:
+        """The windows of each video; None if it holds all frames. Raises ValueError if `vae` is wrong."""
+        about = {name: value for name, value in self.vae.items() if name in WINDOW_KEYS}
+        return read_as(Windows, about, "vae") if about else None
 
     @property
     def dtype(self) -> np.dtype:
@@ -65,7 +100,8 @@ class Settings:
     @property
     def items_per_shard(self) -> int:
         """Files of a shard. There are few, so that many processes find work in a small set too."""
-        item_bytes = self.frame_bytes * (FRAMES_OF_A_VIDEO if self.video else 1)
+        frames = self.windows.windows if self.windows else FRAMES_OF_A_VIDEO if self.video else 1
+        item_bytes = self.frame_bytes * frames
         return max(1, min(SHARD_BYTES // item_bytes, -(-self.files // MIN_SHARDS)))
 
     @property
@@ -84,10 +120,10 @@ class Settings:
         sound = sound and isinstance(self.video, bool) and isinstance(self.vae, dict) and is_texts(self.classes)
         sound = sound and 0 < len(self.classes) == len(set(self.classes))
         if self.values == "latents":
-            sound = sound and set(self.vae) == VAE_KEYS and is_texts([self.vae["name"], self.vae["fingerprint"]])
-            sound = sound and isinstance(self.vae["scale"], float | int) and 0 < self.vae["scale"] < math.inf
-            sound = sound and is_whole(self.vae["channels"], 1, MAX_SIDE)
-            sound = sound and is_whole(self.vae["side"], 1, self.image_size)
+            sound = sound and is_whole(self.vae.get("side"), 1, self.image_size)
+            sound = sound and is_texts([self.space.name, self.space.fingerprint]) and self.space.channels <= MAX_SIDE
+            sound = sound and bool(self.windows) == (self.video and self.space.time_factor > 1)
+            sound = sound and (not self.windows or self.space.frames(self.windows.clip_len) > 0)
         else:
             sound = sound and self.values == "pixels" and not self.vae
         if not sound:
@@ -97,7 +133,12 @@ class Settings:
         """The command line that makes, continues or mends a pack of these settings."""
         words = ["python", "EqM/prepare.py", self.source, str(folder)]
         words += ["--video"] * self.video + ["--image-size", str(self.image_size)]
-        return shlex.join(words + (["--vae", self.vae["name"]] if self.vae else []))
+        words += ["--vae", self.vae["name"]] if self.vae else []
+        about = asdict(self.windows) if self.windows else {}
+        return shlex.join(words + [f"--{name.replace('_', '-')}={value}" for name, value in about.items()])
+
+
+WINDOW_KEYS = {field.name for field in fields(Windows)}
 
 
 def is_whole(value: object, least: int, most: int) -> bool:

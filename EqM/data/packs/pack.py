@@ -8,7 +8,8 @@ A pack is a folder of
     index.json        all records in one file; written last, so a pack with an index is whole
 
 A frame is (H, W, 3) uint8 pixels, or (2, 2, C, h, w) float16 latents. The first axis of latents is the frame as it
-is and mirrored, the second is mean and standard deviation. Every .json file has a checksum of its contents.
+is and mirrored, the second is mean and standard deviation. If the VAE encodes clips whole, a window of the video,
+(2, 2, C, t, h, w), stands in the place of a frame. Every .json file has a checksum of its contents.
 """
 
 import os
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from data.file_list import Found, Names, Videos
 from data.packs.checks import check_index
 from data.packs.format import Settings, read_settings, shard_path
+from data.packs.latent_sums import LatentSums
 from data.video import VideoInfo
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
@@ -41,10 +43,12 @@ class Pack:
     Attributes, with one value an item in the order of the source's files:
         paths: the file, relative to the source.
         labels: its class index, into `classes`, (N,) int64.
-        lengths: its frames, (N,) int64.
+        lengths: its frames, or windows, (N,) int64.
         rates: its frames a second, 0 for an image, (N,) float64.
         shards: the shard that holds it, (N,) int64.
         first_frames: the place of its first frame in that shard, (N,) int64.
+    and, of all latents:
+        latent_sums: their means and deviations; None for pixels, and if the pack is of an earlier version.
 
     Raises:
         ValueError, KeyError, TypeError: the index says something wrong, or lacks something.
@@ -60,6 +64,7 @@ class Pack:
         self.lengths = columns["frames"]
         self.rates, self.shards = columns["frames_per_second"], columns["shard"]
         self.first_frames = columns["offset"] // self.settings.frame_bytes  # (N,)
+        self.latent_sums = LatentSums.read(index["latents"]) if "latents" in index else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,10 +78,16 @@ class Pack:
         settings = self.settings
         kind = f"{settings.image_size}×{settings.image_size} pixels"
         if settings.values == "latents":
-            side = settings.vae["side"]
-            kind = f"{settings.vae['channels']}×{side}×{side} latents of {kind} by the VAE {settings.vae['name']}"
+            shape = "×".join(map(str, settings.frame_shape[2:]))
+            kind = f"{shape} latents of {kind} by the VAE {settings.vae['name']}"
         size = f"{self.num_bytes():,} bytes in {settings.num_shards} shards"
-        return f"a pack of {kind}: {self.lengths.sum():,} frames, {size}, made from {settings.source}"
+        return f"a pack of {kind}: {self.count_text()}, {size}, made from {settings.source}"
+
+    def count_text(self) -> str:
+        """How many frames, or windows, it holds, for people."""
+        windows = self.settings.windows
+        of = f" of {windows.clip_len} frames, {windows.frame_interval} apart" if windows else ""
+        return f"{self.lengths.sum():,} {'windows' if windows else 'frames'}{of}"
 
     def found(self) -> Found:
         """The items of the pack, in the form that `data.scan` gives for files."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.form import Form
-from data.latents import LatentSpace
+from data.latent_space import LatentSpace
 from data.packs.checks import check_record
-from data.packs.format import FORMAT, VERSION, Settings, read_settings, shard_path
+from data.packs.format import FORMAT, VERSION, Settings, Windows, read_settings, shard_path
+from data.packs.latent_sums import LatentSums
 from data.packs.pack import Pack, find_damage, read_index
 from data.scan import check_readable, find_files
 from runtime.errors import UserError
@@ -55,7 +56,9 @@ def name_in(source: Path, path: str) -> str:
     return str(Path(path).relative_to(root))
 
 
-def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> PackPlan:
+def plan_pack(
+    source: Path, folder: Path, form: Form, space: LatentSpace | None, windows: Windows | None = None
+) -> PackPlan:
     """Finds the files. Writes nothing.
 
     Args:
@@ -63,9 +66,10 @@ def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None)
         folder: gets the pack.
         form: videos or images, and their size.
         space: the space of a VAE, to pack latents; None packs pixels.
+        windows: which clips to pack, if the VAE encodes clips whole.
 
     Raises:
-        UserError: no files, or an image size that the VAE does not divide.
+        UserError: no files, or an image size or a clip length that the VAE does not take.
     """
     listing = find_files(source, form.video)
     for note in listing.notes:
@@ -79,7 +83,7 @@ def plan_pack(source: Path, folder: Path, form: Form, space: LatentSpace | None)
         video=form.video,
         image_size=form.image_size,
         values="latents" if space else "pixels",
-        vae=vae_settings(space, form.image_size) if space else {},
+        vae=vae_settings(space, form.image_size, windows) if space else {},
         classes=list(listing.classes),
         files=len(samples),
         names_crc32=zlib.crc32(os.fsencode(names)),
@@ -115,15 +119,19 @@ def begin_pack(plan: PackPlan) -> None:
     check_same(plan.folder, (found or plan.settings).identity(), plan.settings.identity())
 
 
-def vae_settings(space: LatentSpace, image_size: int) -> dict:
-    """What a pack keeps of its VAE. Raises UserError for an image size that the VAE does not divide."""
-    return {
-        "name": space.name,
-        "fingerprint": space.fingerprint,
-        "scale": space.scale,
-        "channels": space.channels,
-        "side": space.side(image_size),
-    }
+def vae_settings(space: LatentSpace, image_size: int, windows: Windows | None) -> dict:
+    """What a pack keeps of its VAE, as JSON gives it back.
+
+    Raises:
+        UserError: an image size or a clip length that the VAE does not take.
+    """
+    kept = {name: list(v) if isinstance(v, tuple) else v for name, v in space.as_dict().items()}
+    kept["side"] = space.side(image_size)
+    del kept["downsampling"]
+    if windows:
+        space.frames(windows.clip_len)
+        kept |= asdict(windows)
+    return kept
 
 
 def check_same(folder: Path, found: dict, wanted: dict) -> None:
@@ -174,6 +182,9 @@ def build_index(plan: PackPlan, records: dict[int, dict]) -> dict:
             index["items"].setdefault(name, []).extend(column)
         index["shards"].append({name: record[name] for name in ("bytes", "crc32", "mtime_ns")})
         index["unreadable"].extend(record["unreadable"])
+    sums = [records[number].get("latents") for number in range(plan.settings.num_shards)]
+    if all(sums):  # the first packs of this version did not keep them
+        index["latents"] = sum(map(LatentSums.read, sums), start=LatentSums()).as_dict()
     return index
 
 

@@ -1,5 +1,6 @@
 """Writes one shard of a pack: decodes its files, encodes the frames if the pack is of latents, and keeps a record."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -9,23 +10,52 @@ from typing import BinaryIO
 import numpy as np
 
 from data.clips import read_image
-from data.packs.format import Settings, shard_path
+from data.packs.format import Settings, Windows, shard_path
+from data.packs.latent_sums import LatentSums
 from data.packs.packing import PackPlan, disk_errors, name_in
 from data.untrusted import Unreadable
 from data.video import iterate_frames, probe_video
+from runtime.errors import UserError
 from runtime.files import contents_checksum, write_json, write_whole
 
 CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded together: at most both
 
-Encode = Callable[[np.ndarray], np.ndarray]  # (N, H, W, 3) uint8 to (N, 2, C, h, w) float16: mean, deviation
+# (N, [T,] H, W, 3) uint8 to (N, 2, C, [t,] h, w) float16: mean, deviation
+Encode = Callable[[np.ndarray], np.ndarray]
 
 
-def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.ndarray]]:
-    """A file's frames a second, 0 for an image, and its frames, (size, size, 3) uint8 each."""
-    if not video:
-        return 0.0, iter([read_image(path, size).permute(1, 2, 0).numpy()])
+def read_source(path: str, settings: Settings) -> tuple[float, Iterator[np.ndarray]]:
+    """A file's frames a second, 0 for an image, and its frames, or windows, `settings.pixel_shape` uint8 each."""
+    if not settings.video:
+        return 0.0, iter([read_image(path, settings.image_size).permute(1, 2, 0).numpy()])
     info = probe_video(path)
-    return info.frames_per_second, iterate_frames(path, info, size)
+    frames = iterate_frames(path, info, settings.image_size)
+    windows = settings.windows
+    return info.frames_per_second, windows_of(frames, len(info.times), windows) if windows else frames
+
+
+def windows_of(frames: Iterable[np.ndarray], count: int, windows: Windows) -> Iterator[np.ndarray]:
+    """The windows of a video, (T, H, W, 3) each, from its frames (H, W, 3) in order.
+
+    The first window begins at the first frame, and the last one ends at the last. A short video has fewer. If it is
+    shorter than a window, or ends early, the last frame is repeated.
+
+    Args:
+        count: of the frames.
+    """
+    span = (windows.clip_len - 1) * windows.frame_interval
+    starts = np.unique(np.linspace(0, max(count - 1 - span, 0), windows.windows).round().astype(int)).tolist()
+    open_ones: list[tuple[int, list[np.ndarray]]] = [(start, []) for start in starts]
+    frame = None
+    for place, frame in enumerate(frames):
+        for start, taken in open_ones:
+            if place >= start and (place - start) % windows.frame_interval == 0:
+                taken.append(frame)
+        while open_ones and len(open_ones[0][1]) == windows.clip_len:
+            yield np.stack(open_ones.pop(0)[1])
+    for start, taken in open_ones:
+        if taken or start == starts[0]:
+            yield np.stack(taken + [frame] * (windows.clip_len - len(taken)))
 
 
 def pack_shard(plan: PackPlan, number: int, encode: Encode | None, advance: Callable[[int], None]) -> None:
@@ -59,7 +89,7 @@ def write_frames(
         for source_path, label in plan.shard(number):
             name = name_in(plan.source, source_path)
             try:
-                rate, frames = read_source(source_path, settings.video, settings.image_size)
+                rate, frames = read_source(source_path, settings)
                 first = next(frames)
             except Unreadable as error:
                 writer.add_unreadable(name, str(error))
@@ -72,15 +102,15 @@ def write_frames(
 class ShardWriter:
     """Writes the frames of one shard to an open file, and collects the shard's record.
 
-    Frames are written in chunks of a fixed size, however long an item is. With `encode`, a chunk becomes the
-    latents of its frames and of their mirrored copies.
+    Frames, or windows, are written in chunks of a fixed size, however long an item is. With `encode`, a chunk becomes
+    the latents of its frames and of their mirrored copies.
     """
 
     def __init__(self, file: BinaryIO, settings: Settings, encode: Encode | None, advance: Callable[[int], None]):
         self.file, self.settings, self.encode, self.advance = file, settings, encode, advance
-        side = settings.image_size
-        chunk = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // (side * side * 3)))
-        self.waiting, self.num_waiting = np.empty((chunk, side, side, 3), np.uint8), 0
+        chunk = max(1, min(CHUNK_FRAMES, CHUNK_BYTES // math.prod(settings.pixel_shape)))
+        self.waiting, self.num_waiting = np.empty((chunk, *settings.pixel_shape), np.uint8), 0
+        self.sums = LatentSums()
         self.num_frames, self.checksum = 0, 0
         self.items: dict[str, list] = {name: [] for name in ("path", "label", "frames", "frames_per_second", "offset")}
         self.unreadable: list[tuple[str, str]] = []
@@ -92,7 +122,7 @@ class ShardWriter:
             path: the file, relative to the source.
             label: its class index.
             frames_per_second: 0 for an image.
-            frames: (H, W, 3) uint8 each, in display order; one for an image.
+            frames: (H, W, 3) uint8 each, in display order; one for an image; or windows (T, H, W, 3).
         """
         first = self.num_frames
         for frame in frames:
@@ -112,11 +142,16 @@ class ShardWriter:
     def write_waiting(self) -> None:
         """Writes the frames that wait in memory."""
         self.advance(0)
-        frames = self.waiting[: self.num_waiting]  # (N, H, W, 3)
+        frames = self.waiting[: self.num_waiting]  # (N, [T,] H, W, 3)
         if self.encode and len(frames):
-            mirrored = np.ascontiguousarray(frames[:, :, ::-1])
-            latents = np.stack([self.encode(frames), self.encode(mirrored)], axis=1)  # (N, 2, 2, C, h, w)
+            mirrored = np.ascontiguousarray(frames[..., ::-1, :])
+            latents = np.stack([self.encode(frames), self.encode(mirrored)], axis=1)  # (N, 2, 2, C, [t,] h, w)
             frames = np.ascontiguousarray(latents, self.settings.dtype)
+            self.sums += LatentSums.of(frames, self.settings.space)
+            if not all(map(math.isfinite, self.sums.squares)):
+                raise UserError(
+                    f"the VAE {self.settings.space.name} makes latents that are not finite: take another VAE"
+                )
         self.file.write(frames.data)
         self.checksum = zlib.crc32(frames.data, self.checksum)
         self.num_waiting = 0
@@ -125,4 +160,5 @@ class ShardWriter:
         """Writes the last frames, and returns the shard's record without the file's time."""
         self.write_waiting()
         num_bytes = self.num_frames * self.settings.frame_bytes
-        return {"bytes": num_bytes, "crc32": self.checksum, "items": self.items, "unreadable": self.unreadable}
+        record = {"bytes": num_bytes, "crc32": self.checksum, "items": self.items, "unreadable": self.unreadable}
+        return record | ({"latents": self.sums.as_dict()} if self.encode else {})
