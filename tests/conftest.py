@@ -15,6 +15,7 @@ import torch
 from data.form import Form
 from data.latent_space import LatentSpace
 from data.packs.dataset import PackedSamples
+from data.packs.format import Windows
 from data.packs.pack import Pack, open_pack
 from data.packs.packing import PackPlan, begin_pack, finish, missing_shards, plan_pack
 from data.packs.writer import pack_shard
@@ -153,9 +154,11 @@ class BlockMeans:
         return moments.transpose(0, 1, 4, 2, 3).astype(np.float16)
 
 
-def begun(source: Path, folder: Path, form: Form, space: LatentSpace | None) -> PackPlan:
+def begun(
+    source: Path, folder: Path, form: Form, space: LatentSpace | None, windows: Windows | None = None
+) -> PackPlan:
     """The plan of a pack whose folder has its settings. Tests share one process, so nothing is locked."""
-    plan = plan_pack(source, folder, form, space)
+    plan = plan_pack(source, folder, form, space, windows)
     folder.mkdir(parents=True, exist_ok=True)
     begin_pack(plan)
     return plan

@@ -76,7 +76,7 @@ class VAE:
         (N, 3, H, W) → (N, 2, C, h, w) float32, or (N, 3, T, H, W) → (N, 2, C, t, h, w).
 
         Raises:
-            UserError: the latents have another shape than the VAE's config says.
+            UserError: the latents have another shape than the VAE's config says, or the VAE takes no such clip.
         """
         if x.dim() == 5 and not self.takes_clips:
             flat = self.moments(x.transpose(1, 2).flatten(0, 1))  # (NT, 2, C, h, w)
@@ -90,13 +90,7 @@ class VAE:
         found = self.network.encode(x, return_dict=False)[0]
         mean = found if isinstance(found, Tensor) else found.mode()
         std = torch.zeros_like(mean) if isinstance(found, Tensor) else getattr(found, "std", torch.zeros_like(mean))
-        space, (*frames, height, width) = self.space, x.shape[2:]
-        sides = [height // space.downsampling, width // space.downsampling]
-        if list(mean.shape[1:]) != [space.channels, *map(space.frames, frames), *sides]:
-            made = f"{tuple(mean.shape[1:])} of pixels {tuple(x.shape[1:])}"
-            raise UserError(
-                f"the VAE {space.name} makes latents {made}, which its config.json does not say: correct it"
-            )
+        self.check_shapes(x, mean)
         return torch.stack([mean, std], dim=1)
 
     def encode_moments(self, frames: np.ndarray) -> np.ndarray:
@@ -124,7 +118,17 @@ class VAE:
         """`decode` of one chunk of latents."""
         # Some of LTX's decoders are told how noisy the latents are: not at all.
         timed = [latents.new_zeros(len(latents))] if self.network.config.get("timestep_conditioning") else []
-        return self.network.decode(latents, *timed).sample.float()
+        pixels = self.network.decode(latents, *timed).sample.float()
+        self.check_shapes(pixels, latents)
+        return pixels
+
+    def check_shapes(self, pixels: Tensor, latents: Tensor) -> None:
+        """Raises UserError unless pixels (N, 3, [T,] H, W) have latents (N, C, [t,] h, w) as the config says."""
+        space, (*frames, height, width) = self.space, latents.shape[2:]
+        sides = [height * space.downsampling, width * space.downsampling]
+        if [*pixels.shape[2:], latents.shape[1]] != [*map(space.clip_len, frames), *sides, space.channels]:
+            found = f"{tuple(pixels.shape[1:])} pixels are {tuple(latents.shape[1:])} latents"
+            raise UserError(f"of the VAE {space.name} {found}, which its config.json contradicts: correct it")
 
 
 def space_of(network: nn.Module, name: str) -> LatentSpace:

@@ -90,7 +90,7 @@ class Config:
         return self.seconds_at(self.frames_per_second)
 
     def seconds_at(self, frames_per_second: float | None) -> float:
-        """Seconds between two frames that the network sees, for clips of this frame rate; 0 for None, which images have.
+        """Seconds between two frames that the network sees, for clips of this frame rate; 0 for None, as for images.
 
         A VAE may make one frame of latents of several frames.
         """

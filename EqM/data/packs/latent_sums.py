@@ -79,5 +79,5 @@ class LatentSums:
             raw_means = means * (space.deviations or 1) / space.scale + (space.means or 0)
             raw_deviations = deviations * (space.deviations or 1)
             better = [", ".join(f"{value:.4g}" for value in values) for values in (raw_means, raw_deviations)]
-            yield "  these numbers in the VAE's config.json would bring them there (docs/latents.md says which VAEs take them):"
+            yield "  in the VAE's config.json, these would bring them there (docs/latents.md says for which VAEs):"
             yield f"  latents_mean [{better[0]}], latents_std [{better[1]}]"
