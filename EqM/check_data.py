@@ -21,8 +21,8 @@ from runtime import cli
 from runtime.errors import UserError, shown
 
 
-def summary(found: Found, video: bool) -> Iterator[str]:
-    """Lines that tell a person what there is."""
+def summary(found: Found, video: bool, unit: str = "frames") -> Iterator[str]:
+    """Lines that tell a person what there is. The unit is what a clip has many of."""
     kind = "clips" if video else "images"
     yield f"{found.root}: {len(found)} {kind} of {len(found.classes)} classes"
     for name, count in zip(found.classes, found.count_by_class(), strict=True):
@@ -31,7 +31,7 @@ def summary(found: Found, video: bool) -> Iterator[str]:
         rates = Counter(found.videos.rates.round(2).tolist())
         yield "frames a second: " + ", ".join(f"{rate:g} ({n} clips)" for rate, n in sorted(rates.items()))
         lengths = found.videos.lengths
-        yield f"frames a clip: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}"
+        yield f"{unit} a clip: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}"
     yield from found.notes
     yield f"unreadable files: {len(found.unreadable)}"
     for path, reason in found.unreadable:
@@ -52,11 +52,11 @@ def main() -> None:
         if args.decode:
             raise UserError(f"{args.path} is a pack, which holds decoded frames: --decode is for folders of files")
         pack = open_pack(args.path)
-        print(pack.describe())
-        found, video = pack.found(), pack.settings.video
+        print("\n".join([pack.describe(), *pack.latent_report()]))
+        found, video, unit = pack.found(), pack.settings.video, pack.settings.unit
     else:
-        found, video = scan(args.path, args.video, decode=args.decode), args.video
-    for line in summary(found, video):
+        found, video, unit = scan(args.path, args.video, decode=args.decode), args.video, "frames"
+    for line in summary(found, video, unit):
         print(line)
     if args.decode:
         check_readable(found, video)

@@ -80,7 +80,7 @@ def report(pack: Pack, packed: int, seconds: float) -> None:
         f"{pack.folder} is whole: {len(pack):,} {kind} of {len(pack.classes)} classes,"
         f" {pack.count_text()}, {pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
     )
-    for line in pack.latent_sums.report(pack.settings.space) if pack.latent_sums else ():
+    for line in pack.latent_report():
         print(line)
     if packed:
         print(f"packed {packed:,} {kind} in {seconds:.1f} s: {packed / seconds:.1f} a second")

@@ -217,7 +217,7 @@ def test_statistics_that_packing_prints_bring_latents_to_mean_0_and_deviation_1(
     windows = Windows(9, 1, 2) if name in TIMED else None
     folder = make(name, tmp_path / "vae", **{"latents_std": [5.0] * 4} if name == "wan" else {})
     first = packed(shapes, tmp_path / "before", load_vae(str(folder), CPU), True, windows)
-    lines = list(first.latent_sums.report(first.settings.space))
+    lines = first.latent_report()
     assert "WARNING: channels" in lines[1]
     text = lines[3].strip().replace("latents_mean", '"means":').replace("latents_std", '"stds":')
     better = json.loads("{" + text + "}")
@@ -234,7 +234,7 @@ def test_statistics_that_packing_prints_bring_latents_to_mean_0_and_deviation_1(
         (folder / "config.json").write_text(json.dumps(config))
     vae = load_vae(str(folder), CPU)
     pack = packed(shapes, tmp_path / "after", vae, True, windows)
-    assert len(list(pack.latent_sums.report(vae.space))) == 1
+    assert len(pack.latent_report()) == 1
     x = seen_by_training(pack, 9 if windows else 4).transpose(0, 1).flatten(1)  # (C, …)
     assert x.mean(1).abs().max() < 0.1
     assert (x.std(1) - 1).abs().max() < 0.15

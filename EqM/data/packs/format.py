@@ -108,6 +108,11 @@ class Settings:
     def num_shards(self) -> int:
         return -(-self.files // self.items_per_shard)
 
+    @property
+    def unit(self) -> str:
+        """The word for what an item has many of."""
+        return "windows" if self.windows else "frames"
+
     def identity(self) -> dict:
         """All that decides the shards, which is all but the place of the source: it may be moved."""
         return {name: value for name, value in asdict(self).items() if name != "source"}

@@ -87,7 +87,11 @@ class Pack:
         """How many frames, or windows, it holds, for people."""
         windows = self.settings.windows
         of = f" of {windows.clip_len} frames, {windows.frame_interval} apart" if windows else ""
-        return f"{self.lengths.sum():,} {'windows' if windows else 'frames'}{of}"
+        return f"{self.lengths.sum():,} {self.settings.unit}{of}"
+
+    def latent_report(self) -> list[str]:
+        """Lines for people: mean and deviation of the latents by channel, and a warning if they are far off."""
+        return list(self.latent_sums.report(self.settings.space)) if self.latent_sums else []
 
     def found(self) -> Found:
         """The items of the pack, in the form that `data.scan` gives for files."""
