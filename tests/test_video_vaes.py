@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from data.packs.latent_sums import LatentSums
 from data.packs.pack import Pack, open_pack
 from data.packs.packing import finish, missing_shards
 from data.packs.writer import pack_shard, windows_of
+from data.source import open_space
 from data.video import probe_video, read_frames
-from runs.config import config_of
+from precision import Precision
+from runs.config import check_resumable, config_of
 from runs.load_network import CheckpointRequest, load_same_vae
 from runtime.errors import UserError
 
@@ -193,6 +196,8 @@ def test_files_of_versions_that_knew_no_shift_keep_their_meaning(vae_of):
         right = loaded.network.decode(x / 0.5).sample
     assert torch.equal(loaded.decode(x), right)
     assert not torch.equal(vae.decode(x), right)
+    _, goes_on = open_space(None, vae.space.name, CPU, Precision("fp32", "fp32", torch.float32), plain)
+    assert goes_on.space == plain
 
 
 def packed(source: Path, folder: Path, vae: VAE, video: bool, windows: Windows | None = None) -> Pack:
@@ -238,6 +243,14 @@ def test_statistics_that_packing_prints_bring_latents_to_mean_0_and_deviation_1(
     x = seen_by_training(pack, 9 if windows else 4).transpose(0, 1).flatten(1)  # (C, …)
     assert x.mean(1).abs().max() < 0.1
     assert (x.std(1) - 1).abs().max() < 0.15
+
+
+def test_latents_that_are_not_finite_are_an_error_and_leave_no_pack(tmp_path, shapes):
+    space = LatentSpace("overflowing", "", 1.0, 1, 1)
+    vae = SimpleNamespace(space=space, encode_moments=lambda x: np.full((len(x), 2, 1, 16, 16), np.inf, np.float16))
+    with pytest.raises(UserError, match="^the VAE overflowing makes latents that are not finite: take another VAE$"):
+        packed(shapes, tmp_path / "pack", vae, True)
+    assert not list((tmp_path / "pack").glob("shard*"))
 
 
 def test_sums_over_the_set_are_those_of_all_latents_with_their_spread():
@@ -329,6 +342,8 @@ def test_the_commands_train_on_windows_of_latents_and_sample_frames_at_the_rate_
     rate = probe_video(next(shapes.rglob("*.avi"))).frames_per_second
     assert config.frames_per_second == pytest.approx(rate)
     assert config.seconds_per_frame == pytest.approx(4 / rate)
+    with pytest.raises(UserError, match="latents were scaled and shifted by other numbers"):
+        check_resumable(config, replace(config, space=replace(config.space, means=())), path)
     flags = ["--num-fid-samples", 2, "--num-sampling-steps", 2, "--video", "--clip-len", 9]
     run = run_script("sample_gd.py", "--ckpt", path, *flags, cwd=video_run)
     assert run.returncode == 0, run.stderr

@@ -10,7 +10,7 @@ class Form:
     Attributes:
         video: samples are clips of videos, not images.
         image_size: height and width, pixels.
-        clip_len: frames of a clip; 1 for images.
+        clip_len: frames of a clip, as pixels; 1 for images. A VAE may make fewer frames of latents of them.
         frame_interval: a clip takes every frame_interval-th frame of its video.
         flip: mirror half of the samples.
     """

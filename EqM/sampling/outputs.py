@@ -29,7 +29,7 @@ GROUPS_READ, GROUPS_WRITTEN = 1, 2
 
 
 def decode(x: Tensor, vae: VAE | None) -> Tensor:
-    """What the network made, (N, C, [T,] h, w), as pixels about in [−1, 1]: (N, 3, [T,] H, W)."""
+    """What the network made, (N, C, [t,] h, w), as pixels about in [−1, 1]: (N, 3, [T,] H, W)."""
     return vae.decode(x) if vae else x
 
 

@@ -86,7 +86,7 @@ class Starts:
 
     Attributes:
         seed: of the noise.
-        shape: of one sample, (C, H, W) or (C, T, H, W).
+        shape: of one sample as the network sees it, (C, h, w) or (C, t, h, w).
         items: files to start from.
         form: how a file is read.
         vae: encodes what a file shows, if samples are latents.
