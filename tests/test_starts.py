@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from conftest import run_script
+from data.latent_space import LatentSpace
 from data.latents import encode, to_unit_range
 from data.video import iterate_frames, probe_video, read_frames, write_video
 from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
@@ -89,15 +90,15 @@ def test_a_file_that_has_gone_since_is_named(shapes, tmp_path):
         starts([0])
 
 
-def test_latents_start_from_the_means_times_the_scale():
-    def moments(frames: torch.Tensor) -> torch.Tensor:
-        means = frames[:, :, ::2, ::2]  # (N, 3, h, w)
+def test_latents_start_from_the_means_shifted_and_scaled():
+    def moments(x: torch.Tensor) -> torch.Tensor:
+        means = x[..., ::2, ::2]  # (N, 3, [T,] h, w)
         return torch.stack([means, torch.full_like(means, 9.0)], dim=1)
 
-    vae = SimpleNamespace(moments=moments, space=SimpleNamespace(scale=0.5))
+    vae = SimpleNamespace(moments=moments, space=LatentSpace("", "", 0.5, 3, 2, means=(1.0, 1.0, 1.0)))
     clips = torch.randint(0, 256, (2, 3, 4, 16, 16), dtype=torch.uint8)
-    torch.testing.assert_close(encode(clips, vae), 0.5 * to_unit_range(clips[..., ::2, ::2]))
-    torch.testing.assert_close(encode(clips[:, :, 0], vae), 0.5 * to_unit_range(clips[:, :, 0, ::2, ::2]))
+    torch.testing.assert_close(encode(clips, vae), 0.5 * (to_unit_range(clips[..., ::2, ::2]) - 1))
+    torch.testing.assert_close(encode(clips[:, :, 0], vae), 0.5 * (to_unit_range(clips[:, :, 0, ::2, ::2]) - 1))
 
 
 @pytest.fixture(scope="module")
