@@ -3,7 +3,7 @@
 import math
 import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ FORMAT, VERSION = "EqM pack", 2
 SHARD_BYTES, MIN_SHARDS = 2**28, 64
 FRAMES_OF_A_VIDEO = 200  # assumed, since the size of shards is fixed before any video is opened
 MAX_FILES = 10**9
+APPENDED = "more-"  # begins the names of folders inside a pack
 VAE_KEYS = {"name", "fingerprint", "scale", "channels", "side"}
 
 
@@ -34,6 +35,7 @@ class Settings:
         classes: names of the classes.
         files: how many files.
         names_crc32: checksum over the names and classes of all files.
+        options: flags of EqM/prepare.py that say how the source is read. An empty list is not kept.
     """
 
     format: str
@@ -46,6 +48,7 @@ class Settings:
     classes: list[str]
     files: int
     names_crc32: int
+    options: list[str] = field(default_factory=list)
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
@@ -72,9 +75,13 @@ class Settings:
     def num_shards(self) -> int:
         return -(-self.files // self.items_per_shard)
 
+    def contents(self) -> dict:
+        """All that settings.json keeps."""
+        return {name: value for name, value in asdict(self).items() if name != "options" or value}
+
     def identity(self) -> dict:
-        """All that decides the shards, which is all but the place of the source: it may be moved."""
-        return {name: value for name, value in asdict(self).items() if name != "source"}
+        """All that decides the shards. The source may be moved, and `names_crc32` sees what the options decide."""
+        return {name: value for name, value in asdict(self).items() if name not in ("source", "options")}
 
     def check(self) -> None:
         """Raises ValueError for a value of another type, or out of its range."""
@@ -82,7 +89,7 @@ class Settings:
         sound = all(is_whole(getattr(self, name), 1, most) for name, most in numbers.items())
         sound = sound and is_whole(self.names_crc32, 0, 2**32 - 1) and isinstance(self.source, str)
         sound = sound and isinstance(self.video, bool) and isinstance(self.vae, dict) and is_texts(self.classes)
-        sound = sound and 0 < len(self.classes) == len(set(self.classes))
+        sound = sound and 0 < len(self.classes) == len(set(self.classes)) and is_texts(self.options)
         if self.values == "latents":
             sound = sound and set(self.vae) == VAE_KEYS and is_texts([self.vae["name"], self.vae["fingerprint"]])
             sound = sound and isinstance(self.vae["scale"], float | int) and 0 < self.vae["scale"] < math.inf
@@ -97,7 +104,7 @@ class Settings:
         """The command line that makes, continues or mends a pack of these settings."""
         words = ["python", "EqM/prepare.py", self.source, str(folder)]
         words += ["--video"] * self.video + ["--image-size", str(self.image_size)]
-        return shlex.join(words + (["--vae", self.vae["name"]] if self.vae else []))
+        return shlex.join(words + (["--vae", self.vae["name"]] if self.vae else []) + self.options)
 
 
 def is_whole(value: object, least: int, most: int) -> bool:
@@ -111,6 +118,11 @@ def is_texts(values: object) -> bool:
         return False
     os.fsencode("".join(values))  # raises ValueError
     return True
+
+
+def appended_folders(folder: Path) -> list[Path]:
+    """The folders of what was appended to a pack, whole or half-made, in order. Each is a pack of its own."""
+    return sorted(path for path in folder.glob(f"{APPENDED}*") if path.is_dir())
 
 
 def shard_path(folder: Path, number: int) -> Path:

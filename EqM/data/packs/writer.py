@@ -6,12 +6,16 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+import av
 import numpy as np
+from PIL import Image
 
-from data.clips import read_image
+from data.clips import centre_square, read_image
+from data.frames import Squares
+from data.inputs.entries import Frames
 from data.packs.format import Settings, shard_path
-from data.packs.packing import PackPlan, disk_errors, name_in
-from data.untrusted import Unreadable
+from data.packs.packing import PackPlan, disk_errors
+from data.untrusted import File, Unreadable
 from data.video import iterate_frames, probe_video
 from runtime.files import contents_checksum, write_json, write_whole
 
@@ -20,12 +24,18 @@ CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded toget
 Encode = Callable[[np.ndarray], np.ndarray]  # (N, H, W, 3) uint8 to (N, 2, C, h, w) float16: mean, deviation
 
 
-def read_source(path: str, video: bool, size: int) -> tuple[float, Iterator[np.ndarray]]:
-    """A file's frames a second, 0 for an image, and its frames, (size, size, 3) uint8 each."""
+def read_source(file: File | Frames, video: bool, size: int) -> tuple[float, Iterator[np.ndarray]]:
+    """A file's frames a second, 0 for an image, and its frames, (size, size, 3) uint8 each. Raises Unreadable."""
+    if isinstance(file, Frames) and video:
+        square = Squares(None, size)
+        frames = (square(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))) for frame in file.pixels)
+        return file.frames_per_second, frames
     if not video:
-        return 0.0, iter([read_image(path, size).permute(1, 2, 0).numpy()])
-    info = probe_video(path)
-    return info.frames_per_second, iterate_frames(path, info, size)
+        in_memory = isinstance(file, Frames)
+        image = centre_square(Image.fromarray(file.pixels), size) if in_memory else read_image(file, size)
+        return 0.0, iter([image.permute(1, 2, 0).numpy()])
+    info = probe_video(file)
+    return info.frames_per_second, iterate_frames(file, info, size)
 
 
 def pack_shard(plan: PackPlan, number: int, encode: Encode | None, advance: Callable[[int], None]) -> None:
@@ -56,10 +66,10 @@ def write_frames(
     settings = plan.settings
     with path.open("wb") as file:
         writer = ShardWriter(file, settings, encode, advance)
-        for source_path, label in plan.shard(number):
-            name = name_in(plan.source, source_path)
+        for index in plan.shard(number):
+            name, label = plan.entries.names[index], int(plan.entries.labels[index])
             try:
-                rate, frames = read_source(source_path, settings.video, settings.image_size)
+                rate, frames = read_source(plan.entries.open(index), settings.video, settings.image_size)
                 first = next(frames)
             except Unreadable as error:
                 writer.add_unreadable(name, str(error))
