@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import re
 import time
 
 from tqdm import tqdm
@@ -45,46 +46,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num-workers", type=cli.processes, help="processes a rank (threads if a GPU encodes); default all cores"
     )
-    parser.add_argument(
-        "--part", type=part, metavar="K/N", help="pack the K-th of N shares; the last one joins the pack"
-    )
+    share = "pack share K of N, as one of N machines; the last one joins the pack"
+    parser.add_argument("--part", type=part, metavar="K/N", help=share)
     append = "add those files that a whole pack lacks, as new shards; its classes keep their numbers"
     parser.add_argument("--append", action="store_true", help=append)
-    given = parser.add_argument_group("how the source is read")
-    lists = "a list of files and classes: trainlist01.txt of UCF-101, a CSV as of Kinetics, a JSON as of Something-Something"
-    given.add_argument("--labels", type=cli.path, metavar="FILE", help=lists)
-    given.add_argument(
-        "--label",
-        type=cli.given,
-        default=Reading.label,
-        help="the field of .json labels, or the column of parquet, that holds classes",
+    source = parser.add_argument_group("how the source is read")
+    lists = (
+        "a list of files and classes: of UCF-101 (.txt), as of Kinetics (.csv), or as of Something-Something (.json)"
     )
-    given.add_argument(
-        "--column", type=cli.given, help="the column of parquet that holds files; default image, with --video video"
-    )
-    given.add_argument(
-        "--fps", type=cli.frame_rate, default=Reading.frames_per_second, help="frames a second of the clips of an .npz"
-    )
-    given.add_argument(
-        "--order",
-        choices=("name", "stored"),
-        default="name",
-        help="of the items: by class and name, or as an archive has them",
-    )
+    source.add_argument("--labels", type=cli.path, metavar="FILE", help=lists)
+    label = "the field of .json labels, or the column of parquet, that holds classes"
+    source.add_argument("--label", type=cli.given, metavar="NAME", default=Reading.label, help=label)
+    column = "the column of parquet that holds files; default image, with --video video"
+    source.add_argument("--column", type=cli.given, metavar="NAME", help=column)
+    fps = "frames a second of the clips of an .npz"
+    source.add_argument("--fps", type=cli.frame_rate, default=Reading.frames_per_second, help=fps)
+    order = "of an archive's items: by class and name, as class folders have, or as they are stored"
+    source.add_argument("--order", choices=("name", "stored"), default="name", help=order)
     return parser.parse_args()
 
 
 def part(text: str) -> tuple[int, int]:
     """An argparse type for K/N, as (K, N)."""
-    first, _, last = text.partition("/")
-    numbers = [
-        int(number) if number.isascii() and number.isdecimal() and len(number) < 6 else 0 for number in (first, last)
-    ]
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text, re.ASCII)
+    numbers = tuple(map(int, found.groups())) if found else (0, 0)
     if not 0 < numbers[0] <= numbers[1]:
-        raise argparse.ArgumentTypeError(
-            f"{text[: cli.SHOWN_LETTERS]!r} is not K/N, such as 1/4 to 4/4 on four machines"
-        )
-    return numbers[0], numbers[1]
+        raise argparse.ArgumentTypeError(f"{text[: cli.SHOWN_LETTERS]!r} is not K/N, as 1/4 to 4/4 on four machines")
+    return numbers
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
@@ -96,17 +84,15 @@ def report(args: argparse.Namespace, left: int, packed: int, seconds: float) -> 
     """Prints what the pack holds, or how many shards are left, and how fast this run packed its items."""
     kind = "clips" if args.video else "images"
     if left:
-        print(
-            f"part {args.part[0]} of {args.part[1]} is done: {left} shards of others are left, and the last joins them"
-        )
+        part, parts = args.part
+        print(f"part {part} of {parts} is done: other parts have {left} shards left, and the last one joins the pack")
     else:
         pack = read_pack(args.pack)
         for path, reason in pack.found().unreadable:
             print(shown(f"skipped unreadable {path}: {reason}"))
-        print(
-            f"{pack.folder} is whole: {len(pack):,} {kind} of {len(pack.classes)} classes, {pack.lengths.sum():,} frames,"
-            f" {pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
-        )
+        found = f"{len(pack):,} {kind} of {len(pack.classes)} classes, {pack.lengths.sum():,} frames"
+        size = f"{pack.num_bytes():,} bytes, {len(pack.unreadable)} unreadable files skipped"
+        print(f"{pack.folder} is whole: {found}, {size}")
     if packed:
         print(f"packed {packed:,} {kind} in {seconds:.1f} s: {packed / seconds:.1f} a second")
 

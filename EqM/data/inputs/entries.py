@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from data.file_list import Names
 from data.untrusted import File
 from runtime.cli import MAX_COUNT
 from runtime.errors import UserError, shown
@@ -44,7 +45,7 @@ class Entries:
     """
 
     classes: tuple[str, ...]
-    names: Sequence[str]
+    names: Names
     labels: np.ndarray
     files: Sequence[File | Frames]
     places: np.ndarray
@@ -61,7 +62,7 @@ class Entries:
         """Some of the files, in the same order, with classes numbered by `classes`, which has all of theirs."""
         index = {name: i for i, name in enumerate(classes)}
         labels = np.array([index[self.classes[self.labels[i]]] for i in chosen], np.int64)
-        names = [self.names[i] for i in chosen]
+        names = Names(self.names[i] for i in chosen)
         return replace(self, classes=tuple(classes), names=names, labels=labels, places=self.places[list(chosen)])
 
 
@@ -125,5 +126,5 @@ def arranged(
     if not stored:
         order = sorted(order, key=lambda i: (index[rows[i].label], *os.path.split(rows[i].name), rows[i].shown))
     labels = np.array([index[rows[i].label] for i in order], np.int64)  # (N,)
-    names = [rows[i].shown for i in order]
+    names = Names(rows[i].shown for i in order)
     return Entries(tuple(classes), names, labels, files, np.array(order, np.int64), tuple(map(shown, notes)))

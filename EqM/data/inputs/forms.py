@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.file_list import Names
 from data.inputs.class_lists import read_listed
 from data.inputs.entries import Entries, Frames, Row, arranged, checked_label
 from data.inputs.parquet import read_parquet
@@ -71,7 +72,7 @@ def find_entries(source: Path, video: bool, reading: Reading) -> Entries:
         return read_parquet(archives, column, reading.label, reading.stored)
     listing = find_files(source, video)
     paths, labels = [path for path, _ in listing.samples], [label for _, label in listing.samples]
-    names = [name_in(source, path) for path in paths]
+    names = Names(name_in(source, path) for path in paths)
     places = np.arange(len(paths))
     return Entries(listing.classes, names, np.array(labels, np.int64), paths, places, listing.notes)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from data.file_list import Names
 from data.inputs.entries import Entries, Row, arranged, checked_label
 from data.untrusted import MAX_MEMBER, Contents, Unreadable
 from data.walk import listed
@@ -112,7 +113,7 @@ def read_parquet(files: Sequence[Path], column: str, label: str, stored: bool) -
             raise UserError(f"{path} is damaged, or no parquet: {first_line(error)}") from None
     if not rows:
         raise UserError(f"{files[0]} has no rows")
-    cells = Cells(files, column, np.array(groups, np.int64), [row.shown for row in rows])
+    cells = Cells(files, column, np.array(groups, np.int64), Names(row.shown for row in rows))
     entries = arranged(rows, cells, [], known or (), stored)
     at = np.searchsorted(cells.ends, entries.places, side="right")  # (N,): the row group of each
     readings = 1 + int(((np.diff(at) != 0) | (np.diff(entries.places) < 0)).sum())
