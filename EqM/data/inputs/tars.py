@@ -5,12 +5,14 @@ in a shell, and loads members that are pickles.
 """
 
 import json
+import multiprocessing
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -24,6 +26,7 @@ from data.walk import IMAGE_EXTENSIONS, MISTAKE, VIDEO_EXTENSIONS, listed
 from runtime.errors import UserError, first_line, shown
 from runtime.files import open_regular
 
+Sample = tuple[int | str, str, int, int]  # label, name, first byte, bytes
 LABELS = ("cls", "json", "txt")  # the first that a sample has is taken
 MAX_LABEL = 2**20  # bytes of a label's file
 MAX_HEADER = 2**20  # bytes of a member's names and times, which tarfile reads at once
@@ -78,18 +81,12 @@ def read_tars(tars: Sequence[Path], video: bool, field: str, stored: bool) -> En
         UserError: a tar is damaged or holds a path that leads out of it; a sample has no label, a wrong one, or two
             media files; there is no sample.
     """
-    others: Counter = Counter()
-
-    def samples(tar: Path) -> list[tuple[int | str, str, int, int]]:
-        try:
-            with open_regular(tar) as file:
-                return list(samples_of(tar, file, video, field, others))
-        except OSError as error:
-            raise UserError(f"{tar} cannot be read: {error.strerror or error}") from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(pool.map(samples, tars), "reading tars", len(tars), unit="tar", disable=len(tars) < 2)
-        found = list(progress)
+    read, processes = partial(samples_of, video=video, field=field), min(len(tars), len(os.sched_getaffinity(0)))
+    # Processes, since a header is much work for Python and little for the disk.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        results = pool.map(read, tars) if len(tars) > 1 else map(read, tars)
+        results = list(tqdm(results, "reading tars", len(tars), unit="tar", disable=len(tars) < 2))
+    found, others = [samples for samples, _ in results], sum((left for _, left in results), Counter())
     rows = [
         Row(label, name, f"{tar.name}/{name}")
         for tar, of_one in zip(tars, found, strict=True)
@@ -107,10 +104,24 @@ def read_tars(tars: Sequence[Path], video: bool, field: str, stored: bool) -> En
     return arranged(rows, members, notes, stored=stored)
 
 
-def samples_of(
-    tar: Path, file: BinaryIO, video: bool, field: str, others: Counter
-) -> Iterator[tuple[int | str, str, int, int]]:
-    """Yields (label, name, first byte, bytes) of each sample. Counts other members by their endings."""
+def samples_of(tar: Path, video: bool, field: str) -> tuple[list[Sample], Counter]:
+    """The samples of a tar, and how many other members there are of each ending. Raises UserError as `read_tars`."""
+    others: Counter = Counter()
+    try:
+        with open_regular(tar) as file:
+            media, labels = sorted_members(tar, file, video, others)
+            return [
+                (label_of(tar, file, name, labels.get(key, {}), field), name, first, size)
+                for key, (name, first, size) in media.items()
+            ], others
+    except OSError as error:
+        raise UserError(f"{tar} cannot be read: {error.strerror or error}") from None
+
+
+def sorted_members(
+    tar: Path, file: BinaryIO, video: bool, others: Counter
+) -> tuple[dict[str, tuple[str, int, int]], dict[str, dict[str, tuple[int, int]]]]:
+    """By sample: (name, first byte, bytes) of its media file; and by ending (first byte, bytes) of its labels."""
     media: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, dict[str, tuple[int, int]]] = {}
     wanted = VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS
@@ -119,7 +130,7 @@ def samples_of(
         folder, base = os.path.split(name)
         stem, _, ending = base.partition(".")
         key, ending = f"{folder}/{stem}", ending.lower()
-        if not stem or "__MACOSX" in PurePosixPath(name).parts:
+        if not stem or "__MACOSX" in name.split("/"):
             others["hidden"] += 1
         elif f".{ending}" in wanted:
             if key in media:
@@ -129,16 +140,19 @@ def samples_of(
             labels.setdefault(key, {})[ending] = first, size
         else:
             others[f".{ending}"] += 1
-    for key, (name, first, size) in media.items():
-        there = labels.get(key, {})
-        ending = next((ending for ending in LABELS if ending in there), None)
-        if not ending:
-            raise UserError(shown(f"{tar}: {name} has no label: give it a .cls, .json or .txt of the same name"))
-        where = f"{tar}: {os.path.splitext(name)[0]}.{ending}"  # noqa: PTH122
-        if there[ending][1] > MAX_LABEL:
-            raise UserError(shown(f"{where} has {there[ending][1]:,} bytes, which is no label"))
-        file.seek(there[ending][0])
-        yield read_label(file.read(there[ending][1]), ending, field, where), name, first, size
+    return media, labels
+
+
+def label_of(tar: Path, file: BinaryIO, name: str, there: dict[str, tuple[int, int]], field: str) -> int | str:
+    """The class of a media file, from one of the labels that are there. Raises UserError if there is none."""
+    ending = next((ending for ending in LABELS if ending in there), None)
+    if not ending:
+        raise UserError(shown(f"{tar}: {name} has no label: give it a .cls, .json or .txt of the same name"))
+    where, (first, size) = f"{tar}: {os.path.splitext(name)[0]}.{ending}", there[ending]  # noqa: PTH122
+    if size > MAX_LABEL:
+        raise UserError(shown(f"{where} has {size:,} bytes, which is no label"))
+    file.seek(first)
+    return parsed_label(file.read(size), ending, field, where)
 
 
 def members_of(tar: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
@@ -150,7 +164,7 @@ def members_of(tar: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
     try:
         archive = tarfile.TarFile(fileobj=Headers(file), mode="r")
         while member := archive.next():
-            if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+            if member.name.startswith("/") or ".." in member.name.split("/"):
                 raise UserError(f"{tar}: {brief(member.name)} leads out of the archive: make it again without")
             if member.isreg() and not member.issparse():
                 yield member.name, member.offset_data, member.size
@@ -165,7 +179,7 @@ def members_of(tar: Path, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
         raise UserError(f"{tar} is damaged, cut short or no tar: {first_line(error)}") from None
 
 
-def read_label(data: bytes, ending: str, field: str, where: str) -> int | str:
+def parsed_label(data: bytes, ending: str, field: str, where: str) -> int | str:
     """The class in a label's file. Raises UserError if there is none."""
     try:
         text = data.decode()
