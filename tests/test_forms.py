@@ -1,7 +1,9 @@
 """Other forms of data than folders: tar shards, parquet, .npz and class lists give the packs that folders give."""
 
+import fcntl
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from conftest import make_pack, run_script
+from conftest import make_pack, run_ranks, run_script
 from data.form import Form
 from data.inputs.forms import Reading, expanded, find_archives, find_entries
 from data.packs.pack import Pack, is_pack, open_pack
@@ -432,12 +434,12 @@ def test_class_folders_beside_archives_are_class_folders(folders, tmp_path):
     assert find_archives(tmp_path / "set") == []
 
 
-def test_the_command_packs_archives_and_names_itself(folders, tmp_path):
+def test_the_ranks_of_the_command_pack_archives_and_the_pack_names_the_command(folders, tmp_path):
     source = as_tars(
         tmp_path / "set", files_in(folders["video"]), lambda name: (".json", json.dumps({"animal": name}).encode())
     )
     options = ("--video", "--image-size", 16, "--label", "animal")
-    result = run_script("prepare.py", source, tmp_path / "pack", *options, cwd=tmp_path)
+    result = run_ranks(2, "prepare.py", source, tmp_path / "pack", *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "4 clips of 2 classes" in result.stdout
     assert "skipped unreadable" in result.stdout
@@ -456,6 +458,11 @@ def test_the_command_packs_archives_and_names_itself(folders, tmp_path):
 def test_machines_pack_their_shares_and_the_last_one_joins(shapes, tmp_path, order):
     options = ("--video", "--image-size", 16, "--num-workers", 1)
     packed = []
+    (tmp_path / "a").mkdir()
+    other_machine = os.open(tmp_path / "a", os.O_RDONLY)
+    fcntl.flock(other_machine, fcntl.LOCK_SH)
+    result = run_script("prepare.py", shapes, tmp_path / "a", *options, cwd=tmp_path)
+    assert "another run is packing" in result.stderr
     for place, part in enumerate(order):
         result = run_script("prepare.py", shapes, tmp_path / "a", *options, "--part", f"{part}/3", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
@@ -466,6 +473,7 @@ def test_machines_pack_their_shares_and_the_last_one_joins(shapes, tmp_path, ord
             with pytest.raises(UserError, match="half-made"):
                 is_pack(tmp_path / "a")
     assert f"{tmp_path}/a is whole: 16 clips" in result.stdout
+    os.close(other_machine)
     assert sorted(packed) == [5, 5, 6]
     assert_same(open_pack(tmp_path / "a", False), make_pack(shapes, tmp_path / "b"))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyarrow import Schema
 
 MAX_CHUNK = 2**32  # bytes of the column in a row group
+BATCH_ROWS = 1024  # of labels and paths, read together
 OFTEN = 3  # times that each row group is read, from which on it is worth a word
 
 _reading = threading.local()  # the row group that this thread reads
@@ -136,6 +137,7 @@ def check_schema(path: Path, schema: "Schema", column: str, label: str) -> list[
     if not (types.is_binary(cells) or types.is_large_binary(cells)):
         raise UserError(shown(f"{path}: the column {column!r} holds {cells}, not files: name theirs with --column"))
     kind = schema.field(label).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
         raise UserError(shown(f"{path}: the column {label!r} holds {kind}, not classes: name theirs with --label"))
     try:
@@ -163,11 +165,16 @@ def read_rows(path: Path, file: object, column: str, label: str) -> Iterator[Row
     """The rows of an open parquet file, without their files."""
     cells = file.schema_arrow.field(column).type
     has_paths = "path" in [cells.field(i).name for i in range(cells.num_fields)]
-    labels = file.read([label], use_threads=False).column(0).to_pylist()
-    paths: list = [None] * len(labels)
-    if has_paths:
-        structs = file.read([f"{column}.path"], use_threads=False).column(0).to_pylist()
-        paths = [(struct or {}).get("path") for struct in structs]
-    for number, (value, name) in enumerate(zip(labels, paths, strict=True)):
-        shown_name = f"{path.name}/{number:08d}" + (f"/{os.path.basename(name)}" if name else "")  # noqa: PTH119
-        yield Row(checked_label(value, f"{path}, row {number}"), name or "", shown_name)
+    columns, number = [label, f"{column}.path"][: 2 if has_paths else 1], 0
+    for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+        labels = batch.column(label).to_pylist()
+        structs = batch.column(column).to_pylist() if has_paths else [None] * len(labels)
+        for value, struct in zip(labels, structs, strict=True):
+            yield row_of(path, number, value, (struct or {}).get("path"))
+            number += 1
+
+
+def row_of(path: Path, number: int, label: object, name: str | None) -> Row:
+    """A row of a parquet file, by its number, its label, and the path that it says, if any."""
+    says = f"/{os.path.basename(name)}" if name else ""  # noqa: PTH119
+    return Row(checked_label(label, f"{path}, row {number}"), name or "", f"{path.name}/{number:08d}{says}")
