@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from data.file_list import Found, Item
 from data.form import Form
 from data.images import decode_image
-from data.untrusted import Unreadable, reading
+from data.untrusted import File, Unreadable, reading
 from data.video import read_frames
 from runtime.random_numbers import keyed_uniforms
 
@@ -74,13 +74,17 @@ def frame_indices(form: Form, available: int, start: float) -> Sequence[int]:
 
 
 @reading()
-def read_image(path: str, size: int) -> Tensor:
+def read_image(path: File, size: int) -> Tensor:
     """The centre square of an image whose short side is resized to `size`: (3, size, size) uint8.
 
     Raises:
         Unreadable: it cannot be read.
     """
-    pixels = decode_image(path)
+    return centre_square(decode_image(path), size)
+
+
+def centre_square(pixels: Image.Image, size: int) -> Tensor:
+    """The centre square of an image in mode RGB whose short side is resized to `size`: (3, size, size) uint8."""
     short = min(pixels.size)
     width, height = (size if side == short else int(size * side / short) for side in pixels.size)
     left, top = round((width - size) / 2), round((height - size) / 2)

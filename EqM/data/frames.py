@@ -15,13 +15,13 @@ COMB_BLOCK, COMB_LEVELS, COMB_RATIO = 16, 8, 1.5
 
 
 class Squares:
-    """Makes squares of the frames of one stream: each the centre square, whose short side is resized to `size`.
+    """Makes squares of the frames of one stream, or of none: each the centre square, its short side resized to `size`.
 
     Pixels that are not square are resized to square ones. A frame is turned as the file's display matrix says, then
     cropped. Frames with combs are deinterlaced, and transparent parts are white.
     """
 
-    def __init__(self, stream: av.video.stream.VideoStream, size: int):
+    def __init__(self, stream: av.video.stream.VideoStream | None, size: int):
         self.aspect, self.size, self.reformatter = pixel_aspect(stream), size, VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
@@ -42,9 +42,9 @@ class Squares:
         return pixels[top : top + self.size, left : left + self.size]
 
 
-def pixel_aspect(stream: av.video.stream.VideoStream) -> float:
-    """The width of a stored pixel over its height; 1 if the file does not say it."""
-    return float(stream.sample_aspect_ratio or 1)
+def pixel_aspect(stream: av.video.stream.VideoStream | None) -> float:
+    """The width of a stored pixel over its height; 1 if the file does not say it, or there is no file."""
+    return float((stream and stream.sample_aspect_ratio) or 1)
 
 
 def shown_size(frame: av.VideoFrame, aspect: float) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import ExifTags, Image, features
 
-from data.untrusted import MAX_ASPECT, Unreadable, check_regular_file, is_long_and_thin, reading
+from data.untrusted import MAX_ASPECT, Contents, File, Unreadable, check_regular_file, is_long_and_thin, reading
 
 # The formats of files with IMAGE_EXTENSIONS. Pillow would hand some others, such as EPS, to programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -40,7 +40,7 @@ def silence_pillow() -> None:
         set_handler(None)
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(path: File) -> Image.Image:
     """Opens an image of IMAGE_FORMATS, but does not read its pixels. The caller closes it, and is `reading`.
 
     Raises:
@@ -49,7 +49,7 @@ def open_image(path: str) -> Image.Image:
     """
     silence_pillow()  # here, so that no reader forgets it
     check_regular_file(path)
-    image = Image.open(path, formats=IMAGE_FORMATS)
+    image = Image.open(path.open() if isinstance(path, Contents) else path, formats=IMAGE_FORMATS)
     if is_long_and_thin(*image.size):
         image.close()
         raise Unreadable(f"its {image.width}x{image.height} pixels are over {MAX_ASPECT} times as long as wide")
@@ -57,7 +57,7 @@ def open_image(path: str) -> Image.Image:
 
 
 @reading()
-def image_size(path: str) -> tuple[int, int]:
+def image_size(path: File) -> tuple[int, int]:
     """Width and height of the upright image in pixels, from the file's header.
 
     Raises:
@@ -69,7 +69,7 @@ def image_size(path: str) -> tuple[int, int]:
 
 
 @reading()
-def probe_image(path: str) -> tuple[str, ...]:
+def probe_image(path: File) -> tuple[str, ...]:
     """Checks an image's header and checksums without decoding it. Returns remarks about how it is read.
 
     Raises:
@@ -84,7 +84,7 @@ def probe_image(path: str) -> tuple[str, ...]:
 
 
 @reading()
-def decode_image(path: str) -> Image.Image:
+def decode_image(path: File) -> Image.Image:
     """An image's pixels in mode RGB, upright, and on white where they are transparent.
 
     Raises:

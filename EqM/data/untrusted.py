@@ -1,9 +1,11 @@
 """Opens files that may be damaged or made to do harm, within limits of memory and time."""
 
 import ctypes
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +28,8 @@ MAX_ASPECT = 32
 MAX_STREAMS = 32  # FFmpeg may decode a part of each when it opens a file
 # Bytes that FFmpeg may allocate at once. For an .mp4 it allocates an index as long as the header claims.
 MAX_ALLOCATION = 2**27
+# Bytes of a file inside an archive. Each packing process holds one in memory.
+MAX_MEMBER = 2**30
 # FFmpeg's names for the formats of files with VIDEO_EXTENSIONS. FFmpeg's playlists (concat, hls) would open other
 # files and addresses, and some of its other readers never end.
 VIDEO_FORMATS = "avi,matroska,mov,asf,flv,mpeg,mpegts,ogg,gif"
@@ -55,6 +59,27 @@ def reading() -> Iterator[None]:
         raise Unreadable(describe(error)) from error
 
 
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a file inside an archive. Readers take them in place of a path.
+
+    Attributes:
+        name: the file's name. FFmpeg looks at its ending where the contents could be of several formats.
+    """
+
+    name: str
+    data: bytes
+
+    def open(self) -> io.BytesIO:
+        """A file in memory."""
+        file = io.BytesIO(self.data)
+        file.name = f"file:{self.name}"
+        return file
+
+
+File = str | Path | Contents  # what a reader opens
+
+
 class Patience:
     """Limits what reading a file computes: MAX_COMPUTING_S from the start, and again from every wanted frame."""
 
@@ -70,9 +95,9 @@ class Patience:
             raise Unreadable(f"it takes more than {MAX_COMPUTING_S:g} s of computing to come to a frame")
 
 
-def check_regular_file(path: str | Path) -> None:
+def check_regular_file(path: File) -> None:
     """Raises Unreadable for a folder, a pipe (it may wait for its other end) or a device (it may never end)."""
-    if Path(path).exists() and not Path(path).is_file():
+    if not isinstance(path, Contents) and Path(path).exists() and not Path(path).is_file():
         raise Unreadable("it is a directory, a pipe or a device, not a file")
 
 
@@ -89,7 +114,7 @@ def limit_ffmpeg_memory() -> None:
 
 
 @contextmanager
-def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+def open_video(path: File) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
     """A file's first video stream of a known codec, to decode in one thread. To be used inside `reading`.
 
     A picture that is attached to the file, such as a cover, does not count.
@@ -102,7 +127,8 @@ def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, 
     check_regular_file(path)
     limits = {"format_whitelist": VIDEO_FORMATS, "max_streams": str(MAX_STREAMS), "max_pixels": str(MAX_PIXELS)}
     # Without "file:", a file named http:a.avi would be taken for an address.
-    with av.open(f"file:{path}", metadata_errors="ignore", timeout=TIMEOUT_S, options=limits) as container:
+    file = path.open() if isinstance(path, Contents) else f"file:{path}"
+    with av.open(file, metadata_errors="ignore", timeout=TIMEOUT_S, options=limits) as container:
         if len(container.streams) >= MAX_STREAMS:  # FFmpeg has left out the rest
             raise Unreadable(f"it has {MAX_STREAMS} or more streams")
         videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]

@@ -11,6 +11,7 @@ import numpy as np
 from data.frames import Squares, check_aspect, pixel_aspect, remarks_about, shown_size
 from data.untrusted import (
     MAX_FRAMES,
+    File,
     Patience,
     Unreadable,
     open_video,
@@ -63,7 +64,7 @@ def first_frame(
 
 
 @reading()
-def probe_video(path: str | Path) -> VideoInfo:
+def probe_video(path: File) -> VideoInfo:
     """Counts a file's frames by reading its packets, not its header, and decodes the first one.
 
     Raises:
@@ -100,7 +101,7 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 @reading()
-def video_size(path: str | Path) -> tuple[int, int]:
+def video_size(path: File) -> tuple[int, int]:
     """Width and height of the first frame as it is shown, in square pixels.
 
     Raises:
@@ -117,7 +118,7 @@ def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
     return progression if all(a == b for a, b in zip(times, progression, strict=True)) else tuple(times)
 
 
-def read_frames(path: str | Path, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray:
+def read_frames(path: File, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray:
     """Frames by ascending index, resized and centre-cropped: (T, size, size, 3) uint8.
 
     Seeks to the first frame and decodes to the last. If seeking fails, decodes from the start. If the file ends
@@ -140,7 +141,7 @@ def read_frames(path: str | Path, info: VideoInfo, indices: Sequence[int], size:
 
 @reading()
 def seek_and_decode(
-    path: str | Path, times: Sequence[int], seek_margin: int, size: int, patience: Patience
+    path: File, times: Sequence[int], seek_margin: int, size: int, patience: Patience
 ) -> list[np.ndarray]:
     """The first frame at or after each time; an empty list if the seek ended behind the first time."""
     frames: list[np.ndarray] = []
@@ -157,7 +158,7 @@ def seek_and_decode(
     return frames
 
 
-def decode_from_start(path: str | Path, indices: Sequence[int], size: int, patience: Patience) -> list[np.ndarray]:
+def decode_from_start(path: File, indices: Sequence[int], size: int, patience: Patience) -> list[np.ndarray]:
     """The frames with these indices, found by counting decoded frames; fewer if the file ends or breaks early."""
     frames: list[np.ndarray] = []
     try:
@@ -174,7 +175,7 @@ def decode_from_start(path: str | Path, indices: Sequence[int], size: int, patie
     return frames
 
 
-def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarray]:
+def iterate_frames(path: File, info: VideoInfo, size: int) -> Iterator[np.ndarray]:
     """Yields all frames in display order, each (size, size, 3) uint8, the same as `read_frames` of one index gives.
 
     Decodes from the start and holds one frame at a time. Passes over packets that do not decode, and ends at a limit.
@@ -201,7 +202,7 @@ def iterate_frames(path: Path, info: VideoInfo, size: int) -> Iterator[np.ndarra
         raise Unreadable("it has no frame that decodes")
 
 
-def decode_video(path: str | Path, info: VideoInfo) -> None:
+def decode_video(path: File, info: VideoInfo) -> None:
     """Decodes all frames of a file, to find the damage that `probe_video` cannot see.
 
     Raises:

@@ -43,7 +43,7 @@ def write_whole(
         write_stream(path, write)
         return
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")  # machines share disks
     with temporary_file(temporary):
         write(temporary)
         if durable:
@@ -120,14 +120,14 @@ def leftovers(folder: Path, names: str) -> Iterator[Path]:
     return folder.glob(f"{names}.*.tmp")
 
 
-def lock(folder: Path) -> bool:
-    """Locks a folder until this process and its forks end. False if another process has locked it.
+def lock(folder: Path, shared: bool = False) -> bool:
+    """Locks a folder until this process and its forks end. False if another process has locked it, or not as shared.
 
     Network disks without locks on folders let everyone in.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return False

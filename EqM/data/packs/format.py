@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,7 @@ FORMAT, VERSION = "EqM pack", 2
 SHARD_BYTES, MIN_SHARDS = 2**28, 64
 FRAMES_OF_A_VIDEO = 200  # assumed, since the size of shards is fixed before any video is opened
 MAX_FILES = 10**9
+APPENDED = "more-"  # begins the names of folders inside a pack
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Settings:
         classes: names of the classes.
         files: how many files.
         names_crc32: checksum over the names and classes of all files.
+        options: flags of EqM/prepare.py that say how the source is read. An empty list is not kept.
     """
 
     format: str
@@ -58,6 +60,7 @@ class Settings:
     classes: list[str]
     files: int
     names_crc32: int
+    options: list[str] = field(default_factory=list)
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
@@ -113,9 +116,13 @@ class Settings:
         """The word for what an item has many of."""
         return "windows" if self.windows else "frames"
 
+    def contents(self) -> dict:
+        """All that settings.json keeps."""
+        return {name: value for name, value in asdict(self).items() if name != "options" or value}
+
     def identity(self) -> dict:
-        """All that decides the shards, which is all but the place of the source: it may be moved."""
-        return {name: value for name, value in asdict(self).items() if name != "source"}
+        """All that decides the shards. The source may be moved, and `names_crc32` sees what the options decide."""
+        return {name: value for name, value in asdict(self).items() if name not in ("source", "options")}
 
     def check(self) -> None:
         """Raises ValueError for a value of another type, or out of its range."""
@@ -123,7 +130,7 @@ class Settings:
         sound = all(is_whole(getattr(self, name), 1, most) for name, most in numbers.items())
         sound = sound and is_whole(self.names_crc32, 0, 2**32 - 1) and isinstance(self.source, str)
         sound = sound and isinstance(self.video, bool) and isinstance(self.vae, dict) and is_texts(self.classes)
-        sound = sound and 0 < len(self.classes) == len(set(self.classes))
+        sound = sound and 0 < len(self.classes) == len(set(self.classes)) and is_texts(self.options)
         if self.values == "latents":
             sound = sound and is_whole(self.vae.get("side"), 1, self.image_size)
             sound = sound and is_texts([self.space.name, self.space.fingerprint]) and self.space.channels <= MAX_SIDE
@@ -140,7 +147,8 @@ class Settings:
         words += ["--video"] * self.video + ["--image-size", str(self.image_size)]
         words += ["--vae", self.vae["name"]] if self.vae else []
         about = asdict(self.windows) if self.windows else {}
-        return shlex.join(words + [f"--{name.replace('_', '-')}={value}" for name, value in about.items()])
+        words += [f"--{name.replace('_', '-')}={value}" for name, value in about.items()]
+        return shlex.join(words + self.options)
 
 
 WINDOW_KEYS = {field.name for field in fields(Windows)}
@@ -157,6 +165,11 @@ def is_texts(values: object) -> bool:
         return False
     os.fsencode("".join(values))  # raises ValueError
     return True
+
+
+def appended_folders(folder: Path) -> list[Path]:
+    """The folders of what was appended to a pack, whole or half-made, in order. Each is a pack of its own."""
+    return sorted(path for path in folder.glob(f"{APPENDED}*") if path.is_dir())
 
 
 def shard_path(folder: Path, number: int) -> Path:

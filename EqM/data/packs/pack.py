@@ -6,6 +6,7 @@ A pack is a folder of
     shard-00000.bin   the frames of some items, one after another
     shard-00000.json  the shard's record: its items, size and checksum; a shard without a record does not count
     index.json        all records in one file; written last, so a pack with an index is whole
+    more-001          what was appended, a pack of its own whose classes begin with those of the pack
 
 A frame is (H, W, 3) uint8 pixels, or (2, 2, C, h, w) float16 latents. The first axis of latents is the frame as it
 is and mirrored, the second is mean and standard deviation. If the VAE encodes clips whole, a window of the video,
@@ -21,11 +22,13 @@ from tqdm import tqdm
 
 from data.file_list import Found, Names, Videos
 from data.packs.checks import check_index
-from data.packs.format import Settings, read_settings, shard_path
+from data.packs.format import Settings, appended_folders, read_settings, shard_path
 from data.packs.latent_sums import LatentSums
 from data.video import VideoInfo
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
+
+OF_PART = {"classes", "files", "names_crc32"}  # settings in which parts of a pack differ
 
 
 def read_index(folder: Path, settings: Settings) -> dict | None:
@@ -38,14 +41,20 @@ def read_index(folder: Path, settings: Settings) -> dict | None:
 
 
 class Pack:
-    """A whole pack, as its index describes it.
+    """A whole pack, as the indices of its parts describe it: the first one, and those that were appended.
 
-    Attributes, with one value an item in the order of the source's files:
+    Attributes:
+        parts: folder, settings and index of each part.
+        shard_files, shard_records: of all shards, in the order of the parts.
+        all_classes: names of the classes, also of those that have no readable file.
+        classes: names of the other classes.
+
+    Attributes with one value an item, in the order of the source's files:
         paths: the file, relative to the source.
         labels: its class index, into `classes`, (N,) int64.
         lengths: its frames, or windows, (N,) int64.
         rates: its frames a second, 0 for an image, (N,) float64.
-        shards: the shard that holds it, (N,) int64.
+        shards: the shard that holds it, into `shard_files`, (N,) int64.
         first_frames: the place of its first frame in that shard, (N,) int64.
     and, of all latents:
         latent_sums: their means and deviations; None for pixels, and if the pack is of an earlier version.
@@ -54,17 +63,24 @@ class Pack:
         ValueError, KeyError, TypeError: the index says something wrong, or lacks something.
     """
 
-    def __init__(self, folder: Path, settings: Settings, index: dict):
-        self.folder, self.settings = folder, settings
-        columns = check_index(index, settings)
-        self.shard_records, self.unreadable, self.paths = index["shards"], index["unreadable"], index["items"]["path"]
+    def __init__(self, *parts: tuple[Path, Settings, dict]):
+        self.parts, (self.folder, self.settings, _) = parts, parts[0]
+        checked = [check_index(index, settings) for _, settings, index in parts]
+        columns = {name: np.concatenate([part[name] for part in checked]) for name in checked[0]}
+        self.shard_records = [record for _, _, index in parts for record in index["shards"]]
+        self.shard_files = [shard_path(folder, i) for folder, _, index in parts for i in range(len(index["shards"]))]
+        self.unreadable = [pair for _, _, index in parts for pair in index["unreadable"]]
+        self.paths = [path for _, _, index in parts for path in index["items"]["path"]]
+        before = np.cumsum([0, *(len(index["shards"]) for _, _, index in parts[:-1])])
+        self.shards = columns["shard"] + np.repeat(before, [len(part["shard"]) for part in checked])
         # As in a scan, a class without a readable file is none.
         used, self.labels = np.unique(columns["label"], return_inverse=True)  # (N,)
-        self.classes = tuple(settings.classes[i] for i in used)
-        self.lengths = columns["frames"]
-        self.rates, self.shards = columns["frames_per_second"], columns["shard"]
+        self.all_classes = parts[-1][1].classes
+        self.classes = tuple(self.all_classes[i] for i in used)
+        self.lengths, self.rates = columns["frames"], columns["frames_per_second"]
         self.first_frames = columns["offset"] // self.settings.frame_bytes  # (N,)
-        self.latent_sums = LatentSums.read(index["latents"]) if "latents" in index else None
+        sums = [LatentSums.read(index["latents"]) for _, _, index in parts if "latents" in index]
+        self.latent_sums = sum(sums, start=LatentSums()) if len(sums) == len(parts) else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,7 +96,7 @@ class Pack:
         if settings.values == "latents":
             shape = "×".join(map(str, settings.frame_shape[2:]))
             kind = f"{shape} latents of {kind} by the VAE {settings.vae['name']}"
-        size = f"{self.num_bytes():,} bytes in {settings.num_shards} shards"
+        size = f"{self.num_bytes():,} bytes in {len(self.shard_files)} shards"
         return f"a pack of {kind}: {self.count_text()}, {size}, made from {settings.source}"
 
     def count_text(self) -> str:
@@ -93,13 +109,26 @@ class Pack:
         """Lines for people: mean and deviation of the latents by channel, and a warning if they are far off."""
         return list(self.latent_sums.report(self.settings.space)) if self.latent_sums else []
 
+    def command(self, shard: Path) -> str:
+        """The command line that mends one of the shards."""
+        settings = next(settings for folder, settings, _ in self.parts if folder == shard.parent)
+        return settings.command(shard.parent)
+
     def found(self) -> Found:
         """The items of the pack, in the form that `data.scan` gives for files."""
-        source, video = self.settings.source, self.settings.video
-        paths = Names(os.path.join(source, path) for path in self.paths)  # noqa: PTH118
+        video = self.settings.video
+        paths = Names(
+            os.path.join(settings.source, path)  # noqa: PTH118
+            for _, settings, index in self.parts
+            for path in index["items"]["path"]
+        )
         pairs = zip(self.lengths.tolist(), self.rates.tolist(), strict=True)
         videos = Videos(VideoInfo(range(length), rate) for length, rate in pairs) if video else None
-        unreadable = tuple((str(Path(source, path)), reason) for path, reason in self.unreadable)
+        unreadable = tuple(
+            (str(Path(settings.source, path)), reason)
+            for _, settings, index in self.parts
+            for path, reason in index["unreadable"]
+        )
         return Found(str(self.folder), self.classes, paths, self.labels, videos, unreadable)
 
 
@@ -124,15 +153,30 @@ def read_pack(folder: Path) -> Pack:
     settings = read_settings(folder) if is_pack(folder) else None
     if not settings:
         raise UserError(f"{folder} is not a pack: make one with EqM/prepare.py")
-    index = read_index(folder, settings)
-    try:
-        if index:
-            return Pack(folder, settings, index)
-    except (ValueError, KeyError, TypeError):  # its checksum is right, and what it says is not
-        pass
-    raise UserError(
-        f"{folder / 'index.json'} is damaged or may not be read: run {settings.command(folder)} again, which mends it"
-    )
+    parts: list[tuple[Path, Settings, dict]] = []
+    for part in (folder, *appended_folders(folder)):
+        of_part = settings if part == folder else read_settings(part)
+        if part != folder and not (of_part and (part / "index.json").exists()):
+            break  # it is being appended: until that has ended, the pack is as it was before
+        index = read_index(part, of_part)
+        try:
+            Pack((part, of_part, index))
+            check_part(of_part, parts)
+        except (ValueError, KeyError, TypeError):  # its checksum is right, and what it says is not
+            problem = f"{part / 'index.json'} is damaged or may not be read"
+            raise UserError(f"{problem}: run {of_part.command(part)} again, which mends it") from None
+        parts.append((part, of_part, index))
+    return Pack(*parts)
+
+
+def check_part(settings: Settings, before: list[tuple[Path, Settings, dict]]) -> None:
+    """Raises ValueError if a part does not go on from the parts before it."""
+    for _, other, _ in before:
+        wanted, found = other.identity(), settings.identity()
+        if any(found[key] != wanted[key] for key in wanted.keys() - OF_PART):
+            raise ValueError("it is of another kind")
+        if settings.classes[: len(other.classes)] != other.classes:
+            raise ValueError("its classes do not begin with those before")
 
 
 def open_pack(folder: Path, show_progress: bool = True) -> Pack:
@@ -142,48 +186,41 @@ def open_pack(folder: Path, show_progress: bool = True) -> Pack:
         UserError: as `read_pack`; or a shard is missing, truncated or changed.
     """
     pack = read_pack(folder)
-    damage = find_damage(folder, dict(enumerate(pack.shard_records)), show_progress)
+    damage = find_damage(dict(zip(pack.shard_files, pack.shard_records, strict=True)), show_progress)
     if damage:
-        first = min(damage)
+        first = next(path for path in pack.shard_files if path in damage)
         others = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-        raise UserError(
-            f"{shard_path(folder, first)}{others} {damage[first]}:"
-            f" run {pack.settings.command(folder)} again, which mends just that"
-        )
+        raise UserError(f"{first}{others} {damage[first]}: run {pack.command(first)} again, which mends just that")
     return pack
 
 
-def find_damage(
-    folder: Path, records: dict[int, dict], show_progress: bool, trust_times: bool = True
-) -> dict[int, str]:
-    """Compares shards with their records, and says what is wrong with the damaged ones, by number.
+def find_damage(records: dict[Path, dict], show_progress: bool, trust_times: bool = True) -> dict[Path, str]:
+    """Compares shards with their records, and says what is wrong with the damaged ones.
 
     Computes checksums, on all cores, of the shards whose time is not the recorded one. Without `trust_times`, of all.
     """
     damage, suspects = {}, []
-    for number, record in records.items():
-        path = shard_path(folder, number)
+    for path, record in records.items():
         if not path.is_file():
-            damage[number] = "is missing"
+            damage[path] = "is missing"
             continue
         status = path.stat()
         if status.st_size != record["bytes"]:
-            damage[number] = f"has {status.st_size:,} bytes, not the {record['bytes']:,} that were written"
+            damage[path] = f"has {status.st_size:,} bytes, not the {record['bytes']:,} that were written"
         elif not (trust_times and status.st_mtime_ns == record["mtime_ns"] and os.access(path, os.R_OK)):
-            suspects.append(number)
-    total = sum(records[number]["bytes"] for number in suspects)
+            suspects.append(path)
+    total = sum(records[path]["bytes"] for path in suspects)
     hidden = not (show_progress and suspects)
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=total, desc="checking the pack", unit="B", unit_scale=True, disable=hidden) as bar,
     ):
-        checksums = pool.map(lambda number: try_checksum(shard_path(folder, number)), suspects)
-        for number, checksum in zip(suspects, checksums, strict=True):
+        for path, checksum in zip(suspects, pool.map(try_checksum, suspects), strict=True):
             if isinstance(checksum, str):
-                damage[number] = checksum
-            elif checksum != records[number]["crc32"]:
-                damage[number] = "has changed since it was written"
-            bar.update(records[number]["bytes"])
+                damage[path] = checksum
+            elif checksum != records[path]["crc32"]:
+                damage[path] = "has changed since it was written"
+            bar.update(records[path]["bytes"])
     return damage
 
 

@@ -11,7 +11,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.packs.format import shard_path
 from data.packs.pack import Pack
 from runtime.errors import UserError
 from runtime.files import file_checksum, open_regular
@@ -53,9 +52,9 @@ class Shards:
         self.pack = pack
         self.times: dict[int, int] = {}  # of the shards' files, as trusted
         self.checked_at = time.monotonic()
-        for number in range(pack.settings.num_shards):
+        for number, path in enumerate(pack.shard_files):
             try:
-                self.times[number] = shard_path(pack.folder, number).stat().st_mtime_ns
+                self.times[number] = path.stat().st_mtime_ns
             except OSError as error:
                 raise self.lost(number, f"cannot be read ({error.strerror})") from None
         self.opened = lru_cache(MAX_OPEN)(self.open)
@@ -100,7 +99,7 @@ class Shards:
     def open(self, number: int) -> Shard:
         """Opens a shard whose size and time are trusted. Raises as `read`."""
         try:
-            file = open_regular(shard_path(self.pack.folder, number), buffering=0)
+            file = open_regular(self.pack.shard_files[number], buffering=0)
             if not self.is_trusted(number, file):
                 self.trust_again(number)
             memory = mmap.mmap(file.fileno(), self.size(number), prot=mmap.PROT_READ)
@@ -118,7 +117,7 @@ class Shards:
 
     def trust_again(self, number: int) -> None:
         """Trusts a shard's new time if its size and checksum are right. Raises as `read`."""
-        path = shard_path(self.pack.folder, number)
+        path = self.pack.shard_files[number]
         try:
             status = path.stat()
             if status.st_size != self.size(number):
@@ -130,8 +129,8 @@ class Shards:
         self.times[number] = status.st_mtime_ns
 
     def lost(self, number: int, problem: str) -> LostPack:
-        path, command = shard_path(self.pack.folder, number), self.pack.settings.command(self.pack.folder)
-        return LostPack(f"{path} {problem}: put the pack back, or run {command} again")
+        path = self.pack.shard_files[number]
+        return LostPack(f"{path} {problem}: put the pack back, or run {self.pack.command(path)} again")
 
 
 def copy_frames(shards: list[Shard], offsets: np.ndarray, x: np.ndarray) -> bool:

@@ -7,13 +7,17 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+import av
 import numpy as np
+from PIL import Image
 
-from data.clips import read_image
+from data.clips import centre_square, read_image
+from data.frames import Squares
+from data.inputs.entries import Frames
 from data.packs.format import Settings, Windows, shard_path
 from data.packs.latent_sums import LatentSums
-from data.packs.packing import PackPlan, disk_errors, name_in
-from data.untrusted import Unreadable
+from data.packs.packing import PackPlan, disk_errors
+from data.untrusted import File, Unreadable
 from data.video import iterate_frames, probe_video
 from runtime.errors import UserError
 from runtime.files import contents_checksum, write_json, write_whole
@@ -24,13 +28,24 @@ CHUNK_FRAMES, CHUNK_BYTES = 32, 2**26  # frames held in memory and encoded toget
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
-def read_source(path: str, settings: Settings) -> tuple[float, Iterator[np.ndarray]]:
-    """A file's frames a second, 0 for an image, and its frames, or windows, `settings.pixel_shape` uint8 each."""
-    if not settings.video:
-        return 0.0, iter([read_image(path, settings.image_size).permute(1, 2, 0).numpy()])
-    info = probe_video(path)
-    frames = iterate_frames(path, info, settings.image_size)
-    windows = settings.windows
+def read_source(file: File | Frames, settings: Settings) -> tuple[float, Iterator[np.ndarray]]:
+    """A file's frames a second, 0 for an image, and its frames, or windows, `settings.pixel_shape` uint8 each.
+
+    Raises:
+        Unreadable: it cannot be read.
+    """
+    video, size, windows = settings.video, settings.image_size, settings.windows
+    if isinstance(file, Frames) and video:
+        square = Squares(None, size)
+        frames = (square(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))) for frame in file.pixels)
+        count = len(file.pixels)
+        return file.frames_per_second, windows_of(frames, count, windows) if windows else frames
+    if not video:
+        in_memory = isinstance(file, Frames)
+        image = centre_square(Image.fromarray(file.pixels), size) if in_memory else read_image(file, size)
+        return 0.0, iter([image.permute(1, 2, 0).numpy()])
+    info = probe_video(file)
+    frames = iterate_frames(file, info, size)
     return info.frames_per_second, windows_of(frames, len(info.times), windows) if windows else frames
 
 
@@ -86,10 +101,10 @@ def write_frames(
     settings = plan.settings
     with path.open("wb") as file:
         writer = ShardWriter(file, settings, encode, advance)
-        for source_path, label in plan.shard(number):
-            name = name_in(plan.source, source_path)
+        for index in plan.shard(number):
+            name, label = plan.entries.names[index], int(plan.entries.labels[index])
             try:
-                rate, frames = read_source(source_path, settings)
+                rate, frames = read_source(plan.entries.open(index), settings)
                 first = next(frames)
             except Unreadable as error:
                 writer.add_unreadable(name, str(error))
