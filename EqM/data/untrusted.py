@@ -1,6 +1,7 @@
 """Opens files that may be damaged or made to do harm, within limits of memory and time."""
 
 import ctypes
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,12 @@ def describe(error: Exception) -> str:
     else:
         words = ["it is damaged:", type(error).__name__, *str(error).split()]
     return " ".join(words) or type(error).__name__
+
+
+def may_pass(error: Unreadable) -> bool:
+    """Whether a file may be read later as it is: the system refused it, as without a permission, or it took long."""
+    number = getattr(error.__cause__, "errno", None)
+    return isinstance(error.__cause__, av.error.ExitError) or number in errno.errorcode
 
 
 def is_long_and_thin(width: int, height: int) -> bool:
