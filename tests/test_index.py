@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import shutil
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from data.file_list import Found, Names
 from data.images import probe_image
 from data.index import Index, cache_folder
 from data.scan import Listing, collect, find_files, scan
-from data.untrusted import Unreadable
+from data.untrusted import Unreadable, may_pass
 from data.video import probe_video
 from data.walk import Folder
 
@@ -33,9 +34,9 @@ def write_clip(path: Path, times: list[int]) -> None:
         stream = file.add_stream("mpeg4", rate=25)
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
-        for time in times:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), time % 256, np.uint8), "rgb24")
-            frame.pts = time
+        for stamp in times:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), stamp % 256, np.uint8), "rgb24")
+            frame.pts = stamp
             file.mux(stream.encode(frame))
         file.mux(stream.encode())
 
@@ -424,6 +425,37 @@ def test_a_cache_folder_that_takes_no_files_is_one_warning(images, cache, opened
     assert record.levelno == logging.WARNING
     assert "every start opens all its files" in record.getMessage()
     assert str(cache) in record.getMessage()
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(images, cache):
+    look(images)
+    name = index_file(cache).name
+    for pid, age_s in ((1, 10**5), (2, 0)):
+        left = cache / f"{name}.{pid}.tmp"
+        left.write_bytes(b"half")
+        os.utime(left, (time.time() - age_s,) * 2)
+    (images / "a" / "2.png").unlink()
+    look(images)
+    assert {path.name for path in cache.iterdir()} == {name, f"{name}.2.tmp"}
+
+
+@pytest.mark.parametrize(
+    ("cause", "passes"),
+    [
+        (PermissionError(13, "Permission denied"), True),
+        (av.error.PermissionError(13, "Permission denied"), True),
+        (av.error.FFmpegError(5, "Input/output error"), True),
+        (av.error.ExitError(1414092869, "Exit"), True),
+        (av.error.InvalidDataError(1094995529, "Invalid data"), False),
+        (av.error.ArgumentError(22, "Invalid argument"), False),
+        (OSError("image file is truncated"), False),
+        (None, False),
+    ],
+)
+def test_errors_of_the_system_may_pass_and_those_of_the_contents_do_not(cause, passes):
+    with pytest.raises(Unreadable) as caught:
+        raise Unreadable("it cannot be read") from cause
+    assert may_pass(caught.value) == passes
 
 
 def test_an_index_that_is_whole_is_not_written_again(images, cache, monkeypatch):

@@ -23,7 +23,7 @@ from data.opening import READABLE, UNREADABLE, Results, open_files
 from data.untrusted import MAX_FRAMES
 from data.walk import THREADS
 from runtime.errors import first_line, shown
-from runtime.files import open_regular, write_whole
+from runtime.files import leftovers, open_regular, write_whole
 from runtime.logs import log
 
 FORMAT = "EqM index 1"
@@ -32,6 +32,7 @@ FORMAT = "EqM index 1"
 READERS = f"PyAV {av.__version__}, Pillow {PIL.__version__}, 1"
 SAVE_S = 15.0  # seconds of work that an interrupted scan loses, unless saving takes long
 SAVE_SHARE = 0.05  # of a scan's time goes into saving it, at most
+ABANDONED_S = 3600.0  # age of a temporary file that no process still writes
 ARRAYS = {"about": "u1", "names": "u1", "ends": "i8", "stats": "i8", "codes": "i4", "rows": VIDEO, "times": "i8"}
 NO_STAT = (-1, -1)  # of a file that is not there
 
@@ -180,6 +181,9 @@ class Index:
         try:
             cache_folder().mkdir(parents=True, exist_ok=True)
             write_whole(self.path(), save, replaces_streams=True)
+            for left in leftovers(cache_folder(), self.path().name):
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    left.unlink(missing_ok=True)
         except OSError as error:
             self.warn(error)
 

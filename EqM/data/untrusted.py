@@ -143,8 +143,10 @@ def describe(error: Exception) -> str:
 
 def may_pass(error: Unreadable) -> bool:
     """Whether a file may be read later as it is: the system refused it, as without a permission, or it took long."""
-    number = getattr(error.__cause__, "errno", None)
-    return isinstance(error.__cause__, av.error.ExitError) or number in errno.errorcode
+    cause = error.__cause__
+    if isinstance(cause, av.error.ArgumentError | av.error.MemoryError):  # these are about what the file holds
+        return False
+    return isinstance(cause, av.error.ExitError) or getattr(cause, "errno", None) in errno.errorcode
 
 
 def is_long_and_thin(width: int, height: int) -> bool:
