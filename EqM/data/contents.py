@@ -159,7 +159,7 @@ def folder_holds_videos(folder: Path) -> bool:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder, a pack or an .npz")
-    suffixes = {Path(path).suffix.lower() for path, _ in walk(folder, VIDEO_EXTENSIONS + IMAGE_EXTENSIONS).taken()}
+    suffixes = {Path(path).suffix.lower() for path, _ in walk(folder, VIDEO_EXTENSIONS + IMAGE_EXTENSIONS).taken}
     found = [bool(suffixes & {*extensions} - {".gif"}) for extensions in (VIDEO_EXTENSIONS, IMAGE_EXTENSIONS)]
     if all(found):
         raise UserError(f"{folder} holds videos and images: give a folder of one kind")

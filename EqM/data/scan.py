@@ -89,7 +89,7 @@ def find_files(root: Path, video: bool) -> Listing:
     chooser = find_list(root) if video else None
     if folders and not chooser:
         return Listing.of_folders(folders, notes + found.left_out())
-    rows, unlisted = chosen_by(chooser, [row for row in found.taken() if row[1]] if folders else rows)
+    rows, unlisted = chosen_by(chooser, [row for row in found.taken if row[1]] if folders else rows)
     return Listing.of_rows(rows, notes + unlisted + found.left_out())
 
 
@@ -187,7 +187,7 @@ def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
         raise UserError(
             "; ".join([f"no {kinds[0]} in {root}{instead}: give a folder of {kinds[0]}", *found.left_out()])
         )
-    return sorted(found.taken(), key=lambda row: Path(row[0]))
+    return sorted(found.taken, key=lambda row: Path(row[0]))
 
 
 def scan(root: Path, video: bool, show_progress: bool = True, decode: bool = False) -> Found:

@@ -80,6 +80,7 @@ class Walk:
     again: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
 
+    @property
     def taken(self) -> Iterator[tuple[str, str]]:
         """(path, class) of the wanted files, sorted by class, folder and name."""
         return ((path, folder.name) for folder in self.files for path in folder.paths())
