@@ -1,5 +1,6 @@
 """Opens files to check them, and keeps what was found in arrays."""
 
+import ctypes
 import os
 import time
 from collections import Counter
@@ -18,6 +19,9 @@ from data.video import VideoInfo, decode_video, probe_video
 READABLE, UNREADABLE, PASSING = "readable", "unreadable", "passing"  # passing: not readable, but maybe later
 NOT_OPENED = -1
 HANDED_OVER_S = 1.0  # seconds until what was found so far is handed over
+# Gives freed memory back to the system, since readers leave it in small pieces: 0.5 GB after 100,000 short videos. Only
+# GNU's C library has it.
+_give_back_memory = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ def open_files(
                     results.put(rows[: len(found)], found)
                     rows, found, start = rows[len(found) :], [], time.monotonic()
                     report()
+            _give_back_memory(0)
 
 
 def check_files(paths: Names, video: bool, show_progress: bool = True, decode: bool = False) -> Results:
