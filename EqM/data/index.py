@@ -8,6 +8,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -182,18 +183,18 @@ class Index:
             cache_folder().mkdir(parents=True, exist_ok=True)
             write_whole(self.path(), save, replaces_streams=True)
             for left in leftovers(cache_folder(), self.path().name):
-                if time.time() - left.stat().st_mtime > ABANDONED_S:
-                    left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another process has renamed its file
+                    if time.time() - left.stat().st_mtime > ABANDONED_S:
+                        left.unlink()
         except OSError as error:
             self.warn(error)
 
     def warn(self, error: OSError) -> None:
         """Says once that the cache folder cannot be used, and why."""
         if not self.warned:
-            text = (
-                f"no index of {self.root} is kept ({error.strerror}{f': {error.filename}' if error.filename else ''})"
-            )
-            log.warning("%s", shown(f"{text}: every start opens all its files; EQM_CACHE names another cache folder"))
+            why = (error.strerror or str(error)) + (f": {error.filename}" if error.filename else "")
+            advice = "every start opens all its files; EQM_CACHE names another cache folder"
+            log.warning("%s", shown(f"no index of {self.root} is kept ({why}): {advice}"))
         self.warned = True
 
 
