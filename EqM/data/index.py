@@ -23,7 +23,7 @@ from data.file_list import AT_ONCE, VIDEO, Names, Videos
 from data.opening import READABLE, UNREADABLE, Results, open_files
 from data.untrusted import MAX_FRAMES
 from data.walk import THREADS
-from runtime.errors import first_line, shown
+from runtime.errors import shown
 from runtime.files import leftovers, open_regular, write_whole
 from runtime.logs import log
 
@@ -208,8 +208,8 @@ def read_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
             arrays = {name: archive[name] for name in ARRAYS}
     except WrongIndex:
         raise
-    except Exception as error:  # archives that are damaged or made to do harm raise errors of many types
-        raise WrongIndex(f"is damaged ({first_line(error)})") from None
+    except Exception:  # archives that are damaged or made to do harm raise errors of many types
+        raise WrongIndex("is damaged") from None
     if any(array.dtype != ARRAYS[name] or array.ndim != 1 + (name == "stats") for name, array in arrays.items()):
         raise WrongIndex("is damaged (arrays of another kind)")
     return arrays
