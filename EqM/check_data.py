@@ -1,6 +1,9 @@
 """Prints what training would find in a folder or a pack.
 
-python EqM/check_data.py datasets/ucf-101/train --video --decode
+    python EqM/check_data.py datasets/ucf-101/train --video --decode
+
+Without --decode it opens each file once, and keeps what it found in the index of the folder. Training then starts from
+the index, and opens only what has changed.
 """
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,9 @@ WARM = WarmPython()
 # on a machine that others use as well they wait ten times as long as they work.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# No test reads or writes the user's own indexes of files. The object lives as long as this process.
+CACHE = tempfile.TemporaryDirectory(prefix="eqm-cache-")
+os.environ["EQM_CACHE"] = CACHE.name
 ENVIRONMENT = dict(os.environ)
 
 

@@ -44,6 +44,7 @@ FREE = {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WO
 FREE |= {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"}
 FREE |= {"PYTEST_CURRENT_TEST", "PYTEST_VERSION"}
 FREE |= {"CUBLAS_WORKSPACE_CONFIG"}  # which is for GPUs alone
+FREE |= {"EQM_CACHE"}  # which only the project reads
 FREE |= {"PYTHONPATH"}  # which a child looks through for what is not imported yet
 SERVER = Path(__file__).with_name("warm_server.py")
 PATIENCE_S = 30  # of torchrun with processes that it has asked to end

@@ -166,6 +166,7 @@ def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_mem
         samples,
         batch_sampler=stream,
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,  # it shares the arrays of the files
         pin_memory=pin_memory,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_the_trainer,

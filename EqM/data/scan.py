@@ -1,21 +1,18 @@
-"""Finds the files of a data set and their classes, and opens each file once to check it."""
+"""Finds the files of a data set and their classes, and checks that they can be read."""
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+import numpy as np
 
-from data.file_list import Found, Item
-from data.images import decode_image, probe_image
+from data.file_list import Found, Names
+from data.index import check_known
+from data.opening import READABLE, Results, check_files
 from data.tables import chosen_by, find_list, find_table, no_match, read_table, repeated
-from data.untrusted import Unreadable
-from data.video import decode_video, probe_video
-from data.walk import IMAGE_EXTENSIONS, MISTAKE, VIDEO_EXTENSIONS, Walk, listed, walk
+from data.walk import IMAGE_EXTENSIONS, MISTAKE, VIDEO_EXTENSIONS, Folder, Walk, listed, walk
 from runtime.errors import UserError, shown
 
 UCF_NAME = re.compile(r"v_(?P<label>\w+)_g\d+_c\d+")
@@ -24,19 +21,26 @@ SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validati
 JOIN_FRAMES = "join frames to videos first (ffmpeg -framerate 25 -pattern_type glob -i 'FOLDER/*.png' CLIP.mp4)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Listing:
     """The files of a folder, before any is opened.
 
     Attributes:
         classes: names of the classes, sorted.
-        samples: (path, class index) of every file.
+        paths: every file, N of them.
+        labels: their class indices, (N,) int64.
         notes: lines for people: what is left out, and what looks like a mistake.
     """
 
     classes: tuple[str, ...]
-    samples: list[tuple[str, int]]
+    paths: Names
+    labels: np.ndarray
     notes: tuple[str, ...]
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """(path, class index) of every file."""
+        return list(zip(self.paths, self.labels.tolist(), strict=True))
 
     @staticmethod
     def of_rows(rows: Iterable[tuple[str, str]], notes: Iterable[str]) -> "Listing":
@@ -44,7 +48,17 @@ class Listing:
         rows = list(rows)
         classes = tuple(sorted({label for _, label in rows}))
         index = {label: i for i, label in enumerate(classes)}
-        return Listing(classes, [(path, index[label]) for path, label in rows], tuple(map(shown, notes)))
+        labels = np.array([index[label] for _, label in rows], np.int64)  # (N,)
+        return Listing(classes, Names(path for path, _ in rows), labels, tuple(map(shown, notes)))
+
+    @staticmethod
+    def of_folders(folders: Sequence[Folder], notes: Iterable[str]) -> "Listing":
+        """Numbers the classes of folders."""
+        classes = tuple(sorted({folder.name for folder in folders}))
+        index = {label: i for i, label in enumerate(classes)}
+        counts = [folder.files.count(b"\0") + 1 for folder in folders]
+        labels = np.repeat(np.array([index[folder.name] for folder in folders], np.int64), counts)  # (N,)
+        return Listing(classes, Names.of_lists(map(Folder.encoded, folders)), labels, tuple(map(shown, notes)))
 
 
 def find_files(root: Path, video: bool) -> Listing:
@@ -59,9 +73,9 @@ def find_files(root: Path, video: bool) -> Listing:
     if not root.is_dir():
         raise UserError(f"--data-path {root} is not a folder: give one that holds class folders")
     found = walk(root, VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS)
-    rows = [(path, name) for path, name in found.taken if name]
-    flat = [path for path, name in found.taken if not name]
-    if rows:
+    folders = [folder for folder in found.files if folder.name]
+    flat = [path for folder in found.files if not folder.name for path in folder.paths()]
+    if folders:
         notes = check_class_folders(root, found)
         notes += [f"left out: {len(flat)} files in no class folder (such as {shown(flat[0])})"] if flat else []
     elif video:
@@ -72,7 +86,10 @@ def find_files(root: Path, video: bool) -> Listing:
     if others:
         kind, advice = ("images", "leave out --video") if video else ("videos", "add --video")
         notes.append(f"{MISTAKE}{others} {kind} are left out: {advice} to train on them in place of these")
-    rows, unlisted = chosen_by(find_list(root), rows) if video else (rows, [])
+    chooser = find_list(root) if video else None
+    if folders and not chooser:
+        return Listing.of_folders(folders, notes + found.left_out())
+    rows, unlisted = chosen_by(chooser, [row for row in found.taken if row[1]] if folders else rows)
     return Listing.of_rows(rows, notes + unlisted + found.left_out())
 
 
@@ -165,7 +182,7 @@ def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give one of {kinds[0]}")
     found = walk(root, VIDEO_EXTENSIONS if video else IMAGE_EXTENSIONS)
-    if not found.taken:
+    if not found.files:
         instead = f", but {kinds[1]}" if count_media(found) else ""
         raise UserError(
             "; ".join([f"no {kinds[0]} in {root}{instead}: give a folder of {kinds[0]}", *found.left_out()])
@@ -176,45 +193,30 @@ def find_loose_files(root: Path, video: bool) -> list[tuple[str, str]]:
 def scan(root: Path, video: bool, show_progress: bool = True, decode: bool = False) -> Found:
     """Finds every file and checks that it can be read. Leaves out classes without a readable file, if others have one.
 
+    Opens only the files that the folder's index does not know as they are.
+
     Args:
-        decode: decode all of each file. Without it, damage behind a file's header may stay unseen.
+        decode: open and decode all of each file. Without it, damage behind a file's header may stay unseen.
 
     Raises:
         UserError: there are no files, or no classes for them.
     """
     listing = find_files(root, video)
-    items, unreadable, remarks = check_files(listing.samples, video, show_progress, decode)
-    notes = [*listing.notes, *(f"{count} files: {text}" for text, count in remarks.items())]
-    return Found.of_items(str(root), listing.classes, items, unreadable, tuple(notes)).without_empty_classes()
+    if decode:
+        results = check_files(listing.paths, video, show_progress, decode)
+    else:
+        results = check_known(root, listing.paths, video, show_progress)
+    return collect(str(root), listing, results).without_empty_classes()
 
 
-def check_files(
-    samples: list[tuple[str, int]], video: bool, show_progress: bool = True, decode: bool = False
-) -> tuple[tuple[Item, ...], tuple[tuple[str, str], ...], Counter]:
-    """Opens every (path, class index).
-
-    Returns the readable ones as items, the others as (path, reason), and how many files each remark of a reader is
-    about.
-    """
-
-    def check(sample: tuple[str, int]) -> tuple[Item | tuple[str, str], tuple[str, ...]]:
-        path, label = sample
-        try:
-            info = probe_video(path) if video else None
-            remarks = info.remarks if info else probe_image(path)
-            if decode:
-                decode_video(path, info) if info else decode_image(path)
-            return Item(path, label, info), remarks
-        except Unreadable as error:
-            return (path, str(error)), ()
-
-    title = "decoding files" if decode else "checking files"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks, total = pool.map(check, samples), len(samples)
-        results = list(tqdm(checks, title, total, unit="file", disable=not show_progress))
-    items = tuple(result for result, _ in results if isinstance(result, Item))
-    unreadable = tuple(result for result, _ in results if not isinstance(result, Item))
-    return items, unreadable, Counter(remark for _, remarks in results for remark in remarks)
+def collect(root: str, listing: Listing, results: Results) -> Found:
+    """The files of a listing that could be read, and what was found about all."""
+    readable = results.are(READABLE)
+    videos = results.videos.take(np.flatnonzero(readable)) if results.videos and readable.any() else None
+    notes = (f"{count} files: {shown(text)}" for text, count in results.remarks().items())
+    unreadable = tuple(results.unreadable(listing.paths))
+    paths, labels = listing.paths.where(readable), listing.labels[readable]
+    return Found(root, listing.classes, paths, labels, videos, unreadable, (*listing.notes, *notes))
 
 
 def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:

@@ -1,6 +1,7 @@
 """Opens files that may be damaged or made to do harm, within limits of memory and time."""
 
 import ctypes
+import errno
 import io
 import time
 from collections.abc import Iterator
@@ -164,6 +165,14 @@ def describe(error: Exception) -> str:
     else:
         words = ["it is damaged:", type(error).__name__, *str(error).split()]
     return " ".join(words) or type(error).__name__
+
+
+def may_pass(error: Unreadable) -> bool:
+    """Whether a file may be read later as it is: the system refused it, as without a permission, or it took long."""
+    cause = error.__cause__
+    if isinstance(cause, av.error.ArgumentError | av.error.MemoryError):  # these are about what the file holds
+        return False
+    return isinstance(cause, av.error.ExitError) or getattr(cause, "errno", None) in errno.errorcode
 
 
 def is_long_and_thin(width: int, height: int) -> bool:

@@ -3,7 +3,8 @@
 import heapq
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,46 @@ VIDEO_EXTENSIONS += (".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
 IMAGE_EXTENSIONS += (".tif", ".tiff", ".webp", ".gif") + (".avif",) * ("AVIF" in IMAGE_FORMATS)
 MAX_NAMED = 3  # examples in a line
+THREADS = 16  # that ask for names and times: a network disk answers each late, and many at once
 MISTAKE = "looks like a mistake: "
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The wanted files of one folder.
+
+    Attributes:
+        name: the class, "" for none.
+        path: the folder.
+        files: their names, sorted, with a NUL between them. A string for each would take three times the memory.
+    """
+
+    name: str
+    path: str
+    files: bytes
+
+    def paths(self) -> Iterator[str]:
+        """The files' paths, in order."""
+        prefix = joined(self.path, "")
+        return (prefix + name for name in os.fsdecode(self.files).split("\0"))
+
+    def encoded(self) -> bytes:
+        """The files' paths, in order, with a NUL between them."""
+        prefix = os.fsencode(joined(self.path, ""))
+        return prefix + self.files.replace(b"\0", b"\0" + prefix)
+
+
+@dataclass
+class Looked:
+    """What one folder holds: names, and for `files` as `Folder.files` has them."""
+
+    key: tuple[int, int]
+    files: bytes = b""
+    file_links: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    folder_links: list[str] = field(default_factory=list)
+    others: Counter = field(default_factory=Counter)
+    hidden: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -25,7 +65,7 @@ class Walk:
     """What lies in a folder and below it. The class of a file is the folder directly in the root, "" for none.
 
     Attributes:
-        taken: (path, class) of the files with a wanted extension, sorted by class, folder and name.
+        files: the files with a wanted extension, sorted by class and folder.
         folders: by class, the folders that hold such files; an empty set for a class without any.
         others: how many files have another extension, by (extension, class).
         hidden: paths whose names begin with ".", and __MACOSX.
@@ -33,12 +73,17 @@ class Walk:
         closed: folders that cannot be listed.
     """
 
-    taken: list[tuple[str, str]] = field(default_factory=list)
+    files: list[Folder] = field(default_factory=list)
     folders: dict[str, set[str]] = field(default_factory=dict)
     others: Counter = field(default_factory=Counter)
     hidden: list[str] = field(default_factory=list)
     again: list[str] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
+
+    @property
+    def taken(self) -> Iterator[tuple[str, str]]:
+        """(path, class) of the wanted files, sorted by class, folder and name."""
+        return ((path, folder.name) for folder in self.files for path in folder.paths())
 
     def left_out(self) -> list[str]:
         """Lines for people, none if nothing is left out."""
@@ -71,48 +116,78 @@ def walk(root: Path, extensions: tuple[str, ...]) -> Walk:
     Names that begin with "." and __MACOSX are passed over. Links are followed, but no folder and no file is found
     twice. A folder counts by its own place, if it has one below the root, and not by a link to it.
     """
-    found, top = Walk(), "" if root == Path() else str(root)
-    folders: list[tuple[str, str, list[str], list[int]]] = []  # class, path, names of files, their inodes
+    found, wanted = Walk(), frozenset(extensions)
+    files: dict[tuple[str, str], bytes] = {}  # by class and folder
     file_links: list[tuple[str, str]] = []  # path, class
     seen = {key_of(above) for above in root.resolve().parents}
-    waiting, links = [(top, "")], []
-    while waiting or links:
-        # Links wait until all folders that are reached without them are found.
-        folder, name = waiting.pop() if waiting else heapq.heappop(links)
-        try:
-            key = key_of(folder or ".")
-            entries = [] if key in seen else list(os.scandir(folder or "."))
-        except OSError:
-            found.closed.append(folder)
-            continue
-        if key in seen:
-            found.again.append(folder)
-            continue
-        seen.add(key)
-        names, inodes = [], []
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                found.hidden.append(entry.path)
-            elif entry.is_dir(follow_symlinks=False):
-                waiting.append((joined(folder, entry.name), name or entry.name))
-            elif leads_to_folder(entry):
-                heapq.heappush(links, (joined(folder, entry.name), name or entry.name))
-            elif not entry.name.lower().endswith(extensions):
-                found.others[Path(entry.name).suffix.lower(), name] += 1
-            elif entry.is_symlink():
-                file_links.append((joined(folder, entry.name), name))
-            else:
-                names.append(entry.name)
-                inodes.append(entry.inode())
-        folders.append((name, folder, names, inodes))
-    taken = [(name, folder, each) for name, folder, names, _ in folders for each in names]
-    for path, name in links_to_new_files(file_links, folders, found.again):
-        taken.append((name, *os.path.split(path)))
-    found.folders = {name: set() for name, _, _, _ in folders}
-    for name, folder, _ in taken:
-        found.folders[name].add(folder)
-    found.taken = [(joined(folder, each), name) for name, folder, each in sorted(taken)]
+    waiting, links = [("" if root == Path() else str(root), "")], []
+
+    def look(place: tuple[str, str]) -> Looked | None:
+        return look_into(*place, wanted, seen)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        while waiting or links:
+            # Links wait until all folders that are reached without them are found.
+            places, waiting = waiting or [heapq.heappop(links)], []
+            for (folder, name), looked in zip(places, pool.map(look, places), strict=True):
+                if looked is None:
+                    found.closed.append(folder)
+                    continue
+                if looked.key in seen:
+                    found.again.append(folder)
+                    continue
+                seen.add(looked.key)
+                waiting += [(joined(folder, each), name or each) for each in looked.folders]
+                for each in looked.folder_links:
+                    heapq.heappush(links, (joined(folder, each), name or each))
+                file_links += [(joined(folder, each), name) for each in looked.file_links]
+                found.others += looked.others
+                found.hidden += looked.hidden
+                files[name, folder] = looked.files
+    for path, name in links_to_new_files(file_links, [folder for _, folder in files], wanted, found.again):
+        folder, each = os.path.split(path)
+        files[name, folder] = in_order([*filter(None, os.fsdecode(files[name, folder]).split("\0")), each])
+    found.folders = {name: set() for name, _ in files}
+    found.files = [Folder(name, folder, files[name, folder]) for name, folder in sorted(files) if files[name, folder]]
+    for each in found.files:
+        found.folders[each.name].add(each.path)
     return found
+
+
+def in_order(names: list[str]) -> bytes:
+    """Names as `Folder.files` has them."""
+    return os.fsencode("\0".join(sorted(names)))
+
+
+def look_into(folder: str, name: str, wanted: frozenset[str], seen: set[tuple[int, int]]) -> Looked | None:
+    """What a folder of a class holds; nothing if it was seen, and None if it cannot be listed."""
+    try:
+        looked = Looked(key_of(folder or "."))
+        if looked.key in seen:
+            return looked
+        with os.scandir(folder or ".") as entries:
+            looked.files = in_order([each for entry in entries if (each := take(entry, name, wanted, looked))])
+        return looked
+    except OSError:
+        return None
+
+
+def take(entry: os.DirEntry, name: str, wanted: frozenset[str], looked: Looked) -> str | None:
+    """The name of an entry that is a wanted file. Adds others to `looked`. Asks the disk only about links."""
+    each = entry.name
+    if each[0] == "." or each == "__MACOSX":
+        looked.hidden.append(entry.path)
+    elif entry.is_dir(follow_symlinks=False):
+        looked.folders.append(each)
+    elif entry.is_symlink() and leads_to_folder(entry):
+        looked.folder_links.append(each)
+    elif each[each.rfind(".") :].lower() not in wanted:
+        looked.others[Path(each).suffix.lower(), name] += 1
+    elif entry.is_symlink():
+        looked.file_links.append(each)
+    else:
+        return each
+    return None
 
 
 def joined(folder: str, name: str) -> str:
@@ -126,16 +201,16 @@ def key_of(path: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def leads_to_folder(entry: os.DirEntry) -> bool:
-    """Whether it is a link to a folder. One that leads nowhere is none."""
+def leads_to_folder(link: os.DirEntry) -> bool:
+    """Whether a link leads to a folder. One that leads nowhere does not."""
     try:
-        return entry.is_symlink() and entry.is_dir()
+        return link.is_dir()
     except OSError:
         return False
 
 
 def links_to_new_files(
-    links: Iterable[tuple[str, str]], folders: Iterable[tuple[str, str, list[str], list[int]]], again: list[str]
+    links: Iterable[tuple[str, str]], folders: Iterable[str], wanted: frozenset[str], again: list[str]
 ) -> list[tuple[str, str]]:
     """Those (path, class) whose file is neither in the folders nor behind an earlier link. Adds others to `again`."""
     first: dict[tuple[int, int], tuple[str, str]] = {}
@@ -150,9 +225,10 @@ def links_to_new_files(
             again.append(link[0])
         first.setdefault(key, link)
     inodes = {inode for _, inode in first}
-    for _, folder, names, numbers in folders if first else ():
-        for name, number in zip(names, numbers, strict=True):
-            if number in inodes:
-                link = first.pop(key_of(joined(folder, name)), None)
+    for folder in folders if first else ():
+        for entry in os.scandir(folder or "."):
+            is_file = entry.inode() in inodes and not entry.is_symlink()
+            if is_file and entry.name[entry.name.rfind(".") :].lower() in wanted and entry.name[0] != ".":
+                link = first.pop(key_of(joined(folder, entry.name)), None)
                 again += [link[0]] if link else []
     return new + list(first.values())

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from data.clips import read_sample
-from data.file_list import Item
+from data.file_list import Item, Names
 from data.form import Form
 from data.latents import VAE, encode
-from data.scan import check_files, find_loose_files
+from data.opening import check_files
+from data.scan import Listing, collect, find_loose_files
 from data.untrusted import Unreadable
 from objective import Objective
 from runs.config import Config
@@ -169,8 +170,10 @@ def first_readable(folder: Path, video: bool, wanted: int, names: Sequence[str])
     unreadable: tuple[tuple[str, str], ...] = ()
     while labelled and len(items) < wanted:
         missing = wanted - len(items)
-        readable, rest, _ = check_files(labelled[:missing], video)
-        items, unreadable, labelled = items + readable, unreadable + rest, labelled[missing:]
+        some, labelled = labelled[:missing], labelled[missing:]
+        listing = Listing((), Names(path for path, _ in some), np.array([label for _, label in some]), ())
+        part = collect(str(folder), listing, check_files(listing.paths, video))
+        items, unreadable = items + tuple(part), unreadable + part.unreadable
     if not items:
         path, reason = unreadable[0]
         raise UserError(f"no readable {'clip' if video else 'image'} in --init {folder}: {path}: {reason}")
