@@ -1,4 +1,4 @@
-"""What training on a set of files would cost on this machine: a sample of the files is decoded, some steps are timed."""
+"""What training on a set of files would cost on this machine: some files are decoded, and some steps are timed."""
 
 import math
 import os
@@ -19,6 +19,7 @@ from data.packs.packing import plan_pack
 from data.scan import check_files
 from data.untrusted import Unreadable
 from data.video import read_frames
+from measuring.throughput import forward_flops
 from measuring.workloads import Training, Work, seconds_a_call, start_over
 from precision import Precision
 from runs.record import process_memory_gb
@@ -28,7 +29,9 @@ from runtime.logs import device_name
 FILES = 64  # that are opened
 DECODE_S = 8.0  # of computing, for clips and for whole files each
 WHOLE_FRAMES = 200  # of a video at most, to know what a frame costs when all are packed
-CPU_STEP_S = 3.0  # a step on a CPU is timed with as many samples as take so long
+CPU_STEP_S = 1.0  # a step on a CPU is timed with as many samples as would take so long at the speed of products
+MOST_SAMPLE_S = 10.0  # a sample that would take longer there is not timed
+PRODUCT_SIDE = 1024  # of the float32 matrices that tell this speed
 LOADER_GB = 0.1  # a loading process's own memory, without what it shares with its trainer
 STATE_BYTES = 16  # a parameter: weights, average and two moments, as a checkpoint holds them
 
@@ -62,7 +65,7 @@ class StepCosts:
 
     Attributes:
         samples: of the step, on this device.
-        timed: samples with which it was timed. With fewer, the time was multiplied.
+        timed: samples with which it was timed, and then multiplied. 0: computed from the speed of products alone.
         device_bytes: the most memory that torch took on a GPU; None on a CPU.
         host_gb: the most memory that the process took, 10⁹ bytes.
     """
@@ -147,22 +150,48 @@ def look_at(source: Path, form: Form, space: LatentSpace | None) -> DataCosts:
     return DataCosts(files, len(plan.settings.classes), len(chosen), len(unreadable), frames, sample_s, frame_s, packs)
 
 
+def product_speed() -> float:
+    """Operations a second of a dense float32 matrix product on the CPU, the best of three."""
+    a, seconds = torch.randn(PRODUCT_SIDE, PRODUCT_SIDE), math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * PRODUCT_SIDE**3 / seconds
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds * 1e3:,.3g} ms"
+
+
 def time_steps(work: Work, precision: Precision, fast: bool, device: torch.device) -> StepCosts:
-    """Times steps on random inputs. On a CPU a step may be timed with fewer samples, as its time grows with them."""
-    timed = work.batch
+    """Times steps on random inputs.
+
+    On a CPU a step is timed with as few samples as the speed of products says, and not at all if one sample would take
+    minutes.
+    """
+    timed, least_s = work.batch, 0.0
     if device.type == "cpu":
-        step = Training(replace(work, batch=1), precision, fast, device)
+        least_s = 3 * forward_flops(work) / product_speed()  # of one sample
+        timed = min(work.batch, round(CPU_STEP_S / least_s) or int(least_s < MOST_SAMPLE_S))
+    parameters = sum(parameter.numel() for parameter in work.build("meta").parameters())
+    if not timed:
+        host_gb = process_memory_gb() + STATE_BYTES * parameters / 1e9
+        return StepCosts(least_s * work.batch, work.batch, 0, parameters, None, host_gb)
+    start_over(device)
+    step = Training(replace(work, batch=timed), precision, fast, device)
+    for _ in range(5 if fast else 0):  # a graph is recorded at the fourth
+        step()
+    if timed > 1 or fast:
+        seconds = seconds_a_call(step, device)
+    else:
         start = time.perf_counter()
         step()
         seconds = time.perf_counter() - start
-        timed = min(work.batch, max(1, int(CPU_STEP_S / seconds)))
-    if device.type != "cpu" or timed > 1:
-        start_over(device)
-        step = Training(replace(work, batch=timed), precision, fast, device)
-        for _ in range(5 if fast else 1):  # a graph is recorded at the fourth
-            step()
-        seconds = seconds_a_call(step, device)
-    parameters = sum(parameter.numel() for parameter in step.state.working.parameters())
     taken = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return StepCosts(seconds * work.batch / timed, work.batch, timed, parameters, taken, process_memory_gb())
 
@@ -204,10 +233,8 @@ class Costs:
         name, size = list(self.data.pack_bytes.items())[-1]
         if packed and size > machine.free_disk:
             return f"the disk: {size / 1e9:,.1f} GB of {name} do not fit; pack a part, smaller frames, or elsewhere"
-        # On a CPU that trains by itself, decoding and training share the cores.
-        trains_on = machine.cores if machine.device.type == "cpu" else 0
-        share = machine.cores / (self.decode_cores + trains_on)
-        if not packed and share < 1 and self.decode_cores > 0.02 * machine.cores:
+        if not packed and self.decode_cores > machine.cores:
+            share = machine.cores / self.decode_cores
             return f"decoding: {machine.cores} cores reach {share:.0%} of the speed; make a pack of {name}"
         return f"the arithmetic of {device_name(machine.device)}"
 
@@ -218,18 +245,19 @@ class Costs:
         each = f", about {data.frames:.0f} frames each" if data.frames != 1 else ""
         sampled = f"{data.opened} were opened, and {data.unreadable} of them cannot be read"
         yield "data", f"{data.files:,} files of {data.classes} classes{each} ({sampled})"
-        timed = "" if step.timed == step.samples else f", timed with {step.timed}"
+        timed = f", timed with {step.timed}" if step.timed else ", at the speed of products alone: expect twice this"
+        timed = "" if step.timed == step.samples else timed
         where = f"{machine.devices} × {device_name(machine.device)}"
-        yield "step", f"{step.seconds * 1e3:,.1f} ms for {machine.devices * step.samples} samples on {where}{timed}"
+        yield "step", f"{duration(step.seconds)} for {machine.devices * step.samples} samples on {where}{timed}"
         yield "steps a day", f"{day / step.seconds:,.0f}"
         yield "epochs a day", f"{day * speed / data.files:,.3g} (an epoch takes one sample of each file)"
         rate = f"{speed:,.3g} samples a second, and a core decodes {1 / data.sample_s:,.3g}"
         yield "decoding", f"{self.decode_cores:,.2g} of {machine.cores} cores: training takes {rate}"
         for name, size in data.pack_bytes.items():
-            hours = data.files * data.frames * data.frame_s / machine.cores / 3600
-            more = ", and the VAE's time" if name == "latents" else ""
+            work = duration(data.files * data.frames * data.frame_s / machine.cores)
+            more = " and the VAE's time" if name == "latents" else ""
             free = f"{machine.free_disk / 1e9:,.1f} GB are free beside the data"
-            yield f"pack of {name}", f"{size / 1e9:,.3g} GB ({free}); made in {hours:,.2g} hours{more}"
+            yield f"pack of {name}", f"{size / 1e9:,.3g} GB ({free}); making it takes {work}{more}"
         yield "checkpoint", f"{STATE_BYTES * step.parameters / 1e9:,.3g} GB of disk each"
         if step.device_bytes is not None:
             total = torch.cuda.get_device_properties(machine.device).total_memory
