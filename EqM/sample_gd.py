@@ -53,6 +53,8 @@ def parse_args() -> argparse.Namespace:
     add_plan_args(parser)
     add_checkpoint_args(parser)
     args = parser.parse_args()
+    if args.published == "sit":
+        args.sampler = args.sampler or "euler"
     check_method(args)
     check_plan_args(args)
     if args.trace:

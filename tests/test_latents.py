@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, run_command, run_script
-from data import latents
 from data.file_list import Found
 from data.form import Form
 from data.latent_space import LatentSpace, draw
@@ -211,7 +210,7 @@ def test_a_hub_that_cannot_be_reached_is_named_within_ten_seconds(monkeypatch, s
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setitem(PUBLISHED, "ema", "nobody/a-vae-that-no-cache-has")
         if silent:
-            monkeypatch.setattr(latents, "HUB_TIMEOUT_S", 0.2)
+            monkeypatch.setattr("runtime.hub.TIMEOUT_S", 0.2)
         else:
             server.close()
         start = time.monotonic()

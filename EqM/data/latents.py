@@ -10,8 +10,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from data.latent_space import LatentSpace
 from runtime.errors import UserError, first_line
+from runtime.hub import check_hub
 from runtime.plain_data import brief, read_as
 
 PUBLISHED = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -27,7 +26,6 @@ KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 KINDS += ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLLTXVideo", "AutoencoderKLCosmos")
 KINDS += ("AutoencoderKLHunyuanVideo", "AutoencoderKLCogVideoX")
 DEFAULT_SIZE, DEFAULT_VAE_SIZE = 64, 256  # the default image sizes: without a VAE, and with one
-HUB_TIMEOUT_S = 5  # for the hub's first answer
 CHUNK_PIXELS = 8 * 256 * 256  # pixels that go through the VAE at once; its memory grows with them
 
 
@@ -208,40 +206,12 @@ def load_vae(name: str, device: torch.device, bf16: bool = False) -> VAE:
             except OSError:
                 if name not in PUBLISHED:
                     raise
-                check_hub(source)
+                check_hub(source, "--vae DIR")
                 network = load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         advice = "give a folder with its weights as --vae DIR"
         raise UserError(f"cannot load {source}, {advice}: {first_line(error)}") from None
     return VAE(network, name, device, bf16)
-
-
-def check_hub(source: str) -> None:
-    """Raises UserError if the Hugging Face hub does not answer in time.
-
-    diffusers itself asks six times, which takes half a minute, and then blames a file. A thread asks here, since
-    looking up a name has no time limit.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    problems: SimpleQueue[str] = SimpleQueue()
-
-    def ask() -> None:
-        try:
-            get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=HUB_TIMEOUT_S)
-            problems.put("")
-        except Exception as error:  # each version of the package has its own error types
-            problems.put(first_line(error))
-
-    Thread(target=ask, daemon=True).start()
-    try:
-        problem = problems.get(timeout=HUB_TIMEOUT_S)
-    except Empty:
-        problem = "no answer"
-    if problem:
-        advice = "download it where the hub can be reached, and give its folder as --vae DIR"
-        where = f"the Hugging Face hub cannot be reached ({problem}), and {source} is not in its cache"
-        raise UserError(f"{where}: {advice}")
 
 
 def batch_moments(vae: VAE, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The network of a checkpoint, ready to sample, to score, or to start a training from.
+"""The network of a checkpoint, or of other programs, ready to sample, to score, or to start a training from.
 
 In a notebook, or in a script of your own, with the folder EqM on Python's path:
 
@@ -9,6 +9,8 @@ In a notebook, or in a script of your own, with the folder EqM on Python's path:
     x = torch.randn(2, *loaded.network.input_shape, device="cuda")  # (2, 3, T, H, W)
     y = torch.tensor([loaded.classes.index("CircleUp")] * 2, device="cuda")
     field = loaded.network(x, torch.zeros(2, device="cuda"), y, loaded.config.seconds_per_frame)
+
+In place of the checkpoint may stand a folder of EqM/export.py, or its id user/name on the Hugging Face hub.
 """
 
 import argparse
@@ -23,15 +25,21 @@ from data.latent_space import LatentSpace
 from data.latents import DEFAULT_VAE_SIZE, VAE, load_vae
 from energy import ENERGIES
 from models import EqM, EqM_models, NetworkSettings, check_weights, load_weights
+from objective import Objective
 from precision import Precision, resolve_precision
 from runs.checkpoint import check_written_here, is_ours, load_file, network_weights
 from runs.config import Config, config_of
+from runs.exchange import find_place, is_exchanged, read_exchanged
 from runs.resume import TELLING
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import shape_of
 
 KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
+TABLE = "y_embedder.embedding_table.weight"
+# What published image checkpoints were trained for. All have the same names of weights. Whether the network sees γ, and
+# its objective. SiT learns the velocity of the Linear path from noise at 0 to data at 1 (arXiv 2401.08740): c(γ) = 1.
+PUBLISHED = {"eqm": (True, Objective()), "sit": (False, Objective(schedule="constant", scale=1.0))}
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,31 @@ class CheckpointRequest:
     Attributes:
         vae: name or folder of the VAE, or "none"; None: the VAE of the training.
         known: the given flags whose values the checkpoint knows too, by name.
+        published: one of PUBLISHED; None: not said.
     """
 
     path: Path
     vae: str | None
     known: Mapping[str, object]
+    published: str | None = None
 
 
 def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
-    """Adds --ckpt, --vae, and flags whose values the checkpoint knows too."""
-    parser.add_argument("--ckpt", type=cli.path, required=True, help="a checkpoint that EqM/train.py wrote")
+    """Adds --ckpt, --vae, --published, and flags whose values the checkpoint knows too."""
+    parser.add_argument(
+        "--ckpt",
+        type=cli.path,
+        required=True,
+        help="a checkpoint of EqM/train.py; a folder of EqM/export.py, or its id user/name on the Hugging Face hub;"
+        " a .safetensors file; or a published .pt file",
+    )
     parser.add_argument(
         "--vae", type=cli.given, metavar="NAME", help="ema, mse or a folder; default: the VAE of the training"
+    )
+    parser.add_argument(
+        "--published",
+        choices=PUBLISHED,
+        help="what a published checkpoint was trained for: eqm (the default), or sit, whose network sees γ",
     )
     known = parser.add_argument_group("what the checkpoint knows; if given, it must agree")
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
@@ -66,7 +87,7 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
 def checkpoint_request_of(args: argparse.Namespace) -> CheckpointRequest:
     """The checkpoint that the flags name."""
     known = {name: getattr(args, name) for name in KNOWN if getattr(args, name) is not None}
-    return CheckpointRequest(args.ckpt, args.vae, known)
+    return CheckpointRequest(args.ckpt, args.vae, known, args.published)
 
 
 def open_network(
@@ -80,16 +101,16 @@ def open_network(
         UserError: there is no such checkpoint, a flag contradicts it, it holds the weights of another network, or
             the VAE is missing or is not the VAE of the training.
     """
-    contents = load_file(request.path)
+    weights, config, contents = read_stored(request.path)
     bf16 = precision.name == "bf16"
-    weights = averaged_weights(contents, request.path)
-    if is_published(contents, weights, request):
+    if config:
+        if request.published:
+            raise UserError(f"--published is for weights without a config, and {request.path} has one: leave it out")
+        vae = load_same_vae(request, config.space, device, bf16)
+    else:
+        check_described(request, contents)
         vae = load_vae(request.vae, device, bf16)
         config = published_config(request, weights, vae.space)
-    else:
-        check_written_here(contents, request.path)
-        config = config_of(contents["config"], request.path)
-        vae = load_same_vae(request, config.space, device, bf16)
     check_known(request.known, config)
     check_weights(config.network.check(request.path), weights, request.path)
     network = config.network.build()
@@ -121,15 +142,17 @@ def load_network(
     model: str | None = None,
     image_size: int | None = None,
     ebm: str | None = None,
+    published: str | None = None,
 ) -> LoadedNetwork:
     """The network with the averaged weights of a checkpoint, for notebooks and scripts.
 
     Args:
+        path: a checkpoint, a folder of EqM/export.py, its id user/name on the Hugging Face hub, or published weights.
         device: as torch names it.
         precision: "fp32", "fp16" or "bf16". If the device cannot compute in it, the network has fp32.
         vae: "ema", "mse" or a folder; None: the VAE of the training.
-        model, image_size, ebm: for a published checkpoint, which has no config: `model`, such as "EqM-XL/2", is needed
-            with `vae`; `image_size` is 256 and `ebm` "none" by default.
+        model, image_size, ebm, published: for a published checkpoint, which has no config: `model`, such as "EqM-XL/2",
+            is needed with `vae`; `image_size` is 256, `ebm` "none" and `published` "eqm" by default.
 
     Raises:
         UserError: as `open_network`, with one line that says what is wrong; or there is no such model.
@@ -138,16 +161,33 @@ def load_network(
     """
     if model not in (None, *EqM_models):
         raise UserError(f"there is no model {model!r}: choose {', '.join(EqM_models)}")
+    if published not in (None, *PUBLISHED):
+        raise UserError(f"there is no published {published!r}: choose {', '.join(PUBLISHED)}")
     given = {"model": model, "image_size": image_size, "ebm": ebm}
     known = {name: value for name, value in given.items() if value is not None}
-    request, place = CheckpointRequest(Path(path), vae, known), torch.device(device)
+    request, place = CheckpointRequest(Path(path), vae, known, published), torch.device(device)
     network, config, decoder = open_network(request, place, resolve_precision(precision, place.type))
     return LoadedNetwork(network, config, config.class_names, decoder)
 
 
-def averaged_weights(contents: dict, path: Path) -> dict[str, Tensor]:
-    """The weights that sample. A checkpoint of EqM/train.py must have their average."""
-    return network_weights({"ema": contents["ema"]} if is_ours(contents) else contents, path)
+def read_stored(path: Path) -> tuple[dict[str, Tensor], Config | None, dict]:
+    """The weights that sample, on the CPU; the config of their training, if there is one; and what holds the weights.
+
+    A checkpoint of EqM/train.py must have averaged weights. Files of torch.save are read as plain data.
+
+    Raises:
+        UserError: there is no such file, folder or id of the hub, or it is damaged or holds something else.
+    """
+    place = find_place(path)
+    if is_exchanged(place):
+        weights, config = read_exchanged(place)
+        return weights, config, weights
+    contents = load_file(place)
+    if not is_ours(contents):
+        return network_weights(contents, place), None, contents
+    weights = network_weights({"ema": contents["ema"]}, place)
+    check_written_here(contents, place)
+    return weights, config_of(contents["config"], place), contents
 
 
 def start_from(network: EqM, config: Config, path: Path) -> list[str]:
@@ -162,17 +202,12 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     Raises:
         UserError: there is no such checkpoint, or its network has another output, width, depth or patch.
     """
-    contents = load_file(path)
-    weights, fresh = averaged_weights(contents, path), network.state_dict()
-    before = None
-    if is_ours(contents):
-        check_written_here(contents, path)
-        before = config_of(contents["config"], path)
-        if before.network.energy != config.network.energy:
-            energies = f"{before.network.energy}, and this run has {config.network.energy}"
-            raise UserError(f"--init-weights {path} was trained with --ebm {energies}: give the same")
+    (weights, before, _), fresh = read_stored(path), network.state_dict()
+    if before and before.network.energy != config.network.energy:
+        energies = f"{before.network.energy}, and this run has {config.network.energy}"
+        raise UserError(f"--init-weights {path} was trained with --ebm {energies}: give the same")
     same_classes = before and before.class_names == config.class_names
-    anew = [] if same_classes else ["y_embedder.embedding_table.weight"]
+    anew = [] if same_classes else [TABLE]
     anew += [name for name in ("pos_embed",) if name in weights and shape_of(weights[name]) != fresh[name].shape]
     try:
         load_weights(network, weights | {name: fresh[name] for name in anew}, f"--init-weights {path}")
@@ -188,22 +223,34 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     return notes + [f"--{name.replace('_', '-')} was {theirs[name]} there and is {ours[name]} here" for name in differ]
 
 
-def is_published(contents: dict, weights: dict[str, Tensor], request: CheckpointRequest) -> bool:
-    """True for a published image checkpoint, if the flags give what it lacks."""
-    table = weights.get("y_embedder.embedding_table.weight", torch.empty(0))  # (classes and the null class, D)
-    described = "model" in request.known and request.vae not in (None, "none")
-    return not is_ours(contents) and table.dim() == 2 and described
+def check_described(request: CheckpointRequest, contents: dict) -> None:
+    """Raises UserError if the flags do not give what contents without a config lack: the model and the VAE."""
+    if "model" in request.known and request.vae not in (None, "none"):
+        return
+    if request.path.suffix == ".safetensors":
+        advice = "put it there, or, for published weights, give --model, and --vae ema or mse"
+        raise UserError(f"{request.path} has no config.json beside it: {advice}")
+    check_written_here(contents, request.path)
 
 
 def published_config(request: CheckpointRequest, weights: dict[str, Tensor], space: LatentSpace) -> Config:
-    """The config of a published image checkpoint, from the flags, the weights and the space of the VAE."""
-    known, num_classes = request.known, len(weights["y_embedder.embedding_table.weight"]) - 1
+    """The config of a published image checkpoint, from the flags, the weights and the space of the VAE.
+
+    Raises:
+        UserError: the weights have no table of labels.
+    """
+    shape = shape_of(weights[TABLE]) if TABLE in weights else ()  # (classes and the null class, D)
+    if len(shape) != 2 or not 1 < shape[0] <= cli.MAX_COUNT:
+        raise UserError(f"{request.path} holds no published network: {TABLE} is missing, or no table of labels")
+    known, num_classes, (uncond, objective) = request.known, shape[0] - 1, PUBLISHED[request.published or "eqm"]
     side = space.side(known.get("image_size", DEFAULT_VAE_SIZE))
+    energy = known.get("ebm", "none")
     return Config(
-        NetworkSettings(known["model"], side, space.channels, num_classes, energy=known.get("ebm", "none")),
+        NetworkSettings(known["model"], side, space.channels, num_classes, uncond=uncond, energy=energy),
         classes=tuple(map(str, range(num_classes))),
         frames_per_second=None,
         precision={"name": "another program"},
+        objective=objective,
         space=space,
     )
 

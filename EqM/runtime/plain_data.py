@@ -134,15 +134,19 @@ def check_tensors(
     Raises:
         UserError: with the first difference.
     """
-    found = {name: shape_of(tensor) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
-        if ours != theirs:
-            raise UserError(f"{source} holds another network: {name} is {theirs} there and {ours} here")
+    check_shapes(expected, {name: shape_of(tensor) for name, tensor in tensors.items()}, source)
     for name, tensor in tensors.items():
         problem = tensor_problem(tensor, finite)
         if problem:
             raise UserError(f"{source} holds tensors that cannot be used: {name} {problem}")
+
+
+def check_shapes(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], source: str | Path) -> None:
+    """Raises UserError, with the first difference, if tensors of the file `source` have other names or shapes."""
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = expected.get(name, "nothing"), found.get(name, "nothing")
+        if ours != theirs:
+            raise UserError(f"{source} holds another network: {brief(name)[1:-1]} is {theirs} there and {ours} here")
 
 
 def tensor_problem(tensor: Tensor, finite: bool) -> str:

@@ -44,8 +44,8 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        default="ngd",
-        help="gd: gradient descent; ngd: with Nesterov's look-ahead; euler: integrates over time",
+        help="gd: gradient descent; ngd: with Nesterov's look-ahead; euler: integrates over time;"
+        " default ngd, with --published sit euler",
     )
     group.add_argument("--stepsize", type=cli.positive_float, default=STEPSIZE, help="along the field (gd, ngd)")
     group.add_argument("--mu", type=cli.fraction, default=MU, help="look-ahead (ngd)")
@@ -75,7 +75,7 @@ def check_method(args: argparse.Namespace) -> None:
 def method_of(args: argparse.Namespace) -> Method:
     """The method that the flags choose."""
     return Method(
-        sampler=args.sampler,
+        sampler=args.sampler or "ngd",
         stepsize=args.stepsize,
         mu=args.mu,
         steps=args.num_sampling_steps,
