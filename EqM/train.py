@@ -53,7 +53,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     parser = cli.ArgumentParser("Trains an Equilibrium Matching model on images or videos.")
     add_data_args(parser)
     model = parser.add_argument_group("model")
-    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8}: size and patch"
+    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8,16}: size and patch"
     cli.add_kept(model, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
     cli.add_kept(model, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
     frames = "frames of a token; default 2 if that divides the clip, else 1"
@@ -87,7 +87,8 @@ def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, 
     side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
     size = (form.clip_len, side, side) if form.video else side
     temporal_patch = (args.temporal_patch or (1 if form.clip_len % 2 else 2)) if form.video else 1
-    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm)
+    gain = args.c_lambda if args.predict == "clip" else 0.0
+    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm, gain)
     settings.check()
     return settings
 
@@ -297,11 +298,12 @@ def main() -> None:
         options = run_options_of(args, min(args.max_steps or math.inf, state.step + len(batches)))
         trackers = start_trackers(tracker_names, folder, state.step, config.as_dict())
         at_once = args.micro_batch_size or batch // distributed.world_size()
-        method = preview_method_of(args)
+        method = preview_method_of(args, config.objective)
         vae = source.decoder(device, precision) if method else None
         previews = Previews(method, at_once, state, config, vae, folder, trackers)
         fast = fast_of(args, device.type)
-        step = training_step(state, recipe_of(args, config.objective), at_once, args.global_seed, fast)
+        recipe = recipe_of(args, config.objective, options.last_step)
+        step = training_step(state, recipe, at_once, args.global_seed, fast)
         if fast:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
