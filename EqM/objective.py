@@ -88,6 +88,30 @@ class Objective:
         alpha, sigma = (broadcast_over(value, x) for value in derivatives(self.path, gamma))  # (N, 1, …)
         return (alpha * x + sigma * noise) * broadcast_over(self.c(gamma), x)
 
+    def clip_of(self, x_gamma: Tensor, field: Tensor, gamma: Tensor) -> Tensor:
+        """The clip x̂ that a field implies at x_γ, (N, …), not finite where c(γ) = 0 hides it.
+
+        For Linear it is x_γ + f·(1 − γ)/c(γ), whose factor has a closed form. For the other paths x̂ follows from x_γ
+        and from the velocity f/c.
+        """
+        if self.path == "Linear":
+            return x_gamma + field * broadcast_over(self.reach(gamma), field)
+        (alpha, sigma), (alpha_slope, sigma_slope) = coefficients(self.path, gamma), derivatives(self.path, gamma)
+        values = (alpha, sigma, alpha_slope, sigma_slope, self.c(gamma))
+        alpha, sigma, alpha_slope, sigma_slope, c = (broadcast_over(value, field) for value in values)  # (N, 1, …)
+        return (sigma_slope * x_gamma - sigma * field / c) / (alpha * sigma_slope - alpha_slope * sigma)
+
+    def reach(self, gamma: Tensor) -> Tensor:
+        """(1 − γ)/c(γ) on the Linear path, also at γ = 1: (N,) → (N,)."""
+        if self.schedule == "linear":
+            return torch.ones_like(gamma) / self.scale
+        if self.schedule == "constant":
+            return (1 - gamma) / self.scale
+        if self.schedule == "truncated":
+            return (1 - gamma).clamp(min=1 - self.a) / self.scale
+        before = (1 - gamma) / (self.b - (self.b - 1) * gamma / self.a)  # (N,)
+        return torch.where(gamma <= self.a, before, 1 - self.a) / self.scale
+
     def loss(
         self,
         field: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],

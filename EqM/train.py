@@ -25,16 +25,17 @@ from compiled import add_compile_arg, fast_of, freeze_garbage_collector
 from data.batches import TrainingBatches, add_batch_args, batch_of, sample_limit
 from data.form import Form
 from data.latents import LatentSpace
-from data.packs.pack import Pack
+from data.packs.pack import Pack, is_pack
 from data.source import Source, add_data_args, class_count, find_pack, form_of, open_source, open_space
+from evaluation.held_out import HeldOut, add_held_out_args
 from models import EqM_models, NetworkSettings
-from objective import add_objective_args, objective_of
+from objective import Objective, add_objective_args, objective_of
 from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
 from runs.load_network import start_from
-from runs.record import Metrics
+from runs.record import Metrics, lowest_held_out
 from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
 from runs.schedule import RunOptions, add_run_args, run_options_of
 from runs.settled import settled_of
@@ -69,6 +70,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
     run = parser.add_argument_group("run")
     add_run_args(run)
+    add_held_out_args(run)
     add_preview_args(run)
     add_tracker_args(run)
     add_resume_args(run)
@@ -106,8 +108,19 @@ def announce(config: Config, state: TrainingState, source: Source, batch: int, b
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
 
-def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics) -> float:
-    """Writes a line of metrics, and returns the minutes since the start. Every rank must call it."""
+def evaluate(state: TrainingState, held_out: HeldOut, objective: Objective, metrics: Metrics) -> dict[str, float]:
+    """The held-out loss of the averaged weights, for the next line of metrics. Every rank must call it."""
+    found, seconds = held_out.measure(state.averaged_network(state.precision.dtype), objective)
+    metrics.leave_out(seconds)
+    return found
+
+
+def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics, found: dict[str, float]) -> float:
+    """Writes a line of metrics, and returns the minutes since the start. Every rank must call it.
+
+    Args:
+        found: more values for the line.
+    """
     return metrics.write(
         state.take_means(),
         state.samples,
@@ -118,6 +131,7 @@ def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics) -> 
         scaler_scale=state.scaler.get_scale(),
         skipped=state.skipped,
         unreadable=batches.log_unreadable(),
+        **found,
     )
 
 
@@ -141,6 +155,7 @@ def train(
     previews: Previews,
     writer: CheckpointWriter,
     signals: StopSignals,
+    held_out: HeldOut | None = None,
 ) -> bool:
     """The training loop. Returns False if a signal, or a problem of the batches, ended it early."""
     bar = tqdm(total=options.last_step, initial=state.step, unit="step", disable=not distributed.is_main())
@@ -162,11 +177,13 @@ def train(
             if not stopped:
                 continue  # the step in question is still to come
 
-        # Log, save, show
-        minutes = report(state, batches, metrics) if due.log and not skipped else 0
+        # Evaluate, log, save, show
+        found = evaluate(state, held_out, config.objective, metrics) if due.evaluate and not skipped else {}
+        is_best = options.keep_best and bool(found) and writer.is_best(state.step, found["held_out_loss"])
+        minutes = report(state, batches, metrics, found) if due.log and not skipped else 0
         if stopped or due.end or minutes >= options.max_minutes:
             break
-        if due.save:
+        if due.save or is_best:
             save(state, batches, config, writer)
         if due.show:
             metrics.leave_out(previews.show(signals))
@@ -178,7 +195,7 @@ def train(
     if state.read_counts():
         state.check_gradients(options.max_bad_steps, writer.advice)
     if state.has_unreported_steps() and not stopped:
-        report(state, batches, metrics)
+        report(state, batches, metrics, {})
     save(state, batches, config, writer)
     if not stopped:
         previews.show(signals)
@@ -196,6 +213,26 @@ def open_data(args: argparse.Namespace, pack: Pack | None, device: torch.device,
     space, vae = open_space(pack, args.vae, device, precision)
     network_of(args, form, space, num_classes=1)  # a wrong size ends the run before a long scan
     return open_source(args.data_path, form, pack, space, vae)
+
+
+def open_held_out(
+    args: argparse.Namespace, source: Source, config: Config, device: torch.device, precision: Precision
+) -> HeldOut | None:
+    """What --eval-path names, in the form of the training data; None without this flag. Every rank must call it.
+
+    Raises:
+        UserError: there is nothing in this form, or a class that the run does not know.
+    """
+    if not args.eval_path:
+        if args.keep_best:
+            raise UserError("--keep-best keeps the checkpoint with the lowest held-out loss: add --eval-path")
+        return None
+    form, space, vae = config.form, source.space, source.vae
+    if space and not vae and not is_pack(args.eval_path):
+        vae = source.decoder(device, precision)
+    return distributed.together(
+        lambda: HeldOut(args.eval_path, args.eval_samples, form, space, vae, config.classes, device)
+    )
 
 
 def make_config(
@@ -279,6 +316,8 @@ def main() -> None:
         if is_finished(saved["step"], saved["samples"], last_sample, args.max_steps or math.inf):
             return report_finished(start.folder, saved["step"])
 
+    held_out = open_held_out(args, source, config, device, precision)
+
     # State: weights, optimizer, counters
     state = make_state(args, config, saved, start.notes, precision, device)
     saved = None  # it is as large as the state itself
@@ -308,7 +347,9 @@ def main() -> None:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
         writer = CheckpointWriter(folder, options.keep, start.checkpoint, state.assemble)
-        finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
+        if lowest := distributed.on_main(lambda: lowest_held_out(folder)):
+            writer.is_best(*lowest)
+        finished = train(options, config, state, step, batches, metrics, previews, writer, signals, held_out)
         trackers.close()
         signals.close()
         if not finished:

@@ -96,6 +96,16 @@ class Metrics:
             write_whole(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
 
 
+def lowest_held_out(folder: Path) -> tuple[int, float] | None:
+    """The step and the value of the lowest held-out loss of a run; None: it has none."""
+    try:
+        rows = [numbers_of(line, ["step", "held_out_loss"]) for line in read_lines(folder / "metrics.jsonl")]
+    except OSError:
+        return None
+    lowest = min(filter(None, rows), key=lambda row: row["held_out_loss"], default=None)
+    return (int(lowest["step"]), lowest["held_out_loss"]) if lowest else None
+
+
 def read_lines(path: Path) -> list[bytes]:
     """The lines of metrics. Raises OSError as `open_regular`."""
     with open_regular(path) as file:

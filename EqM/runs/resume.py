@@ -27,6 +27,7 @@ TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda",
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
 SILENT |= {"num_workers", "max_bad_steps", "vae"}  # check_resumable compares the VAEs themselves
+SILENT |= {"eval_path", "eval_every", "eval_samples", "keep_best"}
 SILENT |= {"init_weights"}  # only a new run reads it
 SILENT |= {"global_batch_size", "use_amp", "use_bf16"}  # log_changes has lines of its own for these
 
