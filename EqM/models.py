@@ -39,12 +39,15 @@ class EqM(nn.Module):
         temporal_patch: frames in a patch (video only).
         uncond: the network does not see γ; the timestep embedder gets zeros.
         energy: one of energy.ENERGIES. The field is the gradient of this energy; with "none" it is the output itself.
+        clip_gain: if not 0, the output is a clip x̂, without noise, and the field is clip_gain·(x̂ − x). The noise in x
+            then goes round the network, so that a token may hold as many numbers as the network is wide, or more.
 
     Attributes:
         grad_checkpoint: if True, a block keeps only its input, and the backward pass computes the rest again.
 
     Raises:
-        ValueError: patches do not divide the input, heads do not divide the width, or the energy is unknown.
+        ValueError: patches do not divide the input, heads do not divide the width, the energy is unknown, or a clip
+            is to have an energy.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class EqM(nn.Module):
         temporal_patch: int = 1,
         uncond: bool = True,
         energy: str = "none",
+        clip_gain: float = 0.0,
     ):
         super().__init__()
         self.is_video = not isinstance(input_size, int)
@@ -67,7 +71,10 @@ class EqM(nn.Module):
         check_sizes((frames, height, width), temporal_patch, patch_size, hidden_size, num_heads)
         if energy not in ENERGIES:
             raise ValueError(f"unknown energy {energy!r}: choose {', '.join(ENERGIES)}")
+        if clip_gain and energy != "none":
+            raise ValueError("a network with an energy cannot put out the clip")
         self.in_channels, self.num_classes, self.uncond, self.energy = in_channels, num_classes, uncond, energy
+        self.clip_gain = clip_gain
         # Published image checkpoints predict a second half of channels, which nothing reads.
         self.out_channels = in_channels if self.is_video else 2 * in_channels
         self.patch = (temporal_patch, patch_size)
@@ -182,7 +189,9 @@ class EqM(nn.Module):
                 tokens = checkpoint(block, tokens, modulation, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, modulation)  # (N, T'h'w', D)
-        return self.unpatchify(self.final_layer(tokens, final)).view(x.shape), tokens
+        out = self.unpatchify(self.final_layer(tokens, final)).view(x.shape)
+        # In float32: x holds noise, of which a difference in 16 bits would leave too little.
+        return self.clip_gain * (out.float() - x) if self.clip_gain else out, tokens
 
     def embed(self, x: Tensor) -> Tensor:
         """Cuts x into patches, embeds them, and adds their places in the picture: → (N, T'h'w', D)."""
@@ -220,7 +229,7 @@ EqM_sizes = {
 EqM_models = {
     f"EqM-{size}/{patch}": partial(EqM, patch_size=patch, **shape)
     for size, shape in EqM_sizes.items()
-    for patch in (2, 4, 8)
+    for patch in (2, 4, 8, 16)
 }
 
 
@@ -241,6 +250,7 @@ class NetworkSettings:
     temporal_patch: Annotated[int, cli.positive_int] = 1
     uncond: bool = True
     energy: Annotated[str, one_of(ENERGIES)] = "none"
+    clip_gain: Annotated[float, cli.non_negative_float] = 0.0
 
     @property
     def is_video(self) -> bool:

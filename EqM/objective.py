@@ -19,6 +19,7 @@ from runtime.errors import UserError
 from runtime.plain_data import one_of
 
 LABEL_DROPOUT = 0.1
+LEFT = 0.005  # of the noise, at the end of a descent
 PATHS = ("Linear", "GVP", "VP")
 SCHEDULES = ("truncated", "linear", "piecewise", "constant")
 DISPERSION_WEIGHT = 0.5
@@ -63,6 +64,20 @@ class Objective:
             return self.scale * torch.where(gamma <= self.a, self.b - (self.b - 1) * gamma / self.a, falling)
         return self.scale * torch.ones_like(gamma)
 
+    def least_stepsize(self, steps: int) -> float:
+        """The least step size with which so many steps of gradient descent leave at most LEFT of the noise.
+
+        Each step takes the noise's part n = 1 − γ down by η·c(γ), on the Linear path and with a perfect field. `linear`
+        has the exact value, the others that of a continuous descent, which is a little slower than one in steps.
+        """
+        if self.schedule == "linear":
+            return (1 - LEFT ** (1 / steps)) / self.scale
+        if self.schedule == "constant":
+            return (1 - LEFT) / (self.scale * steps)
+        first = math.log(self.b) / (self.b - 1) if self.schedule == "piecewise" and self.b != 1 else 1.0
+        last = (1 - self.a) * max(math.log((1 - self.a) / LEFT), 0.0)
+        return (self.a * first + last) / (self.scale * steps)
+
     def interpolate(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
         """x_γ = α(γ)·x + σ(γ)·ε, with gamma (N,) and x, noise (N, …)."""
         alpha, sigma = (broadcast_over(value, x) for value in coefficients(self.path, gamma))  # (N, 1, …)
@@ -72,6 +87,30 @@ class Objective:
         """u = (α'(γ)·x + σ'(γ)·ε)·c(γ), with gamma (N,) and x, noise (N, …). For Linear it is (x − ε)·c(γ)."""
         alpha, sigma = (broadcast_over(value, x) for value in derivatives(self.path, gamma))  # (N, 1, …)
         return (alpha * x + sigma * noise) * broadcast_over(self.c(gamma), x)
+
+    def clip_of(self, x_gamma: Tensor, field: Tensor, gamma: Tensor) -> Tensor:
+        """The clip x̂ that a field implies at x_γ, (N, …), not finite where c(γ) = 0 hides it.
+
+        For Linear it is x_γ + f·(1 − γ)/c(γ), whose factor has a closed form. For the other paths x̂ follows from x_γ
+        and from the velocity f/c.
+        """
+        if self.path == "Linear":
+            return x_gamma + field * broadcast_over(self.reach(gamma), field)
+        (alpha, sigma), (alpha_slope, sigma_slope) = coefficients(self.path, gamma), derivatives(self.path, gamma)
+        values = (alpha, sigma, alpha_slope, sigma_slope, self.c(gamma))
+        alpha, sigma, alpha_slope, sigma_slope, c = (broadcast_over(value, field) for value in values)  # (N, 1, …)
+        return (sigma_slope * x_gamma - sigma * field / c) / (alpha * sigma_slope - alpha_slope * sigma)
+
+    def reach(self, gamma: Tensor) -> Tensor:
+        """(1 − γ)/c(γ) on the Linear path, also at γ = 1: (N,) → (N,)."""
+        if self.schedule == "linear":
+            return torch.ones_like(gamma) / self.scale
+        if self.schedule == "constant":
+            return (1 - gamma) / self.scale
+        if self.schedule == "truncated":
+            return (1 - gamma).clamp(min=1 - self.a) / self.scale
+        before = (1 - gamma) / (self.b - (self.b - 1) * gamma / self.a)  # (N,)
+        return torch.where(gamma <= self.a, before, 1 - self.a) / self.scale
 
     def loss(
         self,
@@ -160,6 +199,14 @@ def add_objective_args(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add the dispersive term: it drives the samples of a rank's (micro-)batch apart",
     )
+    cli.add_kept(
+        group,
+        "--predict",
+        "field",
+        choices=("field", "clip"),
+        help="what the network puts out; clip: the clip without noise, which serves tokens as wide as the network, with"
+        " --c-schedule linear (then its default)",
+    )
     cli.add_kept(group, "--ebm", "none", choices=ENERGIES, help="the field is the gradient of this energy")
     cli.add_kept(
         group,
@@ -174,8 +221,13 @@ def objective_of(args: argparse.Namespace) -> Objective:
     """The objective that the flags ask for.
 
     Raises:
-        UserError: --c-b is missing, or has no meaning.
+        UserError: --c-b is missing, or has no meaning; or the network cannot put out the clip.
     """
+    if args.predict == "clip":
+        wrong = {"--c-schedule": (args.c_schedule, "linear"), "--path-type": (args.path_type, "Linear")}
+        for flag, (value, needed) in (wrong | {"--ebm": (args.ebm, "none")}).items():
+            if value != needed:
+                raise UserError(f"--predict clip needs {flag} {needed}, and it is {value}: change one of them")
     if (args.c_schedule == "piecewise") != (args.c_b is not None):
         asks = "needs --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
         raise UserError(f"--c-schedule {args.c_schedule} {asks}")

@@ -1,4 +1,4 @@
-"""Draws the loss, gradient norm, throughput and gradient scale of runs, by step, into one picture.
+"""Draws the loss, gradient norm, throughput, gradient scale and held-out loss of runs, by step, into one picture.
 
 python EqM/plot.py results/000-EqM-S-4-Linear-velocity-None results/001-EqM-S-4-Linear-velocity-None
 """
@@ -30,6 +30,7 @@ PANELS = (
     ("samples_per_second", "samples/s", False, True),
     ("scaler_scale", "scale of the gradient scaler (1: none)", False, False),
 )
+HELD_OUT = ("held_out_loss", "held-out loss", False, False)  # of runs with --eval-path, at some of their lines
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,9 +80,11 @@ def panels(runs: Mapping[str, list[dict[str, float]]], smooth: int) -> list[Line
         smooth: loss and gradient norm are means over so many lines.
     """
     plots = []
-    for quantity, title, is_smoothed, from_zero in PANELS:
+    is_held_out = any(HELD_OUT[0] in row for rows in runs.values() for row in rows)
+    for quantity, title, is_smoothed, from_zero in (*PANELS, HELD_OUT) if is_held_out else PANELS:
         series: dict[str, Points] = {}
-        for name, rows in runs.items():
+        for name, every_row in runs.items():
+            rows = [row for row in every_row if quantity in row]
             values = smoothed([row[quantity] for row in rows], smooth if is_smoothed else 1)
             series[name] = list(zip([row["step"] for row in rows], values, strict=True))
         finite = [y for points in series.values() for _, y in points if math.isfinite(y)]
@@ -95,7 +98,7 @@ def main() -> None:
     args = parse_args()
     start_log()
     runs = {
-        name: read_metrics(run, ("step", *(panel[0] for panel in PANELS)))
+        name: read_metrics(run, ("step", *(panel[0] for panel in PANELS)), HELD_OUT[:1])
         for name, run in zip(short_names(args.runs), args.runs, strict=True)
     }
     write_plots(args.output, panels(runs, args.smooth), columns=2)

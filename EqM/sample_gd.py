@@ -96,7 +96,6 @@ def write_about(output: Output, plan: Plan, method: Method, samples: SampleLog, 
 def main() -> None:
     # Flags
     args = parse_args()
-    method = method_of(args)
 
     # Process
     device = distributed.start()
@@ -111,6 +110,7 @@ def main() -> None:
     # Network
     request = checkpoint_request_of(args)
     network, config, vae = distributed.together(lambda: open_network(request, device, precision))
+    method = method_of(args, config.objective)
 
     # Plan
     plan = make_plan(plan_request_of(args), method, config, network.input_shape, vae)
@@ -120,6 +120,8 @@ def main() -> None:
     output = Output(args.folder.resolve(), f".{args.video_format}" if network.is_video else ".png", frames_per_second)
     distributed.on_main(lambda: output.prepare(args.num_fid_samples))
     log_precision(precision)
+    if not args.stepsize and method.sampler != "euler":
+        log.info("step size: %.4g, for %d steps", method.stepsize, method.steps)
     log.info("checkpoint: %s, %s, trained in %s", args.ckpt, config.network.model, config.precision["name"])
 
     # Sample

@@ -4,6 +4,7 @@ The step reads nothing back from the device. So the host never waits for it, and
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from compiled import Graphed, compile_network, compiled_or_eager
 from objective import Objective, drop_labels
-from optimizer import Rates, Share, update, update_in_one_kernel
+from optimizer import LR_SCHEDULES, Rates, Share, update, update_in_one_kernel
 from runtime import cli, distributed
+from runtime.errors import UserError
 from runtime.random_numbers import seed_draws
 from state import TrainingState
+
+DECAY_SHARE = 0.4  # of a run: how long the learning rate falls, unless a flag says it
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Recipe:
     Attributes:
         lr: AdamW's learning rate after the warm-up.
         warmup_steps: updates of linear warm-up.
+        schedule: one of LR_SCHEDULES: how the rate falls to 0 in the end.
+        decay_from, decay_to: the updates between which it falls.
         grad_clip: largest gradient norm; 0 clips nothing.
         ema_decay: of the averaged weights, after its own warm-up.
         micro_batch: samples of one forward and backward pass; None: the rank's whole batch.
@@ -37,10 +43,17 @@ class Recipe:
     ema_decay: float
     micro_batch: int | None = None
     objective: Objective = Objective()
+    schedule: str = "constant"
+    decay_from: float = 0.0
+    decay_to: float = 1.0
 
     def lr_at(self, step: Tensor) -> Tensor:
-        """The learning rate of update `step` (the first is 0): linear warm-up, then constant."""
-        return self.lr * ((step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
+        """The learning rate of update `step` (the first is 0): linear warm-up, constant, then a decay."""
+        rate = self.lr * ((step + 1) / max(self.warmup_steps, 1)).clamp(max=1)
+        if self.schedule == "constant":
+            return rate
+        gone = ((step - self.decay_from) / (self.decay_to - self.decay_from)).clamp(0, 1)  # of the decay
+        return rate * (1 - gone if self.schedule == "linear" else (1 + (math.pi * gone).cos()) / 2)
 
     def ema_decay_at(self, step: Tensor) -> Tensor:
         """The decay at update `step`. It warms up, so that a short run's average does not hold its initial weights."""
@@ -57,13 +70,32 @@ def add_recipe_args(group: argparse._ActionsContainer) -> None:
     )
     cli.add_kept(group, "--lr", 1e-4, type=cli.positive_float, help="AdamW's learning rate")
     cli.add_kept(group, "--warmup-steps", 0, type=cli.non_negative_int, help="steps of linear warm-up")
+    cli.add_kept(
+        group,
+        "--lr-schedule",
+        "constant",
+        choices=LR_SCHEDULES,
+        help="how the learning rate falls to 0 at the end of the run, which --max-steps or --epochs sets",
+    )
+    decay = "steps of that fall; default 40%% of all"
+    cli.add_kept(group, "--decay-steps", type=cli.positive_int, help=decay)
     cli.add_kept(group, "--grad-clip", 0.0, type=cli.non_negative_float, help="largest gradient norm; 0: no limit")
     cli.add_kept(group, "--ema-decay", 0.9999, type=cli.fraction, help="of the averaged weights")
 
 
-def recipe_of(args: argparse.Namespace, objective: Objective) -> Recipe:
-    """The recipe that the flags ask for."""
-    return Recipe(args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size, objective)
+def recipe_of(args: argparse.Namespace, objective: Objective, last_step: float) -> Recipe:
+    """The recipe that the flags ask for, of a run that ends at `last_step`.
+
+    Raises:
+        UserError: --decay-steps has no meaning, or is longer than the run.
+    """
+    decay = args.decay_steps or max(1, round(DECAY_SHARE * last_step))
+    if args.decay_steps and args.lr_schedule == "constant":
+        raise UserError("--decay-steps needs --lr-schedule linear or cosine: add it")
+    if args.lr_schedule != "constant" and decay > last_step:
+        raise UserError(f"--decay-steps {decay} is more than the run's {last_step} steps: lower it")
+    numbers = args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size
+    return Recipe(*numbers, objective, args.lr_schedule, last_step - decay, last_step)
 
 
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,18 +23,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from compiled import add_compile_arg, fast_of, freeze_garbage_collector
 from data.batches import TrainingBatches, add_batch_args, batch_of, sample_limit
-from data.form import Form
 from data.latent_space import LatentSpace
 from data.packs.pack import Pack
-from data.source import Source, add_data_args, class_count, find_pack, form_of, open_source, open_space, packed_flags
-from models import EqM_models, NetworkSettings
-from objective import add_objective_args, objective_of
+from data.source import Source, add_data_args, find_pack, form_of, open_source, open_space, packed_flags
+from evaluation.held_out import HeldOut, add_held_out_args, held_out_of
+from models import EqM_models
+from objective import Objective, add_objective_args
 from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
 from runs.load_network import start_from
-from runs.record import Metrics
+from runs.new_config import network_of, new_config_of
+from runs.record import Metrics, lowest_held_out
 from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
 from runs.schedule import RunOptions, add_run_args, run_options_of
 from runs.settled import settled_of
@@ -53,7 +54,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     parser = cli.ArgumentParser("Trains an Equilibrium Matching model on images or videos.")
     add_data_args(parser)
     model = parser.add_argument_group("model")
-    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8}: size and patch"
+    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8,16}: size and patch"
     cli.add_kept(model, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
     cli.add_kept(model, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
     frames = "frames of a token; default 2 if that divides the clip, else 1"
@@ -69,6 +70,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
     run = parser.add_argument_group("run")
     add_run_args(run)
+    add_held_out_args(run)
     add_preview_args(run)
     add_tracker_args(run)
     add_resume_args(run)
@@ -76,21 +78,6 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     if args.ckpt and args.init_weights:
         parser.error("argument --init-weights: not allowed with argument --ckpt")
     return args, parser.new_run_defaults()
-
-
-def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, num_classes: int) -> NetworkSettings:
-    """The settings of the network that the flags ask for.
-
-    Raises:
-        UserError: sizes do not divide.
-    """
-    side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
-    frames = space.frames(form.clip_len) if space else form.clip_len
-    size = (frames, side, side) if form.video else side
-    temporal_patch = (args.temporal_patch or (1 if frames % 2 else 2)) if form.video else 1
-    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm)
-    settings.check()
-    return settings
 
 
 def announce(config: Config, state: TrainingState, source: Source, batch: int, by_default: bool) -> None:
@@ -106,8 +93,19 @@ def announce(config: Config, state: TrainingState, source: Source, batch: int, b
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
 
-def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics) -> float:
-    """Writes a line of metrics, and returns the minutes since the start. Every rank must call it."""
+def evaluate(state: TrainingState, held_out: HeldOut, objective: Objective, metrics: Metrics) -> dict[str, float]:
+    """The held-out loss of the averaged weights, for the next line of metrics. Every rank must call it."""
+    found, seconds = held_out.measure(state.averaged_network(state.precision.dtype), objective)
+    metrics.leave_out(seconds)
+    return found
+
+
+def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics, found: dict[str, float]) -> float:
+    """Writes a line of metrics, and returns the minutes since the start. Every rank must call it.
+
+    Args:
+        found: more values for the line.
+    """
     return metrics.write(
         state.take_means(),
         state.samples,
@@ -118,6 +116,7 @@ def report(state: TrainingState, batches: TrainingBatches, metrics: Metrics) -> 
         scaler_scale=state.scaler.get_scale(),
         skipped=state.skipped,
         unreadable=batches.log_unreadable(),
+        **found,
     )
 
 
@@ -141,6 +140,7 @@ def train(
     previews: Previews,
     writer: CheckpointWriter,
     signals: StopSignals,
+    held_out: HeldOut | None = None,
 ) -> bool:
     """The training loop. Returns False if a signal, or a problem of the batches, ended it early."""
     bar = tqdm(total=options.last_step, initial=state.step, unit="step", disable=not distributed.is_main())
@@ -162,11 +162,13 @@ def train(
             if not stopped:
                 continue  # the step in question is still to come
 
-        # Log, save, show
-        minutes = report(state, batches, metrics) if due.log and not skipped else 0
+        # Evaluate, log, save, show
+        found = evaluate(state, held_out, config.objective, metrics) if due.evaluate and not skipped else {}
+        is_best = options.keep_best and bool(found) and writer.is_best(state.step, found["held_out_loss"])
+        minutes = report(state, batches, metrics, found) if due.log and not skipped else 0
         if stopped or due.end or minutes >= options.max_minutes:
             break
-        if due.save:
+        if due.save or is_best:
             save(state, batches, config, writer)
         if due.show:
             metrics.leave_out(previews.show(signals))
@@ -178,7 +180,7 @@ def train(
     if state.read_counts():
         state.check_gradients(options.max_bad_steps, writer.advice)
     if state.has_unreported_steps() and not stopped:
-        report(state, batches, metrics)
+        report(state, batches, metrics, {})
     save(state, batches, config, writer)
     if not stopped:
         previews.show(signals)
@@ -205,19 +207,6 @@ def open_data(
     space, vae = open_space(pack, args.vae, device, precision, before)
     network_of(args, form, space, num_classes=1)  # a wrong size ends the run before a long scan
     return open_source(args.data_path, form, pack, space, vae)
-
-
-def make_config(
-    args: argparse.Namespace, source: Source, precision: Precision, batch: int, least_classes: int
-) -> Config:
-    """What the run's checkpoints say of it. A checkpoint's network knows at least `least_classes` classes."""
-    form, found = source.form, source.found
-    classes = class_count(found, args.num_classes or max(least_classes, len(found.classes)))
-    network = network_of(args, form, source.space, classes)
-    rate = found.mean_frame_rate() / form.frame_interval if form.video else None
-    objective, ranks, counts = objective_of(args), distributed.world_size(), tuple(found.count_by_class())
-    settings = (network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))
-    return Config(*settings, counts)
 
 
 def make_state(
@@ -282,12 +271,14 @@ def main() -> None:
     # Data, and the network for them
     batch = batch_of(args, device.type)
     source = open_data(args, pack, before.space if before else None, device, precision)
-    config = make_config(args, source, precision, batch, before.network.num_classes if saved else 0)
+    config = new_config_of(args, source, precision, batch, before.network.num_classes if saved else 0)
     last_sample = sample_limit(args.epochs, args.max_steps, len(source.found))
     if saved:
         check_resumable(before, config, start.checkpoint)
         if is_finished(saved["step"], saved["samples"], last_sample, args.max_steps or math.inf):
             return report_finished(start.folder, saved["step"])
+
+    held_out = held_out_of(args, config.form, source, config.classes, device, precision)
 
     # State: weights, optimizer, counters
     state = make_state(args, config, saved, start.notes, precision, device)
@@ -308,16 +299,19 @@ def main() -> None:
         options = run_options_of(args, min(args.max_steps or math.inf, state.step + len(batches)))
         trackers = start_trackers(tracker_names, folder, state.step, config.as_dict())
         at_once = args.micro_batch_size or batch // distributed.world_size()
-        method = preview_method_of(args)
+        method = preview_method_of(args, config.objective)
         vae = source.decoder(device, precision) if method else None
         previews = Previews(method, at_once, state, config, vae, folder, trackers)
         fast = fast_of(args, device.type)
-        step = training_step(state, recipe_of(args, config.objective), at_once, args.global_seed, fast)
+        recipe = recipe_of(args, config.objective, options.last_step)
+        step = training_step(state, recipe, at_once, args.global_seed, fast)
         if fast:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
         writer = CheckpointWriter(folder, options.keep, start.checkpoint, state.assemble)
-        finished = train(options, config, state, step, batches, metrics, previews, writer, signals)
+        if lowest := distributed.on_main(lambda: lowest_held_out(folder)):
+            writer.is_best(*lowest)
+        finished = train(options, config, state, step, batches, metrics, previews, writer, signals, held_out)
         trackers.close()
         signals.close()
         if not finished:

@@ -66,6 +66,14 @@ def test_only_loss_and_gradient_norm_are_smoothed():
     assert [panel.series["a"][-1] for panel in panels({"a": rows}, 2)] == [(2, 6), (2, 6), (2, 8), (2, 8)]
 
 
+def test_a_held_out_loss_has_a_panel_of_its_own_with_the_lines_that_have_it():
+    rows = [{"step": float(step), **dict.fromkeys([panel[0] for panel in PANELS], 1.0)} for step in (1, 2, 3)]
+    held = [rows[0], rows[1] | {"held_out_loss": 5.0}, rows[2]]
+    assert [panel.y_label for panel in panels({"a": rows}, 1)] == [panel[1] for panel in PANELS]
+    last = panels({"a": rows, "b": held}, 1)[-1]
+    assert (last.y_label, last.series) == ("held-out loss", {"a": [], "b": [(2.0, 5.0)]})
+
+
 def test_four_panels_show_runs_in_their_colours(tmp_path):
     write_run(tmp_path / "a", loss=[1.0, 10.0, 100.0, 10.0])
     write_run(tmp_path / "b", loss=[2.0, 20.0, 200.0, 20.0])  # all else is the same, so that b hides a

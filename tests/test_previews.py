@@ -15,6 +15,7 @@ from PIL import Image
 from conftest import ROOT, SMALL, run_command, run_ranks, run_script
 from drawing.pictures import contact_sheet, read_png
 from models import NetworkSettings
+from objective import Objective
 from precision import Precision
 from runs import record
 from runs.config import Config
@@ -210,7 +211,7 @@ def test_the_flags_say_how_previews_are_sampled(flags, method):
     parser = cli.ArgumentParser("")
     parser.add_argument("--no-uncond", dest="uncond", action="store_false")
     add_preview_args(parser)
-    assert preview_method_of(parser.parse_args(flags.split())) == method
+    assert preview_method_of(parser.parse_args(flags.split()), Objective()) == method
 
 
 @pytest.mark.parametrize(("cfg_scale", "largest"), [(1.0, 5), (3.0, 2)])

@@ -23,7 +23,7 @@ from runtime.errors import UserError
 from runtime.random_numbers import sample_noise
 from sampling import outputs
 from sampling.descent import Finished
-from sampling.method import Method, add_method_args, check_method, method_of
+from sampling.method import Method, add_method_args, check_method, default_stepsize, method_of
 from sampling.outputs import Output, Writer
 from sampling.plan import Plan, PlanRequest, make_plan
 from sampling.sampler import Sampler
@@ -114,7 +114,8 @@ def test_the_table_says_class_seed_and_settings_of_each_file(checkpoint, tmp_pat
     assert [row["file"] for row in table] == ["000000.mp4", "000001.mp4", "000002.mp4"]
     assert [row["class_name"] for row in table] == ["SquareUp", "CircleRight", "SquareUp"]
     assert [row["class"] for row in table] == ["3", "0", "3"]
-    expected = {"seed": "7", "sampler": "ngd", "stepsize": "0.0017", "mu": "0.3", "steps": "3", "cfg_scale": "2.0"}
+    stepsize = default_stepsize(Objective(), 3)
+    expected = {"seed": "7", "sampler": "ngd", "stepsize": str(stepsize), "mu": "0.3", "steps": "3", "cfg_scale": "2.0"}
     assert expected.items() <= table[0].items()
     assert table[0]["precision"] == "fp32"
     assert float(read_video(folder / "000000.mp4")[1].average_rate) == 5
@@ -218,7 +219,7 @@ def test_the_flags_choose_the_method(flags, method):
     add_method_args(parser)
     args = parser.parse_args(flags.split())
     check_method(args)
-    assert method_of(args) == method
+    assert method_of(args, Objective()) == method
 
 
 def test_steps_over_time_do_not_stop_by_themselves():

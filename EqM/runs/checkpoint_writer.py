@@ -1,5 +1,6 @@
 """Writes checkpoints while training goes on, and keeps the newest ones."""
 
+import math
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,8 @@ class CheckpointWriter:
 
     Attributes:
         newest: the checkpoint that was written last, or that the run went on from; None: there is none yet.
+        best: the checkpoint with the lowest held-out loss, which is kept beside the newest ones; None: none is.
+        lowest_loss: that loss.
     """
 
     def __init__(
@@ -49,9 +52,21 @@ class CheckpointWriter:
     ):
         self.folder, self.keep, self.newest, self.assemble = folder, keep, newest, assemble
         self.good = {newest} if newest else set()
+        self.best: Path | None = None
+        self.lowest_loss = math.inf
         self.buffers: dict[str, Tensor] = {}
         self.pool = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"{step:07d}.pt"
+
+    def is_best(self, step: int, loss: float) -> bool:
+        """Whether this is the lowest held-out loss so far. The checkpoint of this step is then kept as the best one."""
+        if not loss < self.lowest_loss:
+            return False
+        self.best, self.lowest_loss = self.path_of(step), loss
+        return True
 
     def save(self, contents: dict) -> None:
         """Waits for the checkpoint before, then copies these contents and hands them to the thread.
@@ -69,7 +84,7 @@ class CheckpointWriter:
         done = torch.cuda.Event(blocking=True) if torch.cuda.is_available() else None
         if done:
             done.record()
-        path = self.folder / "checkpoints" / f"{contents['step']:07d}.pt"
+        path = self.path_of(contents["step"])
         self.pending = self.pool.submit(self.write, path, copied, problem, done)
 
     def to_host(self, value: Any, name: str = "") -> Any:
@@ -104,7 +119,8 @@ class CheckpointWriter:
         found = 0
         for path in checkpoints(self.folder):
             if found == self.keep:
-                path.unlink(missing_ok=True)
+                if path != self.best:
+                    path.unlink(missing_ok=True)
             else:
                 found += path in self.good or self.is_good(path)
 

@@ -8,9 +8,10 @@ from data.form import Form
 from data.latent_space import LatentSpace
 from models import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
+from optimizer import LR_SCHEDULES
 from runtime import cli
 from runtime.errors import UserError
-from runtime.plain_data import brief_names, read_as
+from runtime.plain_data import brief_names, one_of, read_as
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class KeptFlags:
     warmup_steps: Annotated[int, cli.non_negative_int] = 0
     grad_clip: Annotated[float, cli.non_negative_float] = 0.0
     ema_decay: Annotated[float, cli.fraction] = 0.9999
+    lr_schedule: Annotated[str, one_of(LR_SCHEDULES)] = "constant"
+    decay_steps: Annotated[int, cli.positive_int] | None = None
     micro_batch_size: Annotated[int, cli.positive_int] | None = None
     global_seed: Annotated[int, cli.seed] = 0
 
@@ -118,6 +121,7 @@ class Config:
             "num_classes": network.num_classes,
             "temporal_patch": network.temporal_patch if network.is_video else None,
             "uncond": network.uncond,
+            "predict": "clip" if network.clip_gain else "field",
             "ebm": network.energy,
             "path_type": objective.path,
             "c_schedule": objective.schedule,

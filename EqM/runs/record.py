@@ -96,16 +96,30 @@ class Metrics:
             write_whole(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
 
 
+def lowest_held_out(folder: Path) -> tuple[int, float] | None:
+    """The step and the value of the lowest held-out loss of a run; None: it has none."""
+    try:
+        rows = [numbers_of(line, ["step", "held_out_loss"]) for line in read_lines(folder / "metrics.jsonl")]
+    except OSError:
+        return None
+    lowest = min(filter(None, rows), key=lambda row: row["held_out_loss"], default=None)
+    return (int(lowest["step"]), lowest["held_out_loss"]) if lowest else None
+
+
 def read_lines(path: Path) -> list[bytes]:
     """The lines of metrics. Raises OSError as `open_regular`."""
     with open_regular(path) as file:
         return file.readlines()
 
 
-def numbers_of(line: bytes, names: Sequence[str]) -> dict[str, float] | None:
-    """The named numbers of a line of metrics; None for a line that is damaged, half-written or without them."""
+def numbers_of(line: bytes, names: Sequence[str], sometimes: Sequence[str] = ()) -> dict[str, float] | None:
+    """The named numbers of a line of metrics; None for a line that is damaged, half-written or without them.
+
+    The names in `sometimes` may be missing.
+    """
     try:
         row = json.loads(line)
+        names = [*names, *(name for name in sometimes if name in row)]
         numbers = {name: float(row[name]) for name in names if not isinstance(row[name], str | bool)}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
@@ -129,8 +143,10 @@ def process_memory_gb() -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
 
 
-def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
+def read_metrics(run: Path, names: Sequence[str], sometimes: Sequence[str] = ()) -> list[dict[str, float]]:
     """The named numbers of each line of a run's metrics. Damaged or half-written lines are left out, with a warning.
+
+    The names in `sometimes` may be missing.
 
     Raises:
         UserError: this is not the folder of a run, or it has no whole line.
@@ -143,7 +159,7 @@ def read_metrics(run: Path, names: Sequence[str]) -> list[dict[str, float]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines, start=1):
-        row = numbers_of(line, names)
+        row = numbers_of(line, names, sometimes)
         if row:
             rows.append(row)
         else:

@@ -22,11 +22,12 @@ from runtime.logs import log
 LOCK_PATIENCE_S = 20
 # Flags that tell one run from another. --resume goes on with the newest run that has all given values of these flags.
 TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "vae")
-TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond")
+TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond", "predict")
 # Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
 SILENT |= {"num_workers", "max_bad_steps", "vae"}  # check_resumable compares the VAEs themselves
+SILENT |= {"eval_path", "eval_every", "eval_samples", "keep_best"}
 SILENT |= {"init_weights"}  # only a new run reads it
 SILENT |= {"global_batch_size", "use_amp", "use_bf16"}  # log_changes has lines of its own for these
 

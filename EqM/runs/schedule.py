@@ -12,6 +12,7 @@ from runtime import cli
 class Due:
     """What to do after a step. It is false if there is nothing to do."""
 
+    evaluate: bool
     log: bool
     save: bool
     show: bool
@@ -29,6 +30,8 @@ class RunOptions:
     Attributes:
         log_every, ckpt_every: steps between log lines and between checkpoints.
         sample_every: steps between previews; None: no previews.
+        eval_every: steps between held-out losses; None: there are none.
+        keep_best: the checkpoint with the lowest held-out loss is kept too.
         keep: how many checkpoints to keep, the newest ones; None: all.
         max_minutes: the run ends at its first log line after this time.
         max_bad_steps: the run ends if gradients are not finite in this many steps in a row (fp32 and bf16).
@@ -42,11 +45,15 @@ class RunOptions:
     max_minutes: float
     max_bad_steps: int
     last_step: float
+    eval_every: int | None = None
+    keep_best: bool = False
 
     def due_at(self, step: int, asked: bool) -> Due:
         """What to do after this step. `asked`: the run was asked to stop."""
+        evaluate = self.eval_every is not None and (step % self.eval_every == 0 or step >= self.last_step)
         return Due(
-            log=step == 1 or step % self.log_every == 0,
+            evaluate=evaluate,
+            log=step == 1 or step % self.log_every == 0 or evaluate,
             save=step % self.ckpt_every == 0,
             show=self.sample_every is not None and step % self.sample_every == 0,
             end=step >= self.last_step,
@@ -75,4 +82,6 @@ def run_options_of(args: argparse.Namespace, last_step: float) -> RunOptions:
         args.max_minutes or math.inf,
         args.max_bad_steps,
         last_step,
+        args.eval_every if args.eval_path else None,
+        args.keep_best,
     )

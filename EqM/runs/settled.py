@@ -20,6 +20,8 @@ def settled_of(
         UserError: flags contradict one another, the pack, or the run.
     """
     kept = kept_of(args, before, pack) if before else {}
+    if args.predict == "clip":
+        defaults = defaults | {"c_schedule": "linear"}
     settled = argparse.Namespace(**cli.settled(vars(args), kept, defaults))
     if settled.ebm != "none" and settled.grad_checkpoint:
         raise UserError(f"--grad-checkpoint does not work with --ebm {settled.ebm}: use --micro-batch-size for memory")

@@ -3,11 +3,13 @@
 import argparse
 from dataclasses import dataclass
 
+from objective import LEFT, Objective
 from runtime import cli
 from runtime.errors import UserError
 from sampling.descent import MU, STEPS, STEPSIZE
 
 SAMPLERS = ("gd", "ngd", "euler")
+DEFAULT = f"{STEPSIZE}, or what leaves {LEFT:.1%}% of the noise after the steps, if that is more"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def add_method_args(parser: argparse.ArgumentParser) -> None:
         help="gd: gradient descent; ngd: with Nesterov's look-ahead; euler: integrates over time;"
         " default ngd, with --published sit euler",
     )
-    group.add_argument("--stepsize", type=cli.positive_float, default=STEPSIZE, help="along the field (gd, ngd)")
+    group.add_argument("--stepsize", type=cli.positive_float, help=f"along the field (gd, ngd); default {DEFAULT}")
     group.add_argument("--mu", type=cli.fraction, default=MU, help="look-ahead (ngd)")
     group.add_argument("--num-sampling-steps", type=cli.count, default=STEPS, help="updates of a sample")
     group.add_argument(
@@ -72,11 +74,16 @@ def check_method(args: argparse.Namespace) -> None:
         raise UserError("--adaptive stops gradient descent, and --sampler euler takes its steps over time: drop one")
 
 
-def method_of(args: argparse.Namespace) -> Method:
-    """The method that the flags choose."""
+def default_stepsize(objective: Objective, steps: int) -> float:
+    """The published step size, or the least one that leaves at most LEFT of the noise, if that is larger."""
+    return max(STEPSIZE, objective.least_stepsize(steps)) if objective.path == "Linear" else STEPSIZE
+
+
+def method_of(args: argparse.Namespace, objective: Objective) -> Method:
+    """The method that the flags choose, for a network that was trained with this objective."""
     return Method(
         sampler=args.sampler or "ngd",
-        stepsize=args.stepsize,
+        stepsize=args.stepsize or default_stepsize(objective, args.num_sampling_steps),
         mu=args.mu,
         steps=args.num_sampling_steps,
         threshold=args.adaptive,

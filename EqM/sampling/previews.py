@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data.latents import VAE
 from drawing.pictures import contact_sheet, write_png
+from objective import Objective
 from runs.config import Config
 from runs.signals import StopSignals
 from runs.trackers import Preview, Trackers
@@ -27,8 +28,8 @@ from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.errors import is_out_of_memory
 from runtime.logs import log
-from sampling.descent import STEPS, STEPSIZE
-from sampling.method import Method
+from sampling.descent import STEPS
+from sampling.method import DEFAULT, Method, default_stepsize
 from sampling.outputs import Output, decode, to_frames
 from sampling.plan import Plan
 from sampling.sampler import Sampler
@@ -49,17 +50,18 @@ def add_preview_args(parser: argparse._ActionsContainer) -> None:
         help=f"every N steps, and at the end, sample the averaged weights: a contact sheet of {SAMPLES} samples",
     )
     parser.add_argument("--sample-steps", type=cli.count, default=STEPS, help="updates of those samples")
-    parser.add_argument("--sample-stepsize", type=cli.positive_float, default=STEPSIZE, help="step size of the updates")
+    stepsize = f"step size of the updates; default {DEFAULT}"
+    parser.add_argument("--sample-stepsize", type=cli.positive_float, help=stepsize)
     parser.add_argument("--sample-cfg-scale", type=cli.non_negative_float, default=1.0, help="guidance; 1: none")
 
 
-def preview_method_of(args: argparse.Namespace) -> Method | None:
+def preview_method_of(args: argparse.Namespace, objective: Objective) -> Method | None:
     """How previews are sampled, as the flags say; None if the flags ask for none."""
     if not args.sample_every:
         return None
     return Method(
         sampler="ngd" if args.uncond else "euler",
-        stepsize=args.sample_stepsize,
+        stepsize=args.sample_stepsize or default_stepsize(objective, args.sample_steps),
         steps=args.sample_steps,
         cfg_scale=args.sample_cfg_scale,
     )

@@ -1,0 +1,41 @@
+"""The config of a run, from the flags and the data."""
+
+import argparse
+
+from data.form import Form
+from data.latent_space import LatentSpace
+from data.source import Source, class_count
+from models import NetworkSettings
+from objective import objective_of
+from precision import Precision
+from runs.config import Config
+from runtime import distributed
+
+
+def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, num_classes: int) -> NetworkSettings:
+    """The settings of the network that the flags ask for.
+
+    Raises:
+        UserError: sizes do not divide.
+    """
+    side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
+    frames = space.frames(form.clip_len) if space else form.clip_len
+    size = (frames, side, side) if form.video else side
+    temporal_patch = (args.temporal_patch or (1 if frames % 2 else 2)) if form.video else 1
+    gain = args.c_lambda if args.predict == "clip" else 0.0
+    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm, gain)
+    settings.check()
+    return settings
+
+
+def new_config_of(
+    args: argparse.Namespace, source: Source, precision: Precision, batch: int, least_classes: int
+) -> Config:
+    """What the run's checkpoints say of it. A checkpoint's network knows at least `least_classes` classes."""
+    form, found = source.form, source.found
+    classes = class_count(found, args.num_classes or max(least_classes, len(found.classes)))
+    network = network_of(args, form, source.space, classes)
+    rate = found.mean_frame_rate() / form.frame_interval if form.video else None
+    objective, ranks, counts = objective_of(args), distributed.world_size(), tuple(found.count_by_class())
+    settings = (network, found.classes, rate, precision.as_dict(), objective, source.space, batch, ranks, vars(args))
+    return Config(*settings, counts)
