@@ -100,7 +100,7 @@ def report(args: argparse.Namespace, left: int, packed: int, seconds: float) -> 
 def planned(args: argparse.Namespace, form: Form, space: LatentSpace | None) -> PackPlan | None:
     """What to pack; None if --append finds nothing new. Locks the folder, and writes the settings."""
     pack = read_pack(args.pack) if args.append else None
-    plan = plan_pack(args.source, args.pack, form, space, reading_of(args), pack)
+    plan = plan_pack(args.source, args.pack, form, space, reading=reading_of(args), pack=pack)
     lock_pack(args.pack, shared=args.part is not None)
     if plan:
         begin_pack(plan)

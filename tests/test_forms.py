@@ -122,7 +122,7 @@ def assert_same(ours: Pack, theirs: Pack) -> None:
 
 def pack_in_process(source: Path, folder: Path, video: bool, reading: Reading, append: bool = False) -> Pack:
     pack = open_pack(folder, False) if append else None
-    plan = plan_pack(source, folder, Form(video, 16), None, reading, pack)
+    plan = plan_pack(source, folder, Form(video, 16), None, reading=reading, pack=pack)
     if plan:
         folder.mkdir(exist_ok=True)
         begin_pack(plan)
@@ -340,7 +340,7 @@ def test_a_bad_source_is_one_line_and_nothing_is_made(tmp_path, name):
     make, words = BAD[name]
     source = make(tmp_path)
     with pytest.raises(UserError, match=words) as caught:
-        plan_pack(source, tmp_path / "pack", Form(False, 16), None, Reading())
+        plan_pack(source, tmp_path / "pack", Form(False, 16), None, reading=Reading())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pack").exists()
 
@@ -544,7 +544,7 @@ def test_while_a_pack_grows_and_after_a_kill_it_is_as_before(shapes, tmp_path):
     first = make_pack(source, tmp_path / "pack")
     grown(source, shapes, "CircleUp/*c02.avi")
     grown(source, shapes, "SquareUp/*c02.avi")
-    plan = plan_pack(source, tmp_path / "pack", Form(True, 16), None, Reading(), first)
+    plan = plan_pack(source, tmp_path / "pack", Form(True, 16), None, reading=Reading(), pack=first)
     begin_pack(plan)
     pack_shard(plan, 0, None, lambda items: None)
     assert open_pack(tmp_path / "pack", False).paths == first.paths
@@ -571,10 +571,10 @@ def test_what_cannot_be_appended_is_one_line(shapes, tmp_path):
         (other / "a").mkdir(parents=True, exist_ok=True)
         (other / "a" / "a.png").write_bytes(PNG)
         with pytest.raises(UserError, match=words):
-            plan_pack(source if form.video else other, tmp_path / "pack", form, None, Reading(), pack)
+            plan_pack(source if form.video else other, tmp_path / "pack", form, None, reading=Reading(), pack=pack)
     listed(tmp_path, {"list.csv": "video_name,tag\n" + "".join(f"{Path(p).name},Other\n" for p in pack.paths)})
     with pytest.raises(UserError, match="is of the class Other in the source, and of CircleUp in .*: make a new pack"):
-        plan_pack(source, tmp_path / "pack", Form(True, 16), None, Reading(tmp_path / "list.csv"), pack)
+        plan_pack(source, tmp_path / "pack", Form(True, 16), None, reading=Reading(tmp_path / "list.csv"), pack=pack)
     assert not list((tmp_path / "pack").glob("more-*"))
 
 
