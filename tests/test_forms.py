@@ -397,6 +397,13 @@ def test_a_huge_or_changed_member_is_skipped_as_a_broken_file_is(folders, tmp_pa
     assert any("has become shorter" in reason for reason in reasons)
 
 
+def test_a_large_row_group_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.inputs.parquet.MAX_GROUP", 1000)
+    source = a_parquet(image=[bytes(np.random.default_rng(0).bytes(2000))], label=[1])(tmp_path)
+    with pytest.raises(UserError, match="a row group has .* bytes, over the limit of 1,000: write it with smaller"):
+        find_entries(source, False, Reading())
+
+
 def test_nothing_in_a_tar_is_followed_or_unpacked(tmp_path):
     (tmp_path / "secret.png").write_bytes(PNG)
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
