@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +14,11 @@ import torch
 from data.clips import read_sample
 from data.file_list import Item
 from data.form import Form
+from data.images import probe_image
 from data.latents import LatentSpace
-from data.packs.packing import plan_pack
-from data.scan import check_files
+from data.scan import find_files
 from data.untrusted import Unreadable
-from data.video import read_frames
+from data.video import probe_video, read_frames
 from measuring.throughput import forward_flops
 from measuring.workloads import Training, Work, seconds_a_call, start_over
 from precision import Precision
@@ -96,7 +96,7 @@ def this_machine(device: torch.device, devices: int, data: Path) -> Machine:
     return Machine(device, devices, cores, memory, shutil.disk_usage(data).free)
 
 
-def seconds_each(work: Callable[[Item], int], items: tuple[Item, ...]) -> float:
+def seconds_each(work: Callable[[Item], int], items: Sequence[Item]) -> float:
     """A core's mean seconds for one unit of work. An item that turns out to be damaged counts as none.
 
     Args:
@@ -124,12 +124,20 @@ def look_at(source: Path, form: Form, space: LatentSpace | None) -> DataCosts:
     Raises:
         UserError: there are no files, or none of the sample can be read.
     """
-    plan = plan_pack(source, source, form, space)
-    files = len(plan.samples)
-    chosen = [plan.samples[i] for i in sorted({int(i) for i in np.linspace(0, files - 1, min(files, FILES))})]
-    items, unreadable, _ = check_files(chosen, form.video)
+    listing = find_files(source, form.video)
+    samples = listing.samples
+    files = len(samples)
+    items, problem, opened = [], "", sorted({int(i) for i in np.linspace(0, files - 1, min(files, FILES))})
+    for path, label in (samples[i] for i in opened):
+        try:
+            info = probe_video(path) if form.video else None
+            if not info:
+                probe_image(path)
+            items.append(Item(path, label, info))
+        except Unreadable as error:
+            problem = f"{path}: {error}"
     if not items:
-        raise UserError(f"no file of the sample can be read, for example {shown(': '.join(unreadable[0]))}")
+        raise UserError(f"no file of the sample can be read, for example {shown(problem)}")
     frames = float(np.mean([len(item.video.times) for item in items])) if form.video else 1.0
     uniforms = iter(np.random.default_rng(0).random(len(items)))
 
@@ -142,12 +150,15 @@ def look_at(source: Path, form: Form, space: LatentSpace | None) -> DataCosts:
         read_frames(item.path, item.video, range(count), form.image_size)
         return count
 
-    mixed = tuple(items[i] for i in np.random.default_rng(1).permutation(len(items)))
+    mixed = [items[i] for i in np.random.default_rng(1).permutation(len(items))]
     sample_s = seconds_each(one_sample, mixed)
     frame_s = seconds_each(all_frames, mixed) if form.video else sample_s
-    kinds = {"pixels": replace(plan.settings, values="pixels", vae={})} | ({"latents": plan.settings} if space else {})
-    packs = {name: settings.frame_bytes * files * frames for name, settings in kinds.items()}
-    return DataCosts(files, len(plan.settings.classes), len(chosen), len(unreadable), frames, sample_s, frame_s, packs)
+    frame_bytes = {"pixels": 3 * form.image_size**2}
+    if space:  # of a frame and of its mirrored copy: means and deviations, of 2 bytes each
+        frame_bytes["latents"] = 2 * 2 * 2 * space.channels * space.side(form.image_size) ** 2
+    packs = {name: size * files * frames for name, size in frame_bytes.items()}
+    unreadable = len(opened) - len(items)
+    return DataCosts(files, len(listing.classes), len(opened), unreadable, frames, sample_s, frame_s, packs)
 
 
 def product_speed() -> float:
