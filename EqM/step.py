@@ -83,17 +83,22 @@ def add_recipe_args(group: argparse._ActionsContainer) -> None:
     cli.add_kept(group, "--ema-decay", 0.9999, type=cli.fraction, help="of the averaged weights")
 
 
+def check_decay(args: argparse.Namespace, last_step: float) -> None:
+    """Raises UserError if --decay-steps has no meaning in a run that ends at `last_step`, or is longer than it."""
+    if args.decay_steps and args.lr_schedule == "constant":
+        raise UserError("--decay-steps needs --lr-schedule linear or cosine: add it")
+    if args.decay_steps and args.decay_steps > last_step:
+        raise UserError(f"--decay-steps {args.decay_steps} is more than the run's {last_step} steps: lower it")
+
+
 def recipe_of(args: argparse.Namespace, objective: Objective, last_step: float) -> Recipe:
     """The recipe that the flags ask for, of a run that ends at `last_step`.
 
     Raises:
         UserError: --decay-steps has no meaning, or is longer than the run.
     """
+    check_decay(args, last_step)
     decay = args.decay_steps or max(1, round(DECAY_SHARE * last_step))
-    if args.decay_steps and args.lr_schedule == "constant":
-        raise UserError("--decay-steps needs --lr-schedule linear or cosine: add it")
-    if args.lr_schedule != "constant" and decay > last_step:
-        raise UserError(f"--decay-steps {decay} is more than the run's {last_step} steps: lower it")
     numbers = args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size
     return Recipe(*numbers, objective, args.lr_schedule, last_step - decay, last_step)
 

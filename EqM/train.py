@@ -46,7 +46,7 @@ from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
 from sampling.previews import Previews, add_preview_args, preview_method_of
 from state import TrainingState
-from step import add_recipe_args, recipe_of, training_step
+from step import add_recipe_args, check_decay, recipe_of, training_step
 
 
 def parse_args() -> tuple[argparse.Namespace, dict]:
@@ -267,6 +267,7 @@ def main() -> None:
     before = config_of(saved["config"], start.checkpoint) if saved else start.config
     by_default = args.global_batch_size is None and not before
     args = settled_of(args, defaults, before, pack)
+    check_decay(args, args.max_steps or math.inf)
 
     # Data, and the network for them
     batch = batch_of(args, device.type)
@@ -309,7 +310,7 @@ def main() -> None:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
         writer = CheckpointWriter(folder, options.keep, start.checkpoint, state.assemble)
-        if lowest := distributed.on_main(lambda: lowest_held_out(folder)):
+        if options.keep_best and (lowest := distributed.on_main(lambda: lowest_held_out(folder))):
             writer.is_best(*lowest)
         finished = train(options, config, state, step, batches, metrics, previews, writer, signals, held_out)
         trackers.close()

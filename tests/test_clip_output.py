@@ -130,3 +130,4 @@ def test_what_cannot_be_is_refused_in_one_line(given, words, shapes, tmp_path):
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if "error" in line]
     assert words in line
+    assert not list(tmp_path.glob("results/*"))

@@ -83,6 +83,7 @@ def test_pictures_of_another_size_and_clips_of_another_length_fit(tmp_path):
         ({"input_size": 16, "temporal_patch": 1}, "there and"),
         ({"in_channels": 4}, "there and"),
         ({"energy": "dot"}, "--ebm none, and this run has dot"),
+        ({"clip_gain": 4.0}, "--predict field, and this run has clip"),
     ],
     ids=str,
 )

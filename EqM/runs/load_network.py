@@ -206,6 +206,10 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     if before and before.network.energy != config.network.energy:
         energies = f"{before.network.energy}, and this run has {config.network.energy}"
         raise UserError(f"--init-weights {path} was trained with --ebm {energies}: give the same")
+    theirs, ours = ("clip" if each and each.network.clip_gain else "field" for each in (before, config))
+    if theirs != ours:
+        outputs = f"{theirs}, and this run has {ours}"
+        raise UserError(f"--init-weights {path} was trained with --predict {outputs}: give the same")
     same_classes = before and before.class_names == config.class_names
     anew = [] if same_classes else [TABLE]
     anew += [name for name in ("pos_embed",) if name in weights and shape_of(weights[name]) != fresh[name].shape]
