@@ -306,7 +306,7 @@ def without(key: str) -> Callable[[Path, Path], None]:
 
 NO_CHECKPOINTS = {
     "missing": (lambda path, whole: None, "no checkpoint"),
-    "a folder": (lambda path, whole: path.mkdir(), "no checkpoint"),
+    "a folder": (lambda path, whole: path.mkdir(), "checkpoint"),
     "empty": (lambda path, whole: path.write_bytes(b""), "cut short or is no checkpoint"),
     "cut to its header": (cut_to(0.0001), "cut short or is no checkpoint"),
     "cut to a tenth": (cut_to(0.1), "cut short or is no checkpoint"),

@@ -237,7 +237,7 @@ def test_published_sit_follows_its_velocity_from_noise_at_0_to_data_at_1(tmp_pat
     export_flags = ["--ckpt", "sit.pt", "--published", "sit"]
     for flags, sampler in (([], "euler"), (["--sampler", "gd"], "gd")):
         monkeypatch.setattr(sys, "argv", ["sample_gd.py", *export_flags, *flags])
-        assert sample_gd.method_of(sample_gd.parse_args()).sampler == sampler
+        assert sample_gd.method_of(sample_gd.parse_args(), loaded.config.objective).sampler == sampler
 
 
 def test_published_says_nothing_of_weights_with_a_config(exported):
