@@ -190,7 +190,7 @@ class EqM(nn.Module):
             else:
                 tokens = block(tokens, modulation)  # (N, T'h'w', D)
         out = self.unpatchify(self.final_layer(tokens, final)).view(x.shape)
-        # In float32: x holds noise, of which a difference in 16 bits would leave too little.
+        # In float32: near the data x̂ − x is small, and 16 bits would round it away.
         return self.clip_gain * (out.float() - x) if self.clip_gain else out, tokens
 
     def embed(self, x: Tensor) -> Tensor:

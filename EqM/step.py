@@ -217,7 +217,7 @@ def training_step(state: TrainingState, recipe: Recipe, batch: int, seed: int, f
     """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`."""
     compiles = fast and compile_network(state.working, recipe.micro_batch or batch, training=True)
     on_gpu = state.device.type == "cuda"
-    # A CPU gains nothing: there torch's kernels are as fast.
+    # On a CPU torch's kernels serve: they need no wait for the compiler.
     step = partial(train_step, state, recipe, update=Update.compiled() if compiles and on_gpu else TORCHS_KERNELS)
     if fast and on_gpu:
         step = Graphed(step, state.generator, state.drop_half_step, together=True)

@@ -279,6 +279,7 @@ def main() -> None:
         if is_finished(saved["step"], saved["samples"], last_sample, args.max_steps or math.inf):
             return report_finished(start.folder, saved["step"])
 
+    # Held-out data
     held_out = held_out_of(args, config.form, source, config.classes, device, precision)
 
     # State: weights, optimizer, counters

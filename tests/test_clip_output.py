@@ -102,6 +102,14 @@ def test_it_is_resumed_to_the_bit(run, shapes, tmp_path):
         assert_same(load(ours, 6)[name], load(straight, 6)[name])
 
 
+def test_a_constant_rate_takes_the_place_of_a_kept_decay(run, shapes, tmp_path):
+    (checkpoint,) = run.glob("results/*/checkpoints/0000006.pt")
+    given = ["--ckpt", checkpoint, "--lr-schedule", "constant", "--max-steps", 7, "--num-workers", 0, "--log-every", 1]
+    went_on = run_script("train.py", "--data-path", shapes, *SMALL[:5], "--model", "EqM-Ti/8", *given, cwd=tmp_path)
+    assert went_on.returncode == 0, went_on.stderr
+    assert [line["lr"] for line in metrics(next((tmp_path / "results").iterdir()))] == pytest.approx([1e-3])
+
+
 def test_it_is_sampled_with_the_step_size_of_its_schedule(run, tmp_path):
     (checkpoint,) = run.glob("results/*/checkpoints/0000006.pt")
     arguments = ["--ckpt", checkpoint, "--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 8]

@@ -40,6 +40,8 @@ def kept_of(args: argparse.Namespace, before: Config, pack: Pack | None) -> dict
     kept.pop("num_classes")  # the data, and check_resumable, decide
     if args.c_schedule not in (None, "piecewise"):
         kept["c_b"] = None
+    if args.lr_schedule == "constant":
+        kept["decay_steps"] = None
     batch = args.global_batch_size or kept["global_batch_size"]
     if kept["micro_batch_size"] and batch:
         kept["micro_batch_size"] = math.gcd(kept["micro_batch_size"], max(batch // distributed.world_size(), 1))
