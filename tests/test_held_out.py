@@ -124,6 +124,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(runs):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        (["--eval-path", "damaged"], "--eval-path: CircleUp/a.avi cannot be read"),
         (["--keep-best"], "add --eval-path"),
         (["--eval-path", "gone"], "gone is not a folder"),
         (["--eval-path", "other"], "holds the class 'Star', which the run does not know"),
@@ -132,7 +133,11 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(runs):
 def test_what_cannot_be_measured_is_refused_in_one_line(given, words, shapes, tmp_path):
     folder = tmp_path / "other" / "Star"
     folder.mkdir(parents=True)
-    (folder / "a.avi").write_bytes(next(shapes.rglob("*.avi")).read_bytes())
+    whole = next(shapes.rglob("*.avi")).read_bytes()
+    (folder / "a.avi").write_bytes(whole)
+    (tmp_path / "damaged" / "CircleUp").mkdir(parents=True)
+    (tmp_path / "damaged" / "CircleUp" / "a.avi").write_bytes(whole[:500])
     result = run_script("train.py", "--data-path", shapes, *SMALL, *FLAGS, *given, cwd=tmp_path)
     assert result.returncode == 1
     assert words in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "results").exists()

@@ -67,7 +67,8 @@ class HeldOut:
         classes: the names of the classes that the network knows. Those of the samples are matched by name.
 
     Raises:
-        UserError: there is nothing in this form, or a class that the network does not know.
+        UserError: there is nothing in this form, a class that the network does not know, or a damaged file: ranks share
+            the work of reading all files once, since a training should not end at its first held-out loss.
     """
 
     def __init__(
@@ -90,17 +91,24 @@ class HeldOut:
                     f" classes ({', '.join(map(shown, classes[:5]))}, …)"
                 )
         self.labels = [known[name] for name in self.content.classes[: self.count]]
+        for index in range(distributed.rank(), self.count, distributed.world_size()):
+            self.read_pixels(index)
 
-    def read(self, index: int) -> tuple[Tensor, float]:
-        """The network's input for a sample, (C, [T,] H, W) float32, and its seconds per frame.
+    def read_pixels(self, index: int) -> tuple[Tensor, float]:
+        """A sample as its content has it, and its seconds per frame.
 
         Raises:
             UserError: it cannot be read. A loss without it could not be compared.
         """
         try:
-            x, seconds = self.content.read(index)
+            return self.content.read(index)
         except Unreadable as error:
-            raise UserError(f"--eval-path: {shown(self.content.names[index])} cannot be read: {error}") from None
+            name = shown(self.content.names[index])
+            raise UserError(f"--eval-path: {name} cannot be read: {error}: remove or replace it") from None
+
+    def read(self, index: int) -> tuple[Tensor, float]:
+        """A sample as the network sees it, (C, [T,] H, W) float32, and its seconds per frame. Raises as `read_pixels`."""
+        x, seconds = self.read_pixels(index)
         x = x.to(self.device)
         if not self.space:
             return to_unit_range(x), seconds
