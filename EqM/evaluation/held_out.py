@@ -107,7 +107,7 @@ class HeldOut:
             raise UserError(f"--eval-path: {name} cannot be read: {error}: remove or replace it") from None
 
     def read(self, index: int) -> tuple[Tensor, float]:
-        """A sample as the network sees it, (C, [T,] H, W) float32, and its seconds per frame. Raises as `read_pixels`."""
+        """The network's input for a sample, (C, [T,] H, W) float32, and its seconds per frame. As `read_pixels`."""
         x, seconds = self.read_pixels(index)
         x = x.to(self.device)
         if not self.space:
