@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from evaluation.report_text import comparison_lines, judge_lines
-from models import check_weights
+from network_settings import check_weights
 from runs.checkpoint import check_written_here, load_file, network_weights
 from runs.config import Config, config_of
 from runs.exchange import (

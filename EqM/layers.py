@@ -129,21 +129,6 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
-def sincos_positions(hidden_size: int, rows: int, columns: int) -> Tensor:
-    """Fixed positions on a grid, row by row: (rows·columns, D).
-
-    The first half of D encodes the column, the second half the row. Each half has sines, then cosines.
-    """
-    frequencies = 10_000 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-
-    def encode(places: Tensor) -> Tensor:
-        angles = places.double()[:, None] * frequencies  # (places, D/4)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (places, D/2)
-
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([encode(column.flatten()), encode(row.flatten())], dim=1).float()
-
-
 def check_sizes(
     input_size: tuple[int, int, int], temporal_patch: int, patch_size: int, hidden_size: int, num_heads: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""The Equilibrium Matching transformer for images and video, its sizes, settings and weights.
+"""The Equilibrium Matching transformer for images and video.
 
 The network is a DiT with adaLN-Zero conditioning (Peebles & Xie 2023, arXiv 2212.09748), as Equilibrium Matching uses
 it (Wang & Du 2025, arXiv 2510.02300). An image is a video of one frame: both take the same path. Image networks keep
@@ -7,24 +7,15 @@ the state-dict keys of the published checkpoints. A network computes in the type
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from energy import ENERGIES, energy, energy_gradient
-from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes, sincos_positions
-from runtime import cli
-from runtime.errors import UserError, first_line
-from runtime.plain_data import check_tensors, one_of, shape_of
-
-# Shortest and longest period, in seconds, of the sinusoids that encode a token's time. The shortest is below the step
-# of common frame rates with a frame interval. The longest is above the length of any clip.
-TIME_PERIODS_S = (0.1, 100.0)
+from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes
+from positions import sincos_positions, time_positions
 
 
 class EqM(nn.Module):
@@ -181,7 +172,7 @@ class EqM(nn.Module):
             # The device writes the number itself: a CUDA graph cannot record a copy from the host.
             given = isinstance(seconds_per_frame, Tensor)
             seconds = seconds_per_frame if given else torch.full((), seconds_per_frame, device=x.device)
-            times = self.time_positions(seconds.expand(len(x)))  # (N, T', D)
+            times = time_positions(self.pos_embed.shape[-1], self.grid[0], self.patch[0], seconds.expand(len(x)))
             tokens = tokens + times.repeat_interleave(self.pos_embed.shape[1], dim=1).to(tokens.dtype)
         for block, modulation in zip(self.blocks, blocks, strict=True):
             if self.grad_checkpoint:
@@ -200,110 +191,12 @@ class EqM(nn.Module):
         patches = x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4).flatten(2, 3)  # (N, T', h'w', ptCpp)
         return (self.x_embedder(patches) + self.pos_embed[:, None]).flatten(1, 2)  # (N, T'h'w', D)
 
-    def time_positions(self, seconds_per_frame: Tensor) -> Tensor:
-        """Sinusoids of the time, in seconds, at the middle of each token's frames: (N,) → (N, T', D)."""
-        pt, width = self.patch[0], self.pos_embed.shape[-1]
-        device = seconds_per_frame.device
-        middles = torch.arange(self.grid[0], device=device) * pt + (pt - 1) / 2  # (T',) in frames
-        times = seconds_per_frame[:, None, None] * middles[:, None]  # (N, T', 1) in seconds
-        shortest, longest = TIME_PERIODS_S
-        steps = torch.linspace(0, 1, width // 2, device=device)
-        angles = times * (2 * math.pi / (shortest * (longest / shortest) ** steps))  # (N, T', D/2)
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)  # (N, T', D)
-
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(N, T'h'w', pt·p·p·C_out) → (N, C, T, H, W). Channels after the first C are dropped."""
         (frames, rows, columns), (pt, p) = self.grid, self.patch
         x = patches.view(-1, frames, rows, columns, pt, p, p, self.out_channels)
         x = x[..., : self.in_channels].permute(0, 7, 1, 4, 2, 5, 3, 6)  # (N, C, T', pt, h', p, w', p)
         return x.reshape(x.shape[0], self.in_channels, frames * pt, rows * p, columns * p)
-
-
-EqM_sizes = {
-    "Ti": {"depth": 6, "hidden_size": 128, "num_heads": 2},
-    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-}
-EqM_models = {
-    f"EqM-{size}/{patch}": partial(EqM, patch_size=patch, **shape)
-    for size, shape in EqM_sizes.items()
-    for patch in (2, 4, 8, 16)
-}
-
-
-Side = Annotated[int, cli.side]
-
-
-@dataclass(frozen=True)
-class NetworkSettings:
-    """The settings that a network is built from, as checkpoints keep them: `model` names the size, EqM has the rest.
-
-    A default is what a checkpoint without this key means. It must never change.
-    """
-
-    model: Annotated[str, one_of(EqM_models)]
-    input_size: Side | tuple[Side, Side, Side]
-    in_channels: Annotated[int, cli.positive_int]
-    num_classes: Annotated[int, cli.positive_int]
-    temporal_patch: Annotated[int, cli.positive_int] = 1
-    uncond: bool = True
-    energy: Annotated[str, one_of(ENERGIES)] = "none"
-    clip_gain: Annotated[float, cli.non_negative_float] = 0.0
-
-    @property
-    def is_video(self) -> bool:
-        return not isinstance(self.input_size, int)
-
-    @property
-    def frames(self) -> int:
-        """Frames of a clip; 1 for images."""
-        return self.input_size[0] if self.is_video else 1
-
-    @property
-    def side(self) -> int:
-        """Height and width of the input, in pixels or latents."""
-        return self.input_size[-1] if self.is_video else self.input_size
-
-    def build(self) -> EqM:
-        """The network, with new weights.
-
-        Raises:
-            UserError: sizes do not divide.
-        """
-        settings = asdict(self)
-        try:
-            return EqM_models[settings.pop("model")](**settings)
-        except ValueError as error:
-            raise UserError(f"{self.model}: {error}") from None
-
-    def check(self, source: str | Path = "") -> EqM:
-        """The network on the meta device, where it takes no memory.
-
-        Raises:
-            UserError: sizes do not divide, or are too large for any tensor. The text names the file `source`.
-        """
-        start = f"{source}: " if source else ""
-        try:
-            with torch.device("meta"):
-                return self.build()
-        except UserError as error:
-            raise UserError(f"{start}{error}") from None
-        except (RuntimeError, OverflowError) as error:
-            sizes = f"num_classes {self.num_classes}, input_size {self.input_size}"
-            raise UserError(f"{start}{self.model} cannot have {sizes}: {first_line(error)}") from None
-
-
-def check_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Raises UserError as `check_tensors` if a state dict from `source` is not one of this network."""
-    check_tensors({name: shape_of(tensor) for name, tensor in network.state_dict().items()}, weights, source)
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict, which came from `source`. Raises UserError as `check_weights`."""
-    check_weights(network, weights, source)
-    network.load_state_dict(weights)
 
 
 @torch.no_grad()

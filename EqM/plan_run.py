@@ -24,7 +24,7 @@ from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, LatentSpace, load_vae
 from data.packs.pack import is_pack
 from measuring.costs import Costs, look_at, this_machine, time_steps
 from measuring.workloads import Work
-from models import EqM_models, NetworkSettings
+from network_settings import EqM_models, NetworkSettings
 from precision import add_precision_args, agree_on_precision, requested_of
 from runtime import cli, distributed
 from runtime.errors import UserError

@@ -27,7 +27,7 @@ from data.latent_space import LatentSpace
 from data.packs.pack import Pack
 from data.source import Source, add_data_args, find_pack, form_of, open_source, open_space, packed_flags
 from evaluation.held_out import HeldOut, add_held_out_args, held_out_of
-from models import EqM_models
+from network_settings import EqM_models
 from objective import Objective, add_objective_args
 from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
 from runs.checkpoint import load_checkpoint

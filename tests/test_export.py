@@ -23,7 +23,8 @@ from conftest import run_script
 from data.latents import LatentSpace
 from drawing.pictures import write_png
 from export import export
-from models import EqM, EqM_models, NetworkSettings
+from models import EqM
+from network_settings import EqM_models, NetworkSettings
 from objective import Objective
 from runs.checkpoint import save_checkpoint
 from runs.config import Config

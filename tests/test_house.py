@@ -13,9 +13,10 @@ CODE = ROOT / "EqM"
 # The floors of the house, the lowest first. A module may import its own room, and rooms on lower floors.
 # What stands on no floor is a command: nothing imports it.
 FLOORS = (
-    {"runtime", "energy", "layers"},
+    {"runtime", "energy", "positions"},
+    {"layers"},
     {"drawing", "models", "objective", "precision"},
-    {"compiled", "data"},
+    {"network_settings", "compiled", "data"},
     {"sharding", "optimizer"},
     {"state"},
     {"runs", "step", "evaluation"},

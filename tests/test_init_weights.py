@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import run_script
-from models import EqM, EqM_models, NetworkSettings
+from models import EqM
+from network_settings import EqM_models, NetworkSettings
 from runs.checkpoint import save_checkpoint
 from runs.config import Config, check_resumable
 from runs.load_network import start_from

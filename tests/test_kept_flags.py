@@ -11,7 +11,7 @@ import torch
 
 from conftest import make_pack, run_script
 from data.latent_space import LatentSpace
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from objective import Objective
 from runs.checkpoint import save_checkpoint
 from runs.config import OLD_MEANINGS, Config, config_of

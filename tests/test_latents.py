@@ -20,7 +20,7 @@ from data.latent_space import LatentSpace, draw
 from data.latents import PUBLISHED, batch_moments, load_vae
 from data.source import Source
 from drawing.pictures import read_png
-from models import EqM_models
+from network_settings import EqM_models
 from precision import Precision
 from runs.load_network import load_network
 from runtime.errors import UserError

@@ -8,7 +8,9 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import EqM, EqM_models, load_weights
+from models import EqM
+from network_settings import EqM_models, load_weights
+from positions import time_positions
 from runs.checkpoint import load_file, network_weights
 from runtime.errors import UserError
 
@@ -123,12 +125,11 @@ def test_frame_rates_share_a_batch_and_each_sample_has_its_own():
 
 
 def test_positions_in_time_depend_on_seconds_not_on_frames():
-    slow, fast = video_network(input_size=(4, 8, 6)), video_network(input_size=(8, 8, 6))
-    at_10 = slow.time_positions(torch.tensor([0.1]))[0]  # tokens at 0.05 and 0.25 s
-    at_30 = fast.time_positions(torch.tensor([0.1 / 3]))[0]  # tokens at 1/60, 5/60, 9/60, 13/60 s
+    at_10 = time_positions(32, 2, 2, torch.tensor([0.1]))[0]  # tokens at 0.05 and 0.25 s
+    at_30 = time_positions(32, 4, 2, torch.tensor([0.1 / 3]))[0]  # tokens at 1/60, 5/60, 9/60, 13/60 s
     assert at_10.shape == (2, 32)
     assert not torch.allclose(at_10[1], at_30[1], atol=0.1)
-    patch_1 = video_network(temporal_patch=1).time_positions(torch.tensor([0.05]))[0]  # tokens at 0, .05, .1, .15 s
+    patch_1 = time_positions(32, 4, 1, torch.tensor([0.05]))[0]  # tokens at 0, .05, .1, .15 s
     torch.testing.assert_close(at_10[0], patch_1[1])
 
 

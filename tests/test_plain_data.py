@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import runtime
-from models import EqM, EqM_models, NetworkSettings
+from models import EqM
+from network_settings import EqM_models, NetworkSettings
 from precision import Precision
 from runs.checkpoint import load_checkpoint, save_checkpoint, seal
 from runs.config import Config, config_of

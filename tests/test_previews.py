@@ -14,7 +14,7 @@ from PIL import Image
 
 from conftest import ROOT, SMALL, run_command, run_ranks, run_script
 from drawing.pictures import contact_sheet, read_png
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from objective import Objective
 from precision import Precision
 from runs import record

@@ -13,7 +13,8 @@ from PIL import Image
 
 from conftest import run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
-from models import EqM, NetworkSettings
+from models import EqM
+from network_settings import NetworkSettings
 from objective import Objective
 from runs.checkpoint import save_checkpoint
 from runs.config import Config

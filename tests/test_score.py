@@ -15,7 +15,8 @@ import score
 from conftest import make_pack, run_python, run_ranks, run_script
 from data.latents import to_unit_range
 from data.video import probe_video, read_frames, write_video
-from models import NetworkSettings, sample_energy
+from models import sample_energy
+from network_settings import NetworkSettings
 from runs.checkpoint import save_checkpoint
 from runs.config import config_of
 from runtime import distributed

@@ -16,7 +16,7 @@ from data.latent_space import LatentSpace
 from data.latents import encode, to_unit_range
 from data.video import iterate_frames, probe_video, read_frames, write_video
 from drawing.pictures import CAPTION_HEIGHT, MARGIN, read_png
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from runs.checkpoint import save_checkpoint
 from runs.config import Config
 from runtime.errors import UserError

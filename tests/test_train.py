@@ -21,7 +21,7 @@ from data.form import Form
 from data.latents import to_unit_range
 from data.scan import scan_for_training
 from data.source import Source
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from objective import Objective
 from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from compiled import forget_compiled, freeze_garbage_collector
-from models import EqM, NetworkSettings
+from models import EqM
+from network_settings import NetworkSettings
 from precision import Precision
 from runtime import distributed
 from sampling.descent import gradient_descent

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from data.form import Form
 from data.latent_space import LatentSpace
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
 from optimizer import LR_SCHEDULES
 from runtime import cli

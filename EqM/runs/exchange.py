@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from runs.checkpoint import network_weights
 from runs.config import OLD_MEANINGS, Config, config_of
 from runtime.errors import UserError, first_line, is_out_of_memory

@@ -24,7 +24,8 @@ from torch import Tensor
 from data.latent_space import LatentSpace
 from data.latents import DEFAULT_VAE_SIZE, VAE, load_vae
 from energy import ENERGIES
-from models import EqM, EqM_models, NetworkSettings, check_weights, load_weights
+from models import EqM
+from network_settings import EqM_models, NetworkSettings, check_weights, load_weights
 from objective import Objective
 from precision import Precision, resolve_precision
 from runs.checkpoint import check_written_here, is_ours, load_file, network_weights

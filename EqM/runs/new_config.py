@@ -5,7 +5,7 @@ import argparse
 from data.form import Form
 from data.latent_space import LatentSpace
 from data.source import Source, class_count
-from models import NetworkSettings
+from network_settings import NetworkSettings
 from objective import objective_of
 from precision import Precision
 from runs.config import Config

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from models import NetworkSettings, check_weights
+from network_settings import NetworkSettings, check_weights
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import check_tensors, read_as, shape_of

@@ -1,0 +1,99 @@
+"""The networks by name, the settings that a network is built from, and its weights."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from energy import ENERGIES
+from models import EqM
+from runtime import cli
+from runtime.errors import UserError, first_line
+from runtime.plain_data import check_tensors, one_of, shape_of
+
+EqM_sizes = {
+    "Ti": {"depth": 6, "hidden_size": 128, "num_heads": 2},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+EqM_models = {
+    f"EqM-{size}/{patch}": partial(EqM, patch_size=patch, **shape)
+    for size, shape in EqM_sizes.items()
+    for patch in (2, 4, 8, 16)
+}
+Side = Annotated[int, cli.side]
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """The settings that a network is built from, as checkpoints keep them: `model` names the size, EqM has the rest.
+
+    A default is what a checkpoint without this key means. It must never change.
+    """
+
+    model: Annotated[str, one_of(EqM_models)]
+    input_size: Side | tuple[Side, Side, Side]
+    in_channels: Annotated[int, cli.positive_int]
+    num_classes: Annotated[int, cli.positive_int]
+    temporal_patch: Annotated[int, cli.positive_int] = 1
+    uncond: bool = True
+    energy: Annotated[str, one_of(ENERGIES)] = "none"
+    clip_gain: Annotated[float, cli.non_negative_float] = 0.0
+
+    @property
+    def is_video(self) -> bool:
+        return not isinstance(self.input_size, int)
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip; 1 for images."""
+        return self.input_size[0] if self.is_video else 1
+
+    @property
+    def side(self) -> int:
+        """Height and width of the input, in pixels or latents."""
+        return self.input_size[-1] if self.is_video else self.input_size
+
+    def build(self) -> EqM:
+        """The network, with new weights.
+
+        Raises:
+            UserError: sizes do not divide.
+        """
+        settings = asdict(self)
+        try:
+            return EqM_models[settings.pop("model")](**settings)
+        except ValueError as error:
+            raise UserError(f"{self.model}: {error}") from None
+
+    def check(self, source: str | Path = "") -> EqM:
+        """The network on the meta device, where it takes no memory.
+
+        Raises:
+            UserError: sizes do not divide, or are too large for any tensor. The text names the file `source`.
+        """
+        start = f"{source}: " if source else ""
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except UserError as error:
+            raise UserError(f"{start}{error}") from None
+        except (RuntimeError, OverflowError) as error:
+            sizes = f"num_classes {self.num_classes}, input_size {self.input_size}"
+            raise UserError(f"{start}{self.model} cannot have {sizes}: {first_line(error)}") from None
+
+
+def check_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Raises UserError as `check_tensors` if a state dict from `source` is not one of this network."""
+    check_tensors({name: shape_of(tensor) for name, tensor in network.state_dict().items()}, weights, source)
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Loads a state dict, which came from `source`. Raises UserError as `check_weights`."""
+    check_weights(network, weights, source)
+    network.load_state_dict(weights)
