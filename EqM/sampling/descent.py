@@ -8,6 +8,7 @@ networks or ranks. x stays in float32.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ TRACED = 8  # a trace shows so many of the first samples
 def gradient_descent(
     field: Field,
     x: Tensor,
-    stepsize: float,
+    stepsize: float | Sequence[float],
     steps: Iterable,
     mu: float = 0.0,
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
@@ -34,12 +35,13 @@ def gradient_descent(
 
     Args:
         x: the start, (N, …).
+        stepsize: η of all steps, or of each. The descent ends when it has no η left.
         steps: any iterable, also a progress bar.
         watch: gets each point where the field was evaluated, and the value there.
     """
-    previous = x
-    for _ in steps:
-        after, point, value = update(field, x, previous, stepsize, mu)
+    previous, stepsizes = x, stepsize if isinstance(stepsize, Sequence) else repeat(stepsize)
+    for _, eta in zip(steps, stepsizes, strict=False):
+        after, point, value = update(field, x, previous, eta, mu)
         previous, x = x, after
         watch(point, value)
     return x
