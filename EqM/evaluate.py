@@ -3,8 +3,8 @@
     python EqM/evaluate.py datasets/moving-shapes/test samples
 
 Each of the two may be a folder of clips or images (as EqM/sample_gd.py writes it), a pack of pixels, or an .npz of
-samples. Every file is cropped to a square and resized to --image-size. Compare a number with its floor, which is the
-same number for real samples against other real ones, and only at equal counts: docs/quality.md.
+samples. Every file is resized and cropped to --image-size, which may be 64x96 (height x width). Compare a number with
+its floor, which is the same number for real samples against other real ones, and only at equal counts: docs/quality.md.
 """
 
 if __name__ == "__main__":
@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from evaluation.features import FEATURES, WITH_WEIGHTS, open_features
@@ -28,6 +27,7 @@ from runtime import cli, distributed
 from runtime.errors import UserError, shown
 from runtime.files import check_writable, write_text
 from runtime.logs import log, start_log
+from runtime.size import SIZE_HELP, Size
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=cli.path, metavar="FILE", help="weights of inception (FID) or i3d (FVD)")
     parser.add_argument("--judge", action="store_true", help="also the share of samples that show the class asked for")
-    parser.add_argument("--image-size", type=cli.side, help="side in pixels; default that of the first generated one")
+    parser.add_argument("--image-size", type=cli.size, help=f"{SIZE_HELP}; default that of the first generated one")
     parser.add_argument("--clip-len", type=cli.side, help="frames; default those of the first generated clip")
     parser.add_argument(
         "--frame-interval",
@@ -70,7 +70,7 @@ def comparison_of(args: argparse.Namespace) -> Comparison:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """All flags and the constants of the metrics, as plain data."""
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    flags = {name: str(value) if isinstance(value, Path | Size) else value for name, value in vars(args).items()}
     return {"resamples": RESAMPLES, "percentiles": PERCENTILES, "splits": SPLITS} | flags
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     report = {
         "real": real_features.about,
         "generated": generated_features.about,
-        "compared": asdict(kind),
+        "compared": kind.as_dict(),
         "precision": precision.as_dict(),
         "settings": settings_of(args),
         "comparisons": [

@@ -38,6 +38,7 @@ from runtime import cli
 from runtime.errors import UserError, shown
 from runtime.files import open_regular, parse_json
 from runtime.plain_data import brief, brief_names
+from runtime.size import spelt
 
 SHEET = "-sheet.png"  # the end of the names of a run's previews, after the step
 
@@ -97,7 +98,7 @@ def about(config: Config, steps: int, samples: int, weights: dict[str, Tensor]) 
     network, form, objective, space = config.network, config.form, config.objective, config.space
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name != "pos_embed")
     yield "network", f"{network.model}, {parameters:,} parameters, energy: {network.energy}"
-    size = f"{form.image_size}×{form.image_size} pixels"
+    size = f"{spelt(form.image_size)} pixels"
     every = f", one frame in {form.frame_interval}, {config.frames_per_second:.3g} a second" if form.video else ""
     yield "samples", f"clips of {form.clip_len} frames of {size}{every}" if form.video else f"images of {size}"
     yield "seen as", f"latents of the VAE {brief(Path(space.name).name)}" if space else "pixels in [−1, 1]"

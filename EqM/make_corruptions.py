@@ -30,6 +30,7 @@ from data.untrusted import Unreadable
 from data.video import iterate_frames, probe_video, write_video
 from runtime import cli
 from runtime.errors import UserError, shown
+from runtime.size import SIZE_HELP
 
 
 def shuffled_order(num_frames: int, rng: np.random.Generator) -> np.ndarray:
@@ -53,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.ArgumentParser("Spoils clips: noise, shuffled frames, frozen frames.")
     parser.add_argument("source", type=cli.path, help="a folder of clips, or of class folders of clips")
     parser.add_argument("destination", type=cli.path, help="gets the folders noise/, shuffled/ and frozen/")
-    parser.add_argument("--image-size", type=cli.side, default=64, help="the network's height and width, pixels")
+    parser.add_argument("--image-size", type=cli.size, default=64, help=f"the network's; {SIZE_HELP}")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of all random choices")
     return parser.parse_args()
 

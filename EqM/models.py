@@ -22,7 +22,7 @@ class EqM(nn.Module):
     """The field f(x) of Equilibrium Matching. It points from noise to data.
 
     Args:
-        input_size: height and width of a square image, or (T, H, W) of a clip.
+        input_size: height and width of a square image, (H, W) of another one, or (T, H, W) of a clip.
         patch_size: height and width of a patch.
         in_channels: channels of x.
         hidden_size, depth, num_heads, mlp_ratio: width D, number of blocks, heads, width of the MLP over D.
@@ -43,7 +43,7 @@ class EqM(nn.Module):
 
     def __init__(
         self,
-        input_size: int | tuple[int, int, int] = 32,
+        input_size: int | tuple[int, int] | tuple[int, int, int] = 32,
         patch_size: int = 2,
         in_channels: int = 4,
         hidden_size: int = 1152,
@@ -57,8 +57,9 @@ class EqM(nn.Module):
         clip_gain: float = 0.0,
     ):
         super().__init__()
-        self.is_video = not isinstance(input_size, int)
-        frames, height, width = input_size if self.is_video else (1, input_size, input_size)
+        shape = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.is_video = len(shape) == 3
+        frames, height, width = shape if self.is_video else (1, *shape)
         check_sizes((frames, height, width), temporal_patch, patch_size, hidden_size, num_heads)
         if energy not in ENERGIES:
             raise ValueError(f"unknown energy {energy!r}: choose {', '.join(ENERGIES)}")

@@ -13,6 +13,7 @@ from models import EqM
 from runtime import cli
 from runtime.errors import UserError, first_line
 from runtime.plain_data import check_tensors, one_of, shape_of
+from runtime.size import ImageSize, size_of
 
 EqM_sizes = {
     "Ti": {"depth": 6, "hidden_size": 128, "num_heads": 2},
@@ -37,7 +38,7 @@ class NetworkSettings:
     """
 
     model: Annotated[str, one_of(EqM_models)]
-    input_size: Side | tuple[Side, Side, Side]
+    input_size: Side | tuple[Side, Side] | tuple[Side, Side, Side]
     in_channels: Annotated[int, cli.positive_int]
     num_classes: Annotated[int, cli.positive_int]
     temporal_patch: Annotated[int, cli.positive_int] = 1
@@ -47,7 +48,7 @@ class NetworkSettings:
 
     @property
     def is_video(self) -> bool:
-        return not isinstance(self.input_size, int)
+        return not isinstance(self.input_size, int) and len(self.input_size) == 3
 
     @property
     def frames(self) -> int:
@@ -55,9 +56,9 @@ class NetworkSettings:
         return self.input_size[0] if self.is_video else 1
 
     @property
-    def side(self) -> int:
+    def size(self) -> ImageSize:
         """Height and width of the input, in pixels or latents."""
-        return self.input_size[-1] if self.is_video else self.input_size
+        return self.input_size if isinstance(self.input_size, int) else size_of(*self.input_size[-2:])
 
     def build(self) -> EqM:
         """The network, with new weights.

@@ -29,6 +29,7 @@ from precision import add_precision_args, agree_on_precision, requested_of
 from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.logs import start_log
+from runtime.size import SIZE_HELP
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("data_path", type=cli.path, metavar="DATA_PATH", help="class folders, or videos with a CSV")
     parser.add_argument("--model", choices=EqM_models, default="EqM-XL/2", metavar="NAME", help="size and patch")
     parser.add_argument("--video", action="store_true", help="train on clips of videos, not on images")
-    parser.add_argument("--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
+    parser.add_argument("--image-size", type=cli.size, help=f"{SIZE_HELP}; default 64, with a VAE 256")
     parser.add_argument("--vae", type=cli.given, metavar="NAME", help="train on latents of this VAE; default: pixels")
     parser.add_argument("--clip-len", type=cli.side, default=16, help="frames of a clip")
     parser.add_argument(
@@ -62,9 +63,8 @@ def work_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, sha
     Raises:
         UserError: sizes do not divide.
     """
-    side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
-    size = (form.clip_len, side, side) if form.video else side
-    patch = (args.temporal_patch or (1 if form.clip_len % 2 else 2)) if form.video else 1
+    size, channels = form.input_size(space), space.channels if space else 3
+    patch = (args.temporal_patch or (1 if size[0] % 2 else 2)) if form.video else 1
     NetworkSettings(args.model, size, channels, 1, patch).check()
     return Work("plan", "train", args.model, size, share, channels, patch, args.grad_checkpoint)
 

@@ -29,6 +29,7 @@ from data.packs.packing import PackPlan, begin_pack, finish, lock_pack, missing_
 from data.packs.workers import pack_shards
 from runtime import cli, distributed, environment
 from runtime.errors import UserError, shown
+from runtime.size import SIZE_HELP
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,8 +40,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--video", action="store_true", help="pack videos, not images")
     parser.add_argument(
         "--image-size",
-        type=cli.side,
-        help=f"height and width, pixels; default {DEFAULT_SIZE}, with a VAE {DEFAULT_VAE_SIZE}",
+        type=cli.size,
+        help=f"{SIZE_HELP}; default {DEFAULT_SIZE}, with a VAE {DEFAULT_VAE_SIZE}",
     )
     parser.add_argument(
         "--vae", default="none", type=cli.given, metavar="{none,ema,mse,DIR}", help="pack latents of this VAE"

@@ -87,7 +87,7 @@ def assert_refused_once_by_ranks(result: subprocess.CompletedProcess, script: st
         ("--max-steps", ["0", "-1", ""]),
         ("--global-batch-size", ["0", "-8"]),
         ("--clip-len", ["0", "-4", "four", "1000000000000"]),
-        ("--image-size", ["0", "-64", "64x64", "1000000000000"]),
+        ("--image-size", ["0", "-64", "64x", "x64", "0x5", "64x96x3", "64 x 96", "64X96", "1000000000000", "64x20000"]),
         ("--frame-interval", ["0"]),
         ("--temporal-patch", ["0", "-2"]),
         ("--num-classes", ["0"]),

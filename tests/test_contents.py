@@ -11,6 +11,7 @@ from data.form import Form
 from data.npz import read_npz
 from data.video import probe_video, read_frames, write_video
 from runtime.errors import UserError
+from runtime.size import Size
 
 
 def clips(size: int, clip_len: int = 1, interval: int = 1) -> Form:
@@ -33,8 +34,8 @@ def test_the_first_file_says_what_a_folder_or_a_pack_holds(shapes, tmp_path):
     make_pack(shapes, tmp_path / "pack", image_size=16)
     packed = kind_of(tmp_path / "pack")
     assert (packed.video, packed.side, packed.frames) == (True, 16, 16)
-    assert kind_of(save(tmp_path / "a.npz", some_pixels(5, 3, 8, 6, 3))) == Kind(True, 6, 3, None)
-    assert kind_of(save(tmp_path / "b.npz", some_pixels(5, 8, 6, 3))) == Kind(False, 6, 1, None)
+    assert kind_of(save(tmp_path / "a.npz", some_pixels(5, 3, 8, 6, 3))) == Kind(True, Size(8, 6), 3, None)
+    assert kind_of(save(tmp_path / "b.npz", some_pixels(5, 8, 6, 3))) == Kind(False, Size(8, 6), 1, None)
 
 
 def test_a_window_starts_where_it_is_asked_to_in_files_and_packs_alike(shapes, tmp_path):

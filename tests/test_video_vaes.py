@@ -134,7 +134,7 @@ def test_what_the_network_sees_and_its_pixels_are_those_of_diffusers(vae_of, nam
         back = network.decode(right, *more).sample
     moments = vae.moments(pixels)
     assert moments.shape == (2, 2, *right.shape[1:])
-    assert moments.shape[2:] == (4, *map(vae.space.frames, frames), *[vae.space.side(16)] * 2)
+    assert moments.shape[2:] == (4, *map(vae.space.frames, frames), *[vae.space.size(16)] * 2)
     x = vae.space.normalised(moments[:, 0])
     torch.testing.assert_close(x, seen(right), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(vae.decode(x), back, rtol=0, atol=1e-5)

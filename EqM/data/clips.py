@@ -14,6 +14,7 @@ from data.images import decode_image
 from data.untrusted import File, Unreadable, reading
 from data.video import read_frames
 from runtime.random_numbers import keyed_uniforms
+from runtime.size import ImageSize, covering, sides
 
 MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 
@@ -21,7 +22,7 @@ MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 class Samples(Dataset):
     """Samples as dicts, by key (epoch, index). The same key gives the same sample in any process.
 
-    `x` is uint8, (3, T, size, size) for videos and (3, size, size) for images. `label` is an int.
+    `x` is uint8, (3, T, H, W) for videos and (3, H, W) for images. `label` is an int.
     `seconds_per_frame` is a float, 0 for images. `unreadable` lists (path, reason) of what could not be read.
     Another file of the set stands in for it.
     """
@@ -44,7 +45,7 @@ class Samples(Dataset):
         else:
             # Nothing trains on these zeros: `UnreadableLog` ends the run at MAX_TRIES paths.
             frames = (self.form.clip_len,) if self.form.video else ()
-            x, seconds_per_frame = torch.zeros(3, *frames, self.form.image_size, self.form.image_size).byte(), 0.0
+            x, seconds_per_frame = torch.zeros(3, *frames, *sides(self.form.image_size)).byte(), 0.0
         if self.form.flip and mirror < 0.5:
             x = x.flip(-1)
         seconds = np.float32(seconds_per_frame)
@@ -52,7 +53,7 @@ class Samples(Dataset):
 
 
 def read_sample(item: Item, form: Form, start: float) -> tuple[Tensor, float]:
-    """One file's sample, (3, [T,] size, size) uint8, and its seconds per frame, 0 for an image.
+    """One file's sample, (3, [T,] H, W) uint8, and its seconds per frame, 0 for an image.
 
     Args:
         start: where the clip starts, from 0, the video's first frame, up to, but not including, 1.
@@ -74,19 +75,19 @@ def frame_indices(form: Form, available: int, start: float) -> Sequence[int]:
 
 
 @reading()
-def read_image(path: File, size: int) -> Tensor:
-    """The centre square of an image whose short side is resized to `size`: (3, size, size) uint8.
+def read_image(path: File, size: ImageSize) -> Tensor:
+    """The centre of an image that is resized until it just covers `size`: (3, H, W) uint8.
 
     Raises:
         Unreadable: it cannot be read.
     """
-    return centre_square(decode_image(path), size)
+    return centre_of(decode_image(path), size)
 
 
-def centre_square(pixels: Image.Image, size: int) -> Tensor:
-    """The centre square of an image in mode RGB whose short side is resized to `size`: (3, size, size) uint8."""
-    short = min(pixels.size)
-    width, height = (size if side == short else int(size * side / short) for side in pixels.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = pixels.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+def centre_of(pixels: Image.Image, size: ImageSize) -> Tensor:
+    """The centre of an image in mode RGB that is resized until it just covers `size`: (3, H, W) uint8."""
+    (wanted_height, wanted_width), (height, width) = sides(size), covering(pixels.height, pixels.width, size)
+    left, top = round((width - wanted_width) / 2), round((height - wanted_height) / 2)
+    resized = pixels.resize((width, height), Image.Resampling.BILINEAR)
+    resized = resized.crop((left, top, left + wanted_width, top + wanted_height))
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

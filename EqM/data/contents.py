@@ -4,7 +4,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from data.walk import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, walk
 from runtime import distributed
 from runtime.errors import UserError
 from runtime.files import read_csv
+from runtime.size import ImageSize, covering, plain, sides, size_of, spelt
 
 Window = Callable[[int], float]  # a sample's index ↦ where its clip starts in the video, as for `read_sample`
 
@@ -82,7 +83,7 @@ def packed_content(
         takes = f"clips of {form.clip_len} frames, {form.frame_interval} apart"
         raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give a pack of those")
     if packed not in (wanted, (*wanted[:2], None)):  # the VAE encodes pixels
-        takes = f"{'videos' if form.video else 'images'} of {form.image_size}×{form.image_size} pixels"
+        takes = f"{'videos' if form.video else 'images'} of {spelt(form.image_size)} pixels"
         raise UserError(f"{pack.folder} is {pack.describe()}: {taker} takes {takes}, give a pack of those")
     samples = PackedSamples(pack, form, seed=0)
 
@@ -116,23 +117,28 @@ def npz_content(path: Path, form: Form) -> Content:
     return Content([f"{path.name}[{i}]" for i in range(len(samples))], [""] * len(samples), read)
 
 
-def resized(x: Tensor, side: int) -> Tensor:
-    """The centre square of a sample (…, H, W) whose short side is resized to `side`: (…, side, side)."""
-    if x.shape[-2:] == (side, side):
+def resized(x: Tensor, size: ImageSize) -> Tensor:
+    """The centre of a sample (…, h, w) that is resized until it just covers `size`: (…, H, W)."""
+    if x.shape[-2:] == sides(size):
         return x
     from torchvision.transforms.v2 import functional  # here, because it takes 1.5 s
 
-    return functional.center_crop(functional.resize(x, [side], antialias=True), [side])
+    larger = functional.resize(x, list(covering(*x.shape[-2:], size)), antialias=True)
+    return functional.center_crop(larger, list(sides(size)))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Clips or images, their short side in pixels, their frames, and their frames a second, None if unknown."""
+    """Clips or images, their size in pixels, their frames, and their frames a second, None if unknown."""
 
     video: bool
-    side: int
+    side: ImageSize
     frames: int
     frames_per_second: float | None
+
+    def as_dict(self) -> dict:
+        """As plain data, for reports."""
+        return asdict(self) | {"side": plain(self.side)}
 
 
 def kind_of(path: Path, video: bool | None = None) -> Kind:
@@ -143,7 +149,7 @@ def kind_of(path: Path, video: bool | None = None) -> Kind:
     """
     if path.suffix == ".npz" and not path.is_dir():
         shape = read_npz(path).shape
-        return Kind(len(shape) == 5, min(shape[-3:-1]), shape[1] if len(shape) == 5 else 1, None)
+        return Kind(len(shape) == 5, size_of(*shape[-3:-1]), shape[1] if len(shape) == 5 else 1, None)
     if path.is_dir() and is_pack(path):
         pack = read_pack(path)
         settings = pack.settings
@@ -180,7 +186,8 @@ def kind_of_folder(folder: Path, video: bool) -> Kind:
     problem = ""
     for file, _ in find_loose_files(folder, video):
         try:
-            side = min(video_size(file) if video else image_size(file))
+            width, height = video_size(file) if video else image_size(file)
+            side = size_of(height, width)
             if not video:
                 return Kind(False, side, 1, None)
             info = probe_video(file)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from data.latent_space import LatentSpace
+from runtime.size import ImageSize, sides
+
 
 @dataclass(frozen=True)
 class Form:
@@ -9,14 +12,14 @@ class Form:
 
     Attributes:
         video: samples are clips of videos, not images.
-        image_size: height and width, pixels.
+        image_size: height and width, pixels; one number if both are the same.
         clip_len: frames of a clip, as pixels; 1 for images. A VAE may make fewer frames of latents of them.
         frame_interval: a clip takes every frame_interval-th frame of its video.
         flip: mirror half of the samples.
     """
 
     video: bool
-    image_size: int
+    image_size: ImageSize
     clip_len: int = 1
     frame_interval: int = 1
     flip: bool = False
@@ -30,3 +33,17 @@ class Form:
     def window(self) -> int:
         """Frames of the video that a clip spans, from its first frame to its last."""
         return 1 + (self.clip_len - 1) * self.frame_interval
+
+    def input_size(self, space: LatentSpace | None) -> int | tuple[int, int] | tuple[int, int, int]:
+        """What a network sees of a sample: a square's side, (H, W) of another image, or (T, H, W), in its own numbers.
+
+        Args:
+            space: of the latents that it sees; None: it sees pixels.
+
+        Raises:
+            UserError: an image size or a clip length that the VAE does not take.
+        """
+        size = space.size(self.image_size) if space else self.image_size
+        if not self.video:
+            return size if isinstance(size, int) else sides(size)
+        return (space.frames(self.clip_len) if space else self.clip_len, *sides(size))

@@ -1,4 +1,4 @@
-"""What one decoded frame of a video becomes: a square of RGB pixels."""
+"""What one decoded frame of a video becomes: RGB pixels of one size."""
 
 import av
 import numpy as np
@@ -7,6 +7,7 @@ from PIL import Image
 
 from data.images import ON_WHITE, on_white
 from data.untrusted import MAX_ASPECT, Unreadable, is_long_and_thin
+from runtime.size import ImageSize, sides
 
 DEINTERLACED = "marked as interlaced: frames with combs are deinterlaced"
 # A block of so many pixels in square has a comb if its lines differ from the two beside them by so many levels more
@@ -14,32 +15,33 @@ DEINTERLACED = "marked as interlaced: frames with combs are deinterlaced"
 COMB_BLOCK, COMB_LEVELS, COMB_RATIO = 16, 8, 1.5
 
 
-class Squares:
-    """Makes squares of the frames of one stream, or of none: each the centre square, its short side resized to `size`.
+class Crops:
+    """Brings the frames of one stream, or of none, to one size: each is resized until it just covers it, then cropped.
 
-    Pixels that are not square are resized to square ones. A frame is turned as the file's display matrix says, then
-    cropped. Frames with combs are deinterlaced, and transparent parts are white.
+    Pixels that are not square are resized to square ones. A frame is turned as the file's display matrix says, and
+    its centre is kept. Frames with combs are deinterlaced, and transparent parts are white.
     """
 
-    def __init__(self, stream: av.video.stream.VideoStream | None, size: int):
-        self.aspect, self.size, self.reformatter = pixel_aspect(stream), size, VideoReformatter()
+    def __init__(self, stream: av.video.stream.VideoStream | None, size: ImageSize):
+        self.aspect, self.sides, self.reformatter = pixel_aspect(stream), sides(size), VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """(size, size, 3) uint8 RGB.
+        """(H, W, 3) uint8 RGB.
 
         Raises:
             Unreadable: as `check_aspect`.
         """
         check_aspect(frame, self.aspect)
         width, height = frame.width * self.aspect, frame.height
-        scale = self.size / min(height, width)
+        stored = self.sides[::-1] if turns(frame)[0] else self.sides  # the frame is resized before it is turned
+        scale = max(stored[0] / height, stored[1] / width)
         smooth = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
         plain = opaque(progressive(frame))
         target = round(width * scale), round(height * scale)
         pixels = self.reformatter.reformat(plain, *target, "rgb24", interpolation=smooth, threads=1).to_ndarray()
         pixels = turned(pixels, frame)
-        top, left = ((side - self.size) // 2 for side in pixels.shape[:2])
-        return pixels[top : top + self.size, left : left + self.size]
+        top, left = ((side - wanted) // 2 for side, wanted in zip(pixels.shape[:2], self.sides, strict=True))
+        return pixels[top : top + self.sides[0], left : left + self.sides[1]]
 
 
 def pixel_aspect(stream: av.video.stream.VideoStream | None) -> float:
@@ -65,7 +67,7 @@ def check_aspect(frame: av.VideoFrame, aspect: float) -> None:
 
 
 def remarks_about(frame: av.VideoFrame) -> tuple[str, ...]:
-    """What `Squares` changes about frames like this one, and people may want to know."""
+    """What `Crops` changes about frames like this one, and people may want to know."""
     remarks = {DEINTERLACED: frame.interlaced_frame, ON_WHITE: may_be_transparent(frame)}
     return tuple(remark for remark, holds in remarks.items() if holds)
 

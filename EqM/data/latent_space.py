@@ -9,6 +9,7 @@ from torch import Tensor
 
 from runtime import cli
 from runtime.errors import UserError
+from runtime.size import ImageSize, sides, size_of
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,16 @@ class LatentSpace:
         optional = {field.name: field.default for field in fields(self)[5:]}
         return {name: value for name, value in asdict(self).items() if name not in optional or value != optional[name]}
 
-    def side(self, image_size: int) -> int:
+    def size(self, image_size: ImageSize) -> ImageSize:
         """Latents in each direction of an image.
 
         Raises:
-            UserError: `downsampling` does not divide the image's side.
+            UserError: `downsampling` does not divide the image's height or width.
         """
-        if image_size % self.downsampling:
+        height, width = sides(image_size)
+        if height % self.downsampling or width % self.downsampling:
             raise UserError(f"--image-size {image_size} is not a multiple of the VAE's {self.downsampling} pixels")
-        return image_size // self.downsampling
+        return size_of(height // self.downsampling, width // self.downsampling)
 
     def frames(self, clip_len: int) -> int:
         """Frames of the latents of a clip.

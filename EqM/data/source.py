@@ -22,6 +22,7 @@ from runtime import cli, distributed
 from runtime.errors import UserError, shown
 from runtime.logs import log
 from runtime.random_numbers import seed_draws
+from runtime.size import SIZE_HELP
 
 POSTERIOR = 1  # in a seed: keeps the posterior's draws apart from the step's
 
@@ -110,7 +111,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", type=cli.path, required=True, help="class folders, videos with a CSV, or a pack")
     cli.add_kept(data, "--video", False, action="store_true", help="train on clips of videos, not on images")
-    cli.add_kept(data, "--image-size", type=cli.side, help="height and width, pixels; default 64, with a VAE 256")
+    cli.add_kept(data, "--image-size", type=cli.size, help=f"{SIZE_HELP}; default 64, with a VAE 256")
     vae = "train on latents of this VAE: ema, mse, a folder, or none for pixels; default none, or the pack's"
     cli.add_kept(data, "--vae", type=cli.given, metavar="NAME", help=vae)
     cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")

@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from data.frames import Squares, check_aspect, pixel_aspect, remarks_about, shown_size
+from data.frames import Crops, check_aspect, pixel_aspect, remarks_about, shown_size
 from data.untrusted import (
     MAX_FRAMES,
     File,
@@ -19,6 +19,7 @@ from data.untrusted import (
     reading,
 )
 from runtime.files import write_whole
+from runtime.size import ImageSize
 
 # FFmpeg gives reordered frames of these codecs wrong times if the container, such as AVI, keeps no times.
 TIMES_FROM_CONTAINER = {"h264", "hevc", "vvc"}
@@ -118,8 +119,8 @@ def evenly_spaced(times: list[int]) -> range | tuple[int, ...]:
     return progression if all(a == b for a, b in zip(times, progression, strict=True)) else tuple(times)
 
 
-def read_frames(path: File, info: VideoInfo, indices: Sequence[int], size: int) -> np.ndarray:
-    """Frames by ascending index, resized and centre-cropped: (T, size, size, 3) uint8.
+def read_frames(path: File, info: VideoInfo, indices: Sequence[int], size: ImageSize) -> np.ndarray:
+    """Frames by ascending index, resized and centre-cropped: (T, H, W, 3) uint8.
 
     Seeks to the first frame and decodes to the last. If seeking fails, decodes from the start. If the file ends
     early, repeats the last frame found.
@@ -141,32 +142,32 @@ def read_frames(path: File, info: VideoInfo, indices: Sequence[int], size: int) 
 
 @reading()
 def seek_and_decode(
-    path: File, times: Sequence[int], seek_margin: int, size: int, patience: Patience
+    path: File, times: Sequence[int], seek_margin: int, size: ImageSize, patience: Patience
 ) -> list[np.ndarray]:
     """The first frame at or after each time; an empty list if the seek ended behind the first time."""
     frames: list[np.ndarray] = []
     with open_video(path) as (container, stream):
         container.seek(times[0] - seek_margin, stream=stream)
-        square = Squares(stream, size)
+        crop = Crops(stream, size)
         for i, frame in enumerate(frames_of(container, stream, patience)):
             if frame.pts is None or (i == 0 and frame.pts > times[0]):
                 return []
             while len(frames) < len(times) and frame.pts >= times[len(frames)]:
-                frames.append(square(frame))
+                frames.append(crop(frame))
             if len(frames) == len(times):
                 break
     return frames
 
 
-def decode_from_start(path: File, indices: Sequence[int], size: int, patience: Patience) -> list[np.ndarray]:
+def decode_from_start(path: File, indices: Sequence[int], size: ImageSize, patience: Patience) -> list[np.ndarray]:
     """The frames with these indices, found by counting decoded frames; fewer if the file ends or breaks early."""
     frames: list[np.ndarray] = []
     try:
         with reading(), open_video(path) as (container, stream):
-            square = Squares(stream, size)
+            crop = Crops(stream, size)
             for i, frame in enumerate(frames_of(container, stream, patience)):
                 while len(frames) < len(indices) and i >= indices[len(frames)]:
-                    frames.append(square(frame))
+                    frames.append(crop(frame))
                 if len(frames) == len(indices):
                     break
     except Unreadable:
@@ -175,8 +176,8 @@ def decode_from_start(path: File, indices: Sequence[int], size: int, patience: P
     return frames
 
 
-def iterate_frames(path: File, info: VideoInfo, size: int) -> Iterator[np.ndarray]:
-    """Yields all frames in display order, each (size, size, 3) uint8, the same as `read_frames` of one index gives.
+def iterate_frames(path: File, info: VideoInfo, size: ImageSize) -> Iterator[np.ndarray]:
+    """Yields all frames in display order, each (H, W, 3) uint8, the same as `read_frames` of one index gives.
 
     Decodes from the start and holds one frame at a time. Passes over packets that do not decode, and ends at a limit.
 
@@ -187,12 +188,12 @@ def iterate_frames(path: File, info: VideoInfo, size: int) -> Iterator[np.ndarra
     patience = Patience()
     try:
         with reading(), open_video(path) as (container, stream):
-            square = Squares(stream, size)
+            crop = Crops(stream, size)
             for i, frame in enumerate(decodable(container, stream, patience)):
                 # As in `read_frames`: by time, or by count if the times are wrong.
                 timed = timed and frame.pts is not None and (i > 0 or frame.pts <= info.times[0])
                 while shown < len(info.times) and (frame.pts >= info.times[shown] if timed else i >= shown):
-                    yield square(frame)
+                    yield crop(frame)
                     patience.restart()
                     shown += 1
     except Unreadable:
@@ -211,9 +212,9 @@ def decode_video(path: File, info: VideoInfo) -> None:
     frames, counted, patience = 0, len(info.times), Patience()
     try:
         with reading(), open_video(path) as (container, stream):
-            square = Squares(stream, DECODED_SIDE)
+            crop = Crops(stream, DECODED_SIDE)
             for frame in frames_of(container, stream, patience):
-                square(frame)
+                crop(frame)
                 patience.restart()
                 frames += 1
     except Unreadable as error:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from runtime.errors import shown
 from runtime.files import write_whole
 
-FRAME_SIDE = 64  # pixels that a frame is magnified to, at least
+FRAME_SIDE = 64  # pixels that a frame's long side is magnified to, at least
 SHEET_FRAMES = 8  # frames of a clip that the sheet shows, evenly spread
 MAX_WIDTH = 1200  # pixels
 MARGIN, CAPTION_HEIGHT = 8, 16  # pixels
@@ -60,6 +60,6 @@ def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.nd
 def filmstrip(clip: np.ndarray) -> np.ndarray:
     """(T, h, w, 3) → some of its frames side by side, whole pixels magnified so that small ones can be seen."""
     places = np.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().astype(int)
-    zoom = max(1, -(-FRAME_SIDE // clip.shape[1]))
+    zoom = max(1, -(-FRAME_SIDE // max(clip.shape[1:3])))
     frames = clip[places].repeat(zoom, axis=1).repeat(zoom, axis=2)
     return np.concatenate(list(np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)), axis=1)

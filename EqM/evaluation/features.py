@@ -21,7 +21,7 @@ from precision import Precision
 from runtime.errors import UserError, first_line
 
 PIXEL_FEATURES = 64  # few, so that some hundred samples are enough for a covariance
-PIXEL_SIDE = 64  # larger frames are averaged down to this side before the projection
+PIXEL_SIDE = 64  # larger frames are averaged down until their long side has so many pixels, before the projection
 PIXEL_SEED = 0
 FRAMES_AT_ONCE = 16  # for networks that see single frames: more take more memory, and on a CPU more time
 I3D_LEAST_FRAMES = 9  # its last pooling spans two steps of time, and each step takes eight frames
@@ -100,8 +100,9 @@ def pixel_features(x: Tensor) -> Tensor:
     """
     x = x.float() / 127.5 - 1
     n, _, frames, height, width = x.shape
-    if max(height, width) > PIXEL_SIDE:
-        x = F.interpolate(x, (frames, PIXEL_SIDE, PIXEL_SIDE), mode="area")
+    if (long := max(height, width)) > PIXEL_SIDE:
+        smaller = [max(1, round(side * PIXEL_SIDE / long)) for side in (height, width)]
+        x = F.interpolate(x, (frames, *smaller), mode="area")
     generator = torch.Generator().manual_seed(PIXEL_SEED)
     parts = [x] if frames == 1 else [x, x.diff(dim=2)]
     projected = []

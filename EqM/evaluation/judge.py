@@ -19,7 +19,7 @@ from tqdm import tqdm
 from precision import Precision
 from runtime.errors import UserError
 
-SIDE, FRAMES = 32, 8  # the most pixels and frames that it sees
+SIDE, FRAMES = 32, 8  # the most pixels of the short side, and the most frames, that it sees
 HELD_OUT = 0.25  # share of each class
 LEAST_CLIPS = 4  # of each class
 STEPS, BATCH, RATE = 600, 32, 2e-3
@@ -28,12 +28,18 @@ PARTS = ("shape", "direction")  # the meaning of the words in a name of two word
 
 
 def small(x: Tensor) -> Tensor:
-    """Reduces clips (N, 3, T, H, W) uint8 to at most FRAMES frames of SIDE pixels: (N, 3, t, h, w) uint8."""
+    """Reduces clips (N, 3, T, H, W) uint8 to at most FRAMES frames, whose short side has at most SIDE pixels.
+
+    Returns:
+        (N, 3, t, h, w) uint8. Height and width keep their proportions.
+    """
     shown = np.linspace(0, x.shape[2] - 1, min(x.shape[2], FRAMES)).round().astype(int)
     x = x[:, :, torch.from_numpy(shown)]
-    if x.shape[-1] <= SIDE:
+    short = min(x.shape[-2:])
+    if short <= SIDE:
         return x
-    return F.interpolate(x.float(), (x.shape[2], SIDE, SIDE), mode="area").round().byte()
+    smaller = [round(side * SIDE / short) for side in x.shape[-2:]]
+    return F.interpolate(x.float(), (x.shape[2], *smaller), mode="area").round().byte()
 
 
 def words(names: Sequence[str]) -> dict[str, list[str]]:
@@ -52,18 +58,19 @@ class Network(nn.Module):
     """Convolutions over all frames and their differences, stacked as channels, and one linear layer per part.
 
     Args:
+        size: height and width of its input.
         outputs: the number of words of each part.
     """
 
-    def __init__(self, frames: int, side: int, outputs: Sequence[int]):
+    def __init__(self, frames: int, size: tuple[int, int], outputs: Sequence[int]):
         super().__init__()
         channels = [3 * (2 * frames - 1), 32, 64, 96]
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
-            stride = 2 if i or side > SIDE // 2 else 1
+            stride = 2 if i or min(size) > SIDE // 2 else 1
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         with torch.no_grad():
-            elements = nn.Sequential(*layers).eval()(torch.zeros(1, channels[0], side, side)).numel()
+            elements = nn.Sequential(*layers).eval()(torch.zeros(1, channels[0], *size)).numel()
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(elements, 128), nn.ReLU())
         self.heads = nn.ModuleList(nn.Linear(128, count) for count in outputs)
 
@@ -153,7 +160,7 @@ def train_judge(x: Tensor, classes: Sequence[str], seed: int, device: torch.devi
         held = held_out(labels, seed)  # (N,)
         parts = words(names)
         vocabularies = {part: sorted(set(of_class)) for part, of_class in parts.items()}
-        network = Network(x.shape[2], x.shape[-1], [len(found) for found in vocabularies.values()]).to(device)
+        network = Network(x.shape[2], x.shape[-2:], [len(found) for found in vocabularies.values()]).to(device)
         targets = torch.tensor(
             [[vocabularies[part].index(of_class[label]) for part, of_class in parts.items()] for label in labels]
         )  # (N, parts)

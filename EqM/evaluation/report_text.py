@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from runtime.size import read_size, spelt
+
 COLUMNS = (33, 36, 36, 0)  # characters
 
 
@@ -9,7 +11,7 @@ def lines(report: dict) -> Iterator[str]:
     """Yields the lines of a whole report of EqM/evaluate.py."""
     compared = report["compared"]
     frames = f"{compared['frames']} frames of " if compared["video"] else ""
-    yield f"compared as {frames}{compared['side']}×{compared['side']} pixels"
+    yield f"compared as {frames}{spelt(read_size(compared['side']))} pixels"
     for name, key in (("REAL", "real"), ("GENERATED", "generated")):
         side = report[key]
         every = f", one frame in {side['frame_interval']}" if side["frame_interval"] > 1 and compared["video"] else ""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from evaluation.judge import small
 from runtime.errors import UserError
 from runtime.logs import log
 from runtime.random_numbers import keyed_uniforms
+from runtime.size import ImageSize, sides, spelt
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Comparison:
 
     real: Path
     generated: Path
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     clip_len: int | None = None
     frame_interval: int | None = None
     seed: int = 0
@@ -91,7 +92,7 @@ def open_sides(comparison: Comparison) -> tuple[Side, Side, Kind]:
             content = npz_content(path, form)
         else:
             content = open_path(path, form, None, f"--image-size {size}", window)
-        about = {"path": str(path), "first_file": asdict(kind), "frame_interval": every}
+        about = {"path": str(path), "first_file": kind.as_dict(), "frame_interval": every}
         if path.is_dir() and not is_pack(path):
             about["sizes"] = file_sizes(path, video)
             warn_of_resizing(path, about["sizes"], size, name == "generated")
@@ -124,19 +125,20 @@ def file_sizes(path: Path, video: bool) -> dict[str, int]:
     return {f"{w}x{h}": count for (w, h), count in sorted(folder_sizes(path, video).items())}
 
 
-def warn_of_resizing(path: Path, sizes: dict[str, int], size: int, generated: bool) -> None:
+def warn_of_resizing(path: Path, found: dict[str, int], size: ImageSize, generated: bool) -> None:
     """Warns if files of these sizes are enlarged, or if generated files have several sizes."""
-    ordered = sorted(sizes, key=short_side)
+    ordered = sorted(found, key=lambda of_files: shrinking(of_files, size))
     if generated and len(ordered) > 1:
-        found = f"{len(ordered)} sizes, from {ordered[0]} to {ordered[-1]}"
-        log.warning("%s holds %s: all become %d×%d", path, found, size, size)
-    if ordered and short_side(ordered[0]) < size:
-        log.warning("%s holds files of %s pixels, which are enlarged to %d×%d", path, ordered[0], size, size)
+        several = f"{len(ordered)} sizes, from {ordered[0]} to {ordered[-1]}"
+        log.warning("%s holds %s: all become %s", path, several, spelt(size))
+    if ordered and shrinking(ordered[0], size) < 1:
+        log.warning("%s holds files of %s pixels, which are enlarged to %s", path, ordered[0], spelt(size))
 
 
-def short_side(size: str) -> int:
-    """48, of "64x48"."""
-    return min(map(int, size.split("x")))
+def shrinking(of_files: str, size: ImageSize) -> float:
+    """How many times as large as a size files are, in the direction in which they are less so. "64x48" is 64 wide."""
+    (height, width), (wide, high) = sides(size), map(int, of_files.split("x"))
+    return min(high / height, wide / width)
 
 
 def read_batches(

@@ -25,6 +25,7 @@ from precision import Precision
 from runs.record import process_memory_gb
 from runtime.errors import UserError, shown
 from runtime.logs import device_name
+from runtime.size import sides
 
 FILES = 64  # that are opened
 DECODE_S = 8.0  # of computing, for clips and for whole files each
@@ -153,9 +154,9 @@ def look_at(source: Path, form: Form, space: LatentSpace | None) -> DataCosts:
     mixed = [items[i] for i in np.random.default_rng(1).permutation(len(items))]
     sample_s = seconds_each(one_sample, mixed)
     frame_s = seconds_each(all_frames, mixed) if form.video else sample_s
-    frame_bytes = {"pixels": 3 * form.image_size**2}
+    frame_bytes = {"pixels": 3 * math.prod(sides(form.image_size))}
     if space:  # of a frame and of its mirrored copy: means and deviations, of 2 bytes each
-        frame_bytes["latents"] = 2 * 2 * 2 * space.channels * space.side(form.image_size) ** 2
+        frame_bytes["latents"] = 2 * 2 * 2 * space.channels * math.prod(sides(space.size(form.image_size)))
     packs = {name: size * files * frames for name, size in frame_bytes.items()}
     unreadable = len(opened) - len(items)
     return DataCosts(files, len(listing.classes), len(opened), unreadable, frames, sample_s, frame_s, packs)

@@ -36,7 +36,7 @@ class Work:
     name: str
     kind: str  # "train" or "sample"
     model: str
-    input_size: int | tuple[int, int, int]
+    input_size: int | tuple[int, int] | tuple[int, int, int]
     batch: int
     in_channels: int = 4
     temporal_patch: int = 1

@@ -12,6 +12,7 @@ from optimizer import LR_SCHEDULES
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import brief_names, one_of, read_as
+from runtime.size import Size, sides, size_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Config:
             "vae": self.space.as_dict() if self.space else None,
             "global_batch_size": self.global_batch_size,
             "processes": self.processes,
-            "args": {name: str(value) if isinstance(value, Path) else value for name, value in self.flags.items()},
+            "args": {
+                name: str(value) if isinstance(value, Path | Size) else value for name, value in self.flags.items()
+            },
             "class_counts": list(self.class_counts) if self.class_counts else None,
         }
 
@@ -85,7 +88,8 @@ class Config:
         pixels = self.space.downsampling if self.space else 1
         interval = self.flags.get("frame_interval", OLD_MEANINGS["frame_interval"]) if self.network.is_video else 1
         clip_len = self.space.clip_len(self.network.frames) if self.space else self.network.frames
-        return Form(self.network.is_video, self.network.side * pixels, clip_len, interval)
+        height, width = sides(self.network.size)
+        return Form(self.network.is_video, size_of(height * pixels, width * pixels), clip_len, interval)
 
     @property
     def seconds_per_frame(self) -> float:
@@ -155,8 +159,6 @@ def check_together(config: Config) -> None:
     """Raises ValueError if values of a config contradict one another."""
     network, names = config.network, {each.name for each in fields(KeptFlags)}
     read_as(KeptFlags, {name: value for name, value in config.flags.items() if name in names}, "args")
-    if network.is_video and network.input_size[1] != network.input_size[2]:
-        raise ValueError(f"network.input_size is {network.input_size}, which is not square")
     if network.is_video != (config.frames_per_second is not None):
         raise ValueError(
             f"frames_per_second is {config.frames_per_second}, which does not fit input_size {network.input_size}"

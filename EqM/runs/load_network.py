@@ -80,7 +80,7 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
     known.add_argument("--video", action="store_true", default=None)
     known.add_argument("--clip-len", type=cli.side)
-    known.add_argument("--image-size", type=cli.side)
+    known.add_argument("--image-size", type=cli.size)
     known.add_argument("--num-classes", type=cli.count)
     known.add_argument("--ebm", choices=ENERGIES)
 
@@ -213,7 +213,10 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
         raise UserError(f"--init-weights {path} was trained with --predict {outputs}: give the same")
     same_classes = before and before.class_names == config.class_names
     anew = [] if same_classes else [TABLE]
-    anew += [name for name in ("pos_embed",) if name in weights and shape_of(weights[name]) != fresh[name].shape]
+    # Pictures of another size may have as many patches. Published ones are square.
+    same_size = before.network.size == config.network.size if before else isinstance(config.network.size, int)
+    same_places = same_size and shape_of(weights.get("pos_embed", fresh["pos_embed"])) == fresh["pos_embed"].shape
+    anew += [] if same_places or "pos_embed" not in weights else ["pos_embed"]
     try:
         load_weights(network, weights | {name: fresh[name] for name in anew}, f"--init-weights {path}")
     except UserError as error:
@@ -242,16 +245,17 @@ def published_config(request: CheckpointRequest, weights: dict[str, Tensor], spa
     """The config of a published image checkpoint, from the flags, the weights and the space of the VAE.
 
     Raises:
-        UserError: the weights have no table of labels.
+        UserError: the weights have no table of labels, or the image is to be one that is not square.
     """
     shape = shape_of(weights[TABLE]) if TABLE in weights else ()  # (classes and the null class, D)
     if len(shape) != 2 or not 1 < shape[0] <= cli.MAX_COUNT:
         raise UserError(f"{request.path} holds no published network: {TABLE} is missing, or no table of labels")
     known, num_classes, (uncond, objective) = request.known, shape[0] - 1, PUBLISHED[request.published or "eqm"]
-    side = space.side(known.get("image_size", DEFAULT_VAE_SIZE))
-    energy = known.get("ebm", "none")
+    size, energy = space.size(known.get("image_size", DEFAULT_VAE_SIZE)), known.get("ebm", "none")
+    if not isinstance(size, int):
+        raise UserError(f"--image-size {known['image_size']}: published networks take square images: give one number")
     return Config(
-        NetworkSettings(known["model"], side, space.channels, num_classes, uncond=uncond, energy=energy),
+        NetworkSettings(known["model"], size, space.channels, num_classes, uncond=uncond, energy=energy),
         classes=tuple(map(str, range(num_classes))),
         frames_per_second=None,
         precision={"name": "another program"},

@@ -18,10 +18,8 @@ def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, 
     Raises:
         UserError: sizes do not divide.
     """
-    side, channels = (space.side(form.image_size), space.channels) if space else (form.image_size, 3)
-    frames = space.frames(form.clip_len) if space else form.clip_len
-    size = (frames, side, side) if form.video else side
-    temporal_patch = (args.temporal_patch or (1 if frames % 2 else 2)) if form.video else 1
+    size, channels = form.input_size(space), space.channels if space else 3
+    temporal_patch = (args.temporal_patch or (1 if size[0] % 2 else 2)) if form.video else 1
     gain = args.c_lambda if args.predict == "clip" else 0.0
     settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm, gain)
     settings.check()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from runtime import environment
 from runtime.errors import UserError, first_line, is_lost_process, is_out_of_memory, shown
+from runtime.size import MAX_SIDE, WANTED, ImageSize, parse_size
 from runtime.streams import lost_output, make_output_lossy
 
 # Seconds that a rank other than 0 waits before it prints an error. If every rank meets the same error, rank 0 prints
@@ -22,7 +23,6 @@ OTHER_RANKS_WAIT_S = 10
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # which writing alone meets
 READER_GONE = 141  # the exit status of tools that print into a pipe that nobody reads any more
 # What is larger is a typing error, and would end in a hang or without memory.
-MAX_SIDE = 16_384  # pixels or frames
 MAX_PROCESSES = 1024
 MAX_COUNT = 10_000_000  # of samples, classes or updates that take memory each
 MAX_INT = 2**31 - 1  # of steps or epochs; products of two such numbers fit into 64 bits
@@ -132,11 +132,23 @@ def checked(convert: Callable[[str], float], accepts: Callable[[float], bool], w
         except ValueError:  # Python refuses to convert thousands of digits too
             value = math.nan
         if not accepts(value):
-            seen = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
-            raise argparse.ArgumentTypeError(f"{seen!r} is not {wants}")
+            raise argparse.ArgumentTypeError(f"{seen(text)!r} is not {wants}")
         return value
 
     return parse
+
+
+def seen(text: str) -> str:
+    """A text that is refused, for a message."""
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}…"
+
+
+def size(text: str) -> ImageSize:
+    """An argparse type for the size of a picture: a side, or height and width as 64x96."""
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{seen(text)!r} is not {WANTED}") from None
 
 
 def whole(least: int, most: int) -> Callable:

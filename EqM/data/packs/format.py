@@ -11,10 +11,10 @@ import numpy as np
 
 from data.latent_space import LatentSpace
 from runtime import cli
-from runtime.cli import MAX_SIDE
 from runtime.errors import UserError
 from runtime.files import parse_json, without_checksum
 from runtime.plain_data import read_as
+from runtime.size import MAX_SIDE, ImageSize, plain, read_size, sides
 
 FORMAT, VERSION = "EqM pack", 2
 # An interruption costs one shard a process, and damage costs a whole shard.
@@ -40,10 +40,10 @@ class Settings:
     Attributes:
         source: where the files were when the pack was begun.
         video: made from videos, not images.
-        image_size: height and width of a frame, pixels.
+        image_size: height and width of a frame, pixels. Files have 64, or "64x96".
         values: "pixels" or "latents".
-        vae: for latents what `LatentSpace.as_dict` gives, but with `side`, the latents' height and width, in place of
-            `downsampling`; and the attributes of Windows, if there are such. Empty for pixels.
+        vae: for latents what `LatentSpace.as_dict` gives, but with `side`, the latents' height and width as files have
+            sizes, in place of `downsampling`; and the attributes of Windows, if there are such. Empty for pixels.
         classes: names of the classes.
         files: how many files.
         names_crc32: checksum over the names and classes of all files.
@@ -54,7 +54,7 @@ class Settings:
     version: int
     source: str
     video: bool
-    image_size: int
+    image_size: ImageSize
     values: str
     vae: dict
     classes: list[str]
@@ -71,12 +71,17 @@ class Settings:
         if self.values == "pixels":
             return self.pixel_shape
         frames = [self.space.frames(self.windows.clip_len)] if self.windows else []
-        return 2, 2, self.vae["channels"], *frames, self.vae["side"], self.vae["side"]
+        return 2, 2, self.vae["channels"], *frames, *sides(self.latent_size)
 
     @property
     def pixel_shape(self) -> tuple[int, ...]:
         """The pixels that a frame is made of: (H, W, 3), or (T, H, W, 3) for a window."""
-        return *([self.windows.clip_len] if self.windows else []), self.image_size, self.image_size, 3
+        return *([self.windows.clip_len] if self.windows else []), *sides(self.image_size), 3
+
+    @property
+    def latent_size(self) -> ImageSize:
+        """Height and width of the latents. Raises ValueError if `vae` is wrong."""
+        return read_size(self.vae.get("side"))
 
     @cached_property
     def space(self) -> LatentSpace | None:
@@ -84,7 +89,8 @@ class Settings:
         if not self.vae:
             return None
         about = {name: value for name, value in self.vae.items() if name not in {"side", *WINDOW_KEYS}}
-        return read_as(LatentSpace, about | {"downsampling": self.image_size // self.vae["side"]}, "vae")
+        downsampling = sides(self.image_size)[0] // sides(self.latent_size)[0]
+        return read_as(LatentSpace, about | {"downsampling": downsampling}, "vae")
 
     @cached_property
     def windows(self) -> Windows | None:
@@ -118,21 +124,26 @@ class Settings:
 
     def contents(self) -> dict:
         """All that settings.json keeps."""
-        return {name: value for name, value in asdict(self).items() if name != "options" or value}
+        return {name: value for name, value in self.as_dict().items() if name != "options" or value}
 
     def identity(self) -> dict:
         """All that decides the shards. The source may be moved, and `names_crc32` sees what the options decide."""
-        return {name: value for name, value in asdict(self).items() if name not in ("source", "options")}
+        return {name: value for name, value in self.as_dict().items() if name not in ("source", "options")}
+
+    def as_dict(self) -> dict:
+        """All values, as plain data."""
+        return asdict(self) | {"image_size": plain(self.image_size)}
 
     def check(self) -> None:
         """Raises ValueError for a value of another type, or out of its range."""
-        numbers = {"image_size": MAX_SIDE, "files": MAX_FILES}
-        sound = all(is_whole(getattr(self, name), 1, most) for name, most in numbers.items())
+        sound = is_whole(self.files, 1, MAX_FILES)
         sound = sound and is_whole(self.names_crc32, 0, 2**32 - 1) and isinstance(self.source, str)
         sound = sound and isinstance(self.video, bool) and isinstance(self.vae, dict) and is_texts(self.classes)
         sound = sound and 0 < len(self.classes) == len(set(self.classes)) and is_texts(self.options)
         if self.values == "latents":
-            sound = sound and is_whole(self.vae.get("side"), 1, self.image_size)
+            pairs = list(zip(sides(self.image_size), sides(self.latent_size), strict=True))
+            sound = sound and all(latents <= pixels for pixels, latents in pairs)
+            sound = sound and len({pixels // latents for pixels, latents in pairs}) == 1
             sound = sound and is_texts([self.space.name, self.space.fingerprint]) and self.space.channels <= MAX_SIDE
             sound = sound and bool(self.windows) == (self.video and self.space.time_factor > 1)
             sound = sound and (not self.windows or self.space.frames(self.windows.clip_len) > 0)
@@ -200,7 +211,8 @@ def read_settings(folder: Path) -> Settings | None:
             f"{folder} is a pack of version {version}, and this is version {VERSION}: make it again, in a new folder"
         )
     try:
-        settings = Settings(**without_checksum(contents))
+        contents = without_checksum(contents)
+        settings = Settings(**contents | {"image_size": read_size(contents.get("image_size"))})
         settings.check()
         return settings
     except (ValueError, TypeError):

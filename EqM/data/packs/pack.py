@@ -27,6 +27,7 @@ from data.packs.latent_sums import LatentSums
 from data.video import VideoInfo
 from runtime.errors import UserError
 from runtime.files import file_checksum, read_json
+from runtime.size import spelt
 
 OF_PART = {"classes", "files", "names_crc32"}  # settings in which parts of a pack differ
 
@@ -92,7 +93,7 @@ class Pack:
     def describe(self) -> str:
         """One line for people: the kind of values, the size, and the source."""
         settings = self.settings
-        kind = f"{settings.image_size}×{settings.image_size} pixels"
+        kind = f"{spelt(settings.image_size)} pixels"
         if settings.values == "latents":
             shape = "×".join(map(str, settings.frame_shape[2:]))
             kind = f"{shape} latents of {kind} by the VAE {settings.vae['name']}"

@@ -29,6 +29,7 @@ from data.packs.pack import OF_PART, Pack, find_damage, read_index
 from data.scan import check_readable
 from runtime.errors import UserError, shown
 from runtime.files import contents_checksum, leftovers, lock, read_json, write_json
+from runtime.size import ImageSize, plain
 
 PACK_FILES = ("settings.json", "index.json", "shard-*.bin", "shard-*.json")
 
@@ -216,14 +217,14 @@ def begin_pack(plan: PackPlan) -> None:
     check_same(plan.folder, (found or plan.settings).identity(), plan.settings.identity())
 
 
-def vae_settings(space: LatentSpace, image_size: int, windows: Windows | None) -> dict:
+def vae_settings(space: LatentSpace, image_size: ImageSize, windows: Windows | None) -> dict:
     """What a pack keeps of its VAE, as JSON gives it back.
 
     Raises:
         UserError: an image size or a clip length that the VAE does not take.
     """
     kept = {name: list(v) if isinstance(v, tuple) else v for name, v in space.as_dict().items()}
-    kept["side"] = space.side(image_size)
+    kept["side"] = plain(space.size(image_size))
     del kept["downsampling"]
     if windows:
         space.frames(windows.clip_len)

@@ -11,8 +11,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from data.clips import centre_square, read_image
-from data.frames import Squares
+from data.clips import centre_of, read_image
+from data.frames import Crops
 from data.inputs.entries import Frames
 from data.packs.format import Settings, Windows, shard_path
 from data.packs.latent_sums import LatentSums
@@ -36,13 +36,13 @@ def read_source(file: File | Frames, settings: Settings) -> tuple[float, Iterato
     """
     video, size, windows = settings.video, settings.image_size, settings.windows
     if isinstance(file, Frames) and video:
-        square = Squares(None, size)
-        frames = (square(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))) for frame in file.pixels)
+        crop = Crops(None, size)
+        frames = (crop(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))) for frame in file.pixels)
         count = len(file.pixels)
         return file.frames_per_second, windows_of(frames, count, windows) if windows else frames
     if not video:
         in_memory = isinstance(file, Frames)
-        image = centre_square(Image.fromarray(file.pixels), size) if in_memory else read_image(file, size)
+        image = centre_of(Image.fromarray(file.pixels), size) if in_memory else read_image(file, size)
         return 0.0, iter([image.permute(1, 2, 0).numpy()])
     info = probe_video(file)
     frames = iterate_frames(file, info, size)
