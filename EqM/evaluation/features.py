@@ -1,6 +1,7 @@
 """Features of clips or images by name: (N, 3, T, H, W) uint8 to (N, D) float32, one row per clip.
 
-A network that sees single frames gives a clip the mean over its frames. So the rows are independent; the frames of
+The networks were trained on squares: they resize each frame to 224×224 or 299×299, whatever its height and width. A
+network that sees single frames gives a clip the mean over its frames. So the rows are independent; the frames of
 one clip are not. Only Inception features of images make an FID, and only I3D features an FVD; all others say that
 they are neither. The networks keep float32 weights and run under autocast. Their packages are optional
 (requirements-evaluate.txt), and are imported when their features are opened.
@@ -62,18 +63,19 @@ def open_features(name: str, weights: Path | None, kind: Kind, device: torch.dev
         title = f"{PIXEL_FEATURES} random projections of the pixels"
         return Features(name, title, lambda x: pixel_features(x.to(device)), precision.in_fp32())
     over_frames = ", mean over frames" if kind.video else ""
+    squeezed = "" if isinstance(kind.side, int) else ", each squeezed to a square"
     if name == "efficientnet-lite0":
         network = efficientnet_lite0().to(device)
         extract = under_autocast(lambda x: per_frame(network, x, efficientnet_input), device, precision)
-        return Features(name, f"EfficientNet-Lite0 features{over_frames}", extract, precision)
+        return Features(name, f"EfficientNet-Lite0 features{over_frames}{squeezed}", extract, precision)
     if name == "inception":
         network = inception(weights).to(device)
         extract = under_autocast(lambda x: per_frame(lambda part: network(part)[0], x), device, precision)
         called = ("not FID or FVD", "not KID or KVD") if kind.video else ("FID", "KID")
-        return Features(name, f"Inception features{over_frames}", extract, precision, *called)
+        return Features(name, f"Inception features{over_frames}{squeezed}", extract, precision, *called)
     network = i3d(weights, kind).to(device)
     extract = under_autocast(lambda x: i3d_features(network, x), device, precision)
-    return Features(name, f"I3D features of {kind.frames} frames", extract, precision, "FVD", "KVD")
+    return Features(name, f"I3D features of {kind.frames} frames{squeezed}", extract, precision, "FVD", "KVD")
 
 
 FEATURES = ("pixels", "efficientnet-lite0", "inception", "i3d")
