@@ -78,9 +78,12 @@ def try_out(network: EqM, batch: int, training: bool) -> None:
     width = weight.shape[1]
     with torch.set_grad_enabled(training):
         tokens = weight.new_zeros(batch, network.num_tokens, width, requires_grad=training)  # (N, L, D)
-        for part, parts in ((network.blocks[0], 6), (network.final_layer, 2)):
+        # The same shape as in training and sampling: for another one the block would be compiled again.
+        seconds = torch.zeros(batch if training else 1, device=network.device)
+        rotation = network.rotation(network.grid, seconds) if network.positions == "rotary" else None
+        for part, parts, more in ((network.blocks[0], 6, (rotation,)), (network.final_layer, 2, ())):
             modulation = weight.new_zeros(batch, parts * width, requires_grad=training)  # (N, parts·D)
-            out = part(tokens, modulation)
+            out = part(tokens, modulation, *more)
             if training:
                 used = [tokens, modulation, *(w for name, w in part.named_parameters() if "adaLN" not in name)]
                 torch.autograd.grad(out, used, torch.ones_like(out))
@@ -93,7 +96,7 @@ def try_out_energy(network: EqM, batch: int, training: bool, seconds_per_frame: 
     compiler see both.
     """
     network.field_and_tokens = torch.compile(network.field_and_tokens, fullgraph=True, dynamic=False)
-    device = network.pos_embed.device
+    device = network.device
     x, gamma = torch.zeros(batch, *network.input_shape, device=device), torch.zeros(batch, device=device)
     # The same kinds of arguments as in training and sampling: others would be compiled again.
     seconds = torch.full_like(gamma, seconds_per_frame) if training else seconds_per_frame

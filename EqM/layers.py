@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from positions import rotated
+
 EPSILON = 1e-6  # of LayerNorm
 
 
@@ -72,9 +74,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, L, d)
         q, k, v = heads.unbind(0)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, d)
         else:
@@ -108,10 +112,13 @@ class Block(nn.Module):
         self.norm2, self.mlp = LayerNorm(), MLP(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Tokens (N, L, D) under a modulation (N, 6D), which `adaLN_modulation` makes of the condition."""
+    def forward(self, x: Tensor, modulation: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Tokens (N, L, D) under a modulation (N, 6D), which `adaLN_modulation` makes of the condition.
+
+        With rotary positions the `rotation` of all tokens comes from `positions.rotations`.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation[:, None].chunk(6, dim=-1)  # (N, 1, D)
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a)  # (N, L, D)
+        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, rotation)  # (N, L, D)
         return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)  # (N, L, D)
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from energy import ENERGIES, energy, energy_gradient
 from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes
-from positions import sincos_positions, time_positions
+from positions import POSITIONS, head_pairs, rotations, sincos_positions, time_positions
 
 
 class EqM(nn.Module):
@@ -32,13 +32,15 @@ class EqM(nn.Module):
         energy: one of energy.ENERGIES. The field is the gradient of this energy; with "none" it is the output itself.
         clip_gain: if not 0, the output is a clip x̂, without noise, and the field is clip_gain·(x̂ − x). The noise in x
             then goes round the network, so that a token may hold as many numbers as the network is wide, or more.
+        positions: one of POSITIONS. With "rotary" the network takes inputs of any size that the patches divide, and
+            `input_size` is only the one that it is meant for.
 
     Attributes:
         grad_checkpoint: if True, a block keeps only its input, and the backward pass computes the rest again.
 
     Raises:
-        ValueError: patches do not divide the input, heads do not divide the width, the energy is unknown, or a clip
-            is to have an energy.
+        ValueError: patches do not divide the input, heads do not divide the width, the energy or the positions are
+            unknown, heads are too narrow for rotary positions, or a clip is to have an energy.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class EqM(nn.Module):
         uncond: bool = True,
         energy: str = "none",
         clip_gain: float = 0.0,
+        positions: str = "fixed",
     ):
         super().__init__()
         shape = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -65,6 +68,11 @@ class EqM(nn.Module):
             raise ValueError(f"unknown energy {energy!r}: choose {', '.join(ENERGIES)}")
         if clip_gain and energy != "none":
             raise ValueError("a network with an energy cannot put out the clip")
+        if positions not in POSITIONS:
+            raise ValueError(f"unknown positions {positions!r}: choose {', '.join(POSITIONS)}")
+        self.positions, self.head_width = positions, hidden_size // num_heads
+        if positions == "rotary":
+            head_pairs(self.head_width)
         self.in_channels, self.num_classes, self.uncond, self.energy = in_channels, num_classes, uncond, energy
         self.clip_gain = clip_gain
         # Published image checkpoints predict a second half of channels, which nothing reads.
@@ -77,8 +85,10 @@ class EqM(nn.Module):
         self.x_embedder = PatchEmbedder(temporal_patch * in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        positions = sincos_positions(hidden_size, *self.grid[1:])[None]  # (1, hw, D)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.pos_embed = None
+        if positions == "fixed":
+            fixed = sincos_positions(hidden_size, *self.grid[1:])[None]  # (1, hw, D)
+            self.pos_embed = nn.Parameter(fixed, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, temporal_patch * patch_size**2 * self.out_channels)
         self.initialize_weights()
@@ -95,6 +105,11 @@ class EqM(nn.Module):
     def num_tokens(self) -> int:
         """The number of tokens of one sample."""
         return math.prod(self.grid)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.final_layer.linear.weight.device
 
     def initialize_weights(self) -> None:
         """Xavier for linear layers and patches, normal with 0.02 for embeddings, zeros for adaLN and the output."""
@@ -168,33 +183,46 @@ class EqM(nn.Module):
         self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
     ) -> tuple[Tensor, Tensor]:
         """The output of the network, in the shape of x, and the tokens of the last block, (N, T'h'w', D)."""
-        tokens = self.embed(x)  # (N, T'h'w', D)
-        if self.is_video:
-            # The device writes the number itself: a CUDA graph cannot record a copy from the host.
-            given = isinstance(seconds_per_frame, Tensor)
-            seconds = seconds_per_frame if given else torch.full((), seconds_per_frame, device=x.device)
-            times = time_positions(self.pos_embed.shape[-1], self.grid[0], self.patch[0], seconds.expand(len(x)))
-            tokens = tokens + times.repeat_interleave(self.pos_embed.shape[1], dim=1).to(tokens.dtype)
+        grid, tokens = self.grid_of(x), self.embed(x)  # (N, T'h'w', D)
+        # The device writes the number itself: a CUDA graph cannot record a copy from the host.
+        given = isinstance(seconds_per_frame, Tensor)
+        seconds = seconds_per_frame if given else torch.full((1,), seconds_per_frame, device=x.device)  # (N,) or (1,)
+        rotation = None
+        if self.positions == "rotary":
+            rotation = self.rotation(grid, seconds)  # (2, N or 1, 1, T'h'w', d/2)
+        elif self.is_video:
+            times = time_positions(tokens.shape[-1], grid[0], self.patch[0], seconds.expand(len(x)))  # (N, T', D)
+            tokens = tokens + times.repeat_interleave(grid[1] * grid[2], dim=1).to(tokens.dtype)
         for block, modulation in zip(self.blocks, blocks, strict=True):
             if self.grad_checkpoint:
                 # A block draws no random numbers, and a CUDA graph cannot read the state of the generator.
-                tokens = checkpoint(block, tokens, modulation, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpoint(block, tokens, modulation, rotation, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, modulation)  # (N, T'h'w', D)
-        out = self.unpatchify(self.final_layer(tokens, final)).view(x.shape)
+                tokens = block(tokens, modulation, rotation)  # (N, T'h'w', D)
+        out = self.unpatchify(self.final_layer(tokens, final), grid).view(x.shape)
         # In float32: near the data x̂ − x is small, and 16 bits would round it away.
         return self.clip_gain * (out.float() - x) if self.clip_gain else out, tokens
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Cuts x into patches, embeds them, and adds their places in the picture: → (N, T'h'w', D)."""
-        (frames, rows, columns), (pt, p) = self.grid, self.patch
-        x = x.view(-1, self.in_channels, frames, pt, rows, p, columns, p)
-        patches = x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4).flatten(2, 3)  # (N, T', h'w', ptCpp)
-        return (self.x_embedder(patches) + self.pos_embed[:, None]).flatten(1, 2)  # (N, T'h'w', D)
+    def grid_of(self, x: Tensor) -> tuple[int, int, int]:
+        """How many tokens x has in time, rows and columns."""
+        pt, p = self.patch
+        return (x.shape[2] if self.is_video else 1) // pt, x.shape[-2] // p, x.shape[-1] // p
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """(N, T'h'w', pt·p·p·C_out) → (N, C, T, H, W). Channels after the first C are dropped."""
-        (frames, rows, columns), (pt, p) = self.grid, self.patch
+    def rotation(self, grid: tuple[int, int, int], seconds_per_frame: Tensor) -> Tensor:
+        """The rotary positions on a grid, for seconds_per_frame (N,) or (1,): (2, N or 1, 1, T'h'w', d/2)."""
+        return rotations(self.head_width, grid, self.patch[0], seconds_per_frame)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Cuts x into patches, embeds them, and adds their fixed places in the picture: → (N, T'h'w', D)."""
+        (frames, rows, columns), (pt, p) = self.grid_of(x), self.patch
+        x = x.view(len(x), self.in_channels, frames, pt, rows, p, columns, p)
+        patches = x.permute(0, 2, 4, 6, 3, 1, 5, 7).flatten(4).flatten(2, 3)  # (N, T', h'w', ptCpp)
+        tokens = self.x_embedder(patches)  # (N, T', h'w', D)
+        return (tokens if self.pos_embed is None else tokens + self.pos_embed[:, None]).flatten(1, 2)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(N, T'h'w', pt·p·p·C_out) on a grid → (N, C, T, H, W). Channels after the first C are dropped."""
+        (frames, rows, columns), (pt, p) = grid, self.patch
         x = patches.view(-1, frames, rows, columns, pt, p, p, self.out_channels)
         x = x[..., : self.in_channels].permute(0, 7, 1, 4, 2, 5, 3, 6)  # (N, C, T', pt, h', p, w', p)
         return x.reshape(x.shape[0], self.in_channels, frames * pt, rows * p, columns * p)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from energy import ENERGIES
 from models import EqM
+from positions import POSITIONS
 from runtime import cli
 from runtime.errors import UserError, first_line
 from runtime.plain_data import check_tensors, one_of, shape_of
@@ -45,6 +46,7 @@ class NetworkSettings:
     uncond: bool = True
     energy: Annotated[str, one_of(ENERGIES)] = "none"
     clip_gain: Annotated[float, cli.non_negative_float] = 0.0
+    positions: Annotated[str, one_of(POSITIONS)] = "fixed"
 
     @property
     def is_video(self) -> bool:

@@ -90,7 +90,7 @@ def score(
     Raises:
         UserError: a score is not finite.
     """
-    device, rows, unreadable = network.pos_embed.device, {}, []
+    device, rows, unreadable = network.device, {}, []
 
     def read(place: int) -> tuple[Tensor, float] | str:
         try:

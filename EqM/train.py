@@ -29,6 +29,7 @@ from data.source import Source, add_data_args, find_pack, form_of, open_source, 
 from evaluation.held_out import HeldOut, add_held_out_args, held_out_of
 from network_settings import EqM_models
 from objective import Objective, add_objective_args
+from positions import POSITIONS
 from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
@@ -59,6 +60,8 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     cli.add_kept(model, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
     frames = "frames of a token; default 2 if that divides the clip, else 1"
     cli.add_kept(model, "--temporal-patch", type=cli.side, help=frames)
+    rotary = "rotary: in every attention, so that one network takes clips and images of any length and size"
+    cli.add_kept(model, "--positions", "fixed", choices=POSITIONS, help=rotary)
     add_objective_args(parser)
     training = parser.add_argument_group("training")
     add_recipe_args(training)

@@ -99,7 +99,7 @@ def test_a_patch_of_a_clip_goes_back_to_where_it_came_from():
     network = video_network()
     (frames, rows, columns), (pt, p), channels = network.grid, network.patch, 3
     patches = torch.arange(2 * frames * rows * columns * pt * p * p * channels).view(2, frames * rows * columns, -1)
-    clip = network.unpatchify(patches)
+    clip = network.unpatchify(patches, network.grid)
     for t, h, w, c in [(0, 0, 0, 0), (1, 0, 1, 2), (3, 7, 5, 1), (2, 5, 0, 0)]:
         token = (t // pt * rows + h // p) * columns + w // p
         number = ((t % pt * p + h % p) * p + w % p) * channels + c

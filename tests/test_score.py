@@ -186,7 +186,7 @@ def test_files_that_cannot_be_read_are_counted_with_a_reason(lively_checkpoint, 
 
 def test_the_ranks_share_the_files(monkeypatch):
     class Unit(torch.nn.Module):
-        is_video, pos_embed, energy = False, torch.zeros(1), "none"
+        is_video, device, energy = False, torch.device("cpu"), "none"
 
         def forward(self, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             return torch.ones_like(x)

@@ -124,6 +124,7 @@ class Config:
             "image_size": self.form.image_size,
             "num_classes": network.num_classes,
             "temporal_patch": network.temporal_patch if network.is_video else None,
+            "positions": network.positions,
             "uncond": network.uncond,
             "predict": "clip" if network.clip_gain else "field",
             "ebm": network.energy,

@@ -37,7 +37,7 @@ from runtime.errors import UserError
 from runtime.plain_data import shape_of
 
 KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
-TABLE = "y_embedder.embedding_table.weight"
+TABLE, PLACES = "y_embedder.embedding_table.weight", "pos_embed"
 # What published image checkpoints were trained for. All have the same names of weights. Whether the network sees γ, and
 # its objective. SiT learns the velocity of the Linear path from noise at 0 to data at 1 (arXiv 2401.08740): c(γ) = 1.
 PUBLISHED = {"eqm": (True, Objective()), "sit": (False, Objective(schedule="constant", scale=1.0))}
@@ -195,7 +195,7 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     """Gives a new network the averaged weights of a checkpoint, ours or a published one.
 
     The table of labels begins anew, unless the checkpoint names the same classes. Positions stay those of the new
-    network, whose pictures may have another size.
+    network, whose pictures may have another size, or whose positions another kind.
 
     Returns:
         What was loaded and what was not, for the log.
@@ -215,17 +215,20 @@ def start_from(network: EqM, config: Config, path: Path) -> list[str]:
     anew = [] if same_classes else [TABLE]
     # Pictures of another size may have as many patches. Published ones are square.
     same_size = before.network.size == config.network.size if before else isinstance(config.network.size, int)
-    same_places = same_size and shape_of(weights.get("pos_embed", fresh["pos_embed"])) == fresh["pos_embed"].shape
-    anew += [] if same_places or "pos_embed" not in weights else ["pos_embed"]
+    before_and_now = [shape_of(each[PLACES]) if PLACES in each else None for each in (weights, fresh)]
+    same_places = before_and_now[0] == before_and_now[1] and (same_size or PLACES not in fresh)
+    anew += [] if same_places else [PLACES]
+    loaded = {name: tensor for name, tensor in weights.items() if name not in anew}
     try:
-        load_weights(network, weights | {name: fresh[name] for name in anew}, f"--init-weights {path}")
+        load_weights(network, loaded | {name: fresh[name] for name in anew if name in fresh}, f"--init-weights {path}")
     except UserError as error:
         raise UserError(f"{error} (size, patches, temporal patch and output must be the same)") from None
     notes = [f"--init-weights: started from the averaged weights of {path}"]
     if not same_classes:
         notes.append("--init-weights: the table of labels was not loaded, and begins anew: other or unknown classes")
-    if "pos_embed" in anew:
-        notes.append("--init-weights: the positions were not loaded: pictures or clips have another size")
+    if PLACES in anew:
+        why = "pictures or clips have another size" if all(before_and_now) else "they are rotary in one of the networks"
+        notes.append(f"--init-weights: the positions were not loaded: {why}")
     theirs, ours = before.kept_flags() if before else {}, config.kept_flags()
     differ = [name for name in TELLING if name in theirs and theirs[name] != ours[name] and name != "init_weights"]
     return notes + [f"--{name.replace('_', '-')} was {theirs[name]} there and is {ours[name]} here" for name in differ]

@@ -21,7 +21,8 @@ def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, 
     size, channels = form.input_size(space), space.channels if space else 3
     temporal_patch = (args.temporal_patch or (1 if size[0] % 2 else 2)) if form.video else 1
     gain = args.c_lambda if args.predict == "clip" else 0.0
-    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, args.uncond, args.ebm, gain)
+    seen = args.uncond, args.ebm, gain, args.positions
+    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, *seen)
     settings.check()
     return settings
 

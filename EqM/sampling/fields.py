@@ -29,7 +29,7 @@ def conditioned_field(
     if fast:
         compile_network(network, batch, training=False, seconds_per_frame=seconds_per_frame)
     if recorded:
-        field = replayed(field, fast, network.pos_embed.device)
+        field = replayed(field, fast, network.device)
 
     modulations = Modulations(network)
 
@@ -51,7 +51,7 @@ class Modulations:
         self.network = network
         self.gamma = 0.0
         self.known: set[int] = set()  # labels
-        self.rows = torch.full((network.num_classes + 1,), UNKNOWN, device=network.pos_embed.device)  # by label
+        self.rows = torch.full((network.num_classes + 1,), UNKNOWN, device=network.device)  # by label
         self.firsts = torch.arange(len(network.blocks), device=self.rows.device)  # (depth,)
         self.blocks: Tensor | None = None  # (depth, rows, 6D)
         self.final: Tensor | None = None  # (rows, 2D)

@@ -40,7 +40,7 @@ class Sampler:
     ):
         self.method, self.network, self.plan = method, network, plan
         self.seconds_per_frame, self.batch, self.fast = seconds_per_frame, batch, fast
-        self.device = network.pos_embed.device
+        self.device = network.device
         channels = network.in_channels
         guided = channels if method.guided_channels is None else method.guided_channels
         scales = [method.cfg_scale if i < guided else 1.0 for i in range(channels)]
