@@ -10,10 +10,11 @@ from measuring import agreement, throughput
 from measuring.adaptive_times import adaptive_times
 from measuring.agreement import LOSS_COLUMNS, loss_cells
 from measuring.loader_rates import loader_rates
+from measuring.position_times import position_times
 from measuring.results import Results
 from measuring.saving_times import saving_times
 from measuring.throughput import PRODUCT_SIDE, set_precision
-from measuring.workloads import FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, SMALL, TINY, Work, start_over
+from measuring.workloads import BASE, CLIPS, FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, SMALL, TINY, Work, start_over
 from runtime.errors import UserError
 from runtime.logs import device_name
 
@@ -92,6 +93,19 @@ def measure_adaptive(results: Results, device: torch.device, quick: bool) -> Non
         results.save()
 
 
+def measure_positions(results: Results, device: torch.device, quick: bool) -> None:
+    small, precision, fast = small_work(device, quick)
+    choice = set_precision(precision, device)
+    results.print(f"\ntraining steps with fixed and with rotary positions, {choice}:\n")
+    results.print_heading(("work", "batch", "fixed, ms", "rotary, ms", "rotary over fixed"))
+    for work in [small] if small is TINY else [CLIPS[-1], BASE]:
+        times = position_times(work, choice, fast, device)
+        results.content["positions"][work.name] = times
+        cells = [f"{times['fixed']:.2f}", f"{times['rotary']:.2f}", f"{times['ratio']:.3f}"]
+        results.print_row([work.name, str(work.batch), *cells])
+        results.save()
+
+
 def measure_agreement(results: Results, device: torch.device, quick: bool) -> None:
     work, _, _ = small_work(device, quick)
     windows, samples, network = {}, {}, None
@@ -126,8 +140,8 @@ def measure_one_device(
         UserError: speed is asked for, but this device is measured in none of these precisions.
     """
     where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
-    empty = {"rows": [], "ratios": {}, "largest_batch": {}, "loader": {}, "saving": {}, "adaptive": {}, "agreement": {}}
-    results.content |= where | empty
+    parts_of_one = ("ratios", "largest_batch", "loader", "saving", "adaptive", "positions", "agreement")
+    results.content |= where | {"rows": []} | {name: {} for name in parts_of_one}
     results.print(", ".join(where.values()))
     works = [work for part in parts for work in (QUICK if quick else FULL).get(part, [])]
     if works and device.type == "cpu" and "fp32" not in precisions:
@@ -142,5 +156,7 @@ def measure_one_device(
         measure_saving(results, device, quick)
     if "adaptive" in parts:
         measure_adaptive(results, device, quick)
+    if "positions" in parts:
+        measure_positions(results, device, quick)
     if "agreement" in parts:
         measure_agreement(results, device, quick)

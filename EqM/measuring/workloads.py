@@ -42,13 +42,13 @@ class Work:
     temporal_patch: int = 1
     grad_checkpoint: bool = False
     energy: str = "none"
+    positions: str = "fixed"
     ways: tuple[tuple[str, str], ...] = FAST
 
     def build(self, device: torch.device | str) -> EqM:
         torch.manual_seed(0)
-        settings = NetworkSettings(
-            self.model, self.input_size, self.in_channels, NUM_CLASSES, self.temporal_patch, energy=self.energy
-        )
+        sizes = self.input_size, self.in_channels, NUM_CLASSES, self.temporal_patch
+        settings = NetworkSettings(self.model, *sizes, energy=self.energy, positions=self.positions)
         with torch.device(device):
             return settings.build()
 
