@@ -30,13 +30,10 @@ MEMORY_BUDGET = 0.8
 WARMUP_CALLS = 3
 
 
-def add_compile_arg(parser: argparse._ActionsContainer) -> None:
-    """Adds --compile and --no-compile."""
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the network, and replay CUDA graphs; default: on a GPU",
-    )
+def add_compile_arg(parser: argparse._ActionsContainer, default: str = "on a GPU") -> None:
+    """Adds --compile and --no-compile, whose help says what the default is."""
+    text = f"compile the network, and replay CUDA graphs; default: {default}"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
 
 
 def fast_of(args: argparse.Namespace, device_type: str) -> bool:

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from compiled import add_compile_arg, fast_of, freeze_garbage_collector
+from compiled import add_compile_arg, freeze_garbage_collector
 from data.latents import VAE
 from drawing.plots import INSTALL, can_plot, check_plots
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
@@ -30,7 +31,8 @@ from sampling.adaptive import evaluations_summary
 from sampling.method import Method, add_method_args, check_method, method_of
 from sampling.outputs import Output, SampleLog, Writer, decode, to_frames, write_npz, write_sheet, write_table
 from sampling.plan import Plan, add_plan_args, check_plan_args, make_plan, plan_request_of
-from sampling.sampler import Sampler
+from sampling.sampler import Sampler, network_rows
+from sampling.speed import choose_speed
 from sampling.traces import write_evaluations, write_trace
 
 
@@ -48,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=cli.count, default=32, help="samples at once, on all ranks")
     parser.add_argument("--global-seed", type=cli.seed, default=0, help="seed of the noise")
     add_precision_args(parser)
-    add_compile_arg(parser)
+    add_compile_arg(parser, "on a GPU CUDA graphs, and a compiled network if the samples are enough for it to pay")
     add_method_args(parser)
     add_plan_args(parser)
     add_checkpoint_args(parser)
@@ -101,6 +103,8 @@ def main() -> None:
     device = distributed.start()
     distributed.check_same_flags(vars(args))
     start_log()
+    first_line = time.perf_counter()
+    log.info("sampling from %s", args.ckpt)
     if args.adaptive and not can_plot():
         log.warning("matplotlib is missing, so the plot of evaluations is left out: %s", INSTALL)
     precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
@@ -127,18 +131,20 @@ def main() -> None:
     # Sample
     start = time.perf_counter()
     size = max(map(len, batches), default=1)
-    fast = fast_of(args, device.type)
-    sampler = Sampler(method, network, plan, config.seconds_at(frames_per_second), size, fast)
-    if fast:
+    evaluations = method.steps * math.ceil(args.num_fid_samples / args.global_batch_size)
+    speed = choose_speed(args.compile, device.type, network, network_rows(method, plan, size), evaluations)
+    sampler = Sampler(method, network, plan, config.seconds_at(frames_per_second), size, speed)
+    if speed.fast:
         freeze_garbage_collector()
     own = write_samples(sampler, batches, args.trace, vae, output)
     samples = SampleLog.of_all(distributed.gather(own))
-    seconds = time.perf_counter() - start
+    end = time.perf_counter()
 
     # Report
     if distributed.is_main():
         write_table(output, plan, method, samples, precision.name, args.ckpt)
-        log.info("%d samples in %.1f s: %s", args.num_fid_samples, seconds, output.folder)
+        log.info("%d samples in %.1f s: %s", args.num_fid_samples, end - start, output.folder)
+        log.info("from the first line of this log to the last sample's file: %.2f s", end - first_line)
         write_about(output, plan, method, samples, args.trace)
     distributed.stop()
 

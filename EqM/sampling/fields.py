@@ -15,18 +15,24 @@ UNKNOWN = 2**62  # no table has this row, so looking it up fails
 
 
 def conditioned_field(
-    network: EqM, batch: int, seconds_per_frame: float, fast: bool, recorded: bool = True
+    network: EqM,
+    batch: int,
+    seconds_per_frame: float,
+    fast: bool,
+    recorded: bool = True,
+    compiled: bool = True,
 ) -> Callable[..., Field]:
     """The network as a function that gives a field from labels (N,), and from γ if the network sees it.
 
     Args:
         batch: the one batch size that the field is for.
-        fast: the network is compiled.
+        fast: the field is for speed, as the two next say. False: it is eager.
         recorded: with `fast`, a GPU replays each evaluation as a CUDA graph. Set it to False if the caller records
             the evaluation itself: a recording cannot contain another.
+        compiled: with `fast`, the network is compiled.
     """
     field = partial(network.field, seconds_per_frame=seconds_per_frame)
-    if fast:
+    if fast and compiled:
         compile_network(network, batch, training=False, seconds_per_frame=seconds_per_frame)
     if recorded:
         field = replayed(field, fast, network.device)

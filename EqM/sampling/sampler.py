@@ -25,6 +25,12 @@ from sampling.descent import (
 from sampling.fields import Composition, conditioned_field
 from sampling.method import Method
 from sampling.plan import Plan
+from sampling.speed import EAGER, Speed
+
+
+def network_rows(method: Method, plan: Plan, batch: int) -> int:
+    """The samples that the network sees at once for a batch: guidance, and sums, add some."""
+    return batch * (len(plan.weights) + (method.cfg_scale != 1))
 
 
 class Sampler:
@@ -32,14 +38,14 @@ class Sampler:
 
     Args:
         batch: samples that the network sees at once, before guidance and sums add rows.
-        fast: compile the network for this batch. A GPU then replays CUDA graphs.
+        speed: how the network is run for this batch.
     """
 
     def __init__(
-        self, method: Method, network: EqM, plan: Plan, seconds_per_frame: float, batch: int, fast: bool = False
+        self, method: Method, network: EqM, plan: Plan, seconds_per_frame: float, batch: int, speed: Speed = EAGER
     ):
         self.method, self.network, self.plan = method, network, plan
-        self.seconds_per_frame, self.batch, self.fast = seconds_per_frame, batch, fast
+        self.seconds_per_frame, self.batch, self.speed = seconds_per_frame, batch, speed
         self.device = network.device
         channels = network.in_channels
         guided = channels if method.guided_channels is None else method.guided_channels
@@ -47,8 +53,8 @@ class Sampler:
         self.composition = Composition(plan.weights, network.num_classes, scales, self.device)
         # An adaptive step is recorded as a whole, with its evaluation of the network.
         recorded = method.threshold is None
-        evaluations = self.composition.rows * batch
-        self.conditioned = conditioned_field(network, evaluations, seconds_per_frame, fast, recorded)
+        rows = self.composition.rows * batch
+        self.conditioned = conditioned_field(network, rows, seconds_per_frame, speed.fast, recorded, speed.compiled)
 
     def samples(
         self, batches: Sequence[range], trace: bool, progress: Callable[[int], object]
@@ -118,9 +124,9 @@ class Sampler:
             self.device,
             progress,
             measure,
-            partial(replayed, fast=self.fast, device=self.device),
-            compiled=self.fast,
-            shrinks=not self.fast,
+            partial(replayed, fast=self.speed.fast, device=self.device),
+            compiled=self.speed.compiled,
+            shrinks=not self.speed.fast,
         )
         finished = slots.run([index for batch in batches for index in batch])
         while group := list(islice(finished, self.batch)):
