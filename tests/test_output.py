@@ -30,7 +30,7 @@ from sampling.plan import class_index, parse_sum
 
 NAME = "000-EqM-Ti-4-Linear-velocity-None"
 COMMANDS = [path.stem for path in sorted((ROOT / "EqM").glob("*.py")) if "cli.run(main" in path.read_text()]
-MAKERS = ["make_moving_shapes", "make_fashion_mnist"]
+MAKERS = ["make_moving_shapes", "make_fashion_mnist", "make_clip_art"]
 CLIP = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
 ODD = os.fsdecode(b"K\xff\n\x1b[31m\xc3\xa9")  # a name that is no UTF-8, with a newline and a colour
 
