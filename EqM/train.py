@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -309,10 +310,11 @@ def main() -> None:
         previews = Previews(method, at_once, state, config, vae, folder, trackers)
         fast = fast_of(args, device.type)
         recipe = recipe_of(args, config.objective, options.last_step)
+        began = time.perf_counter()
         step = training_step(state, recipe, at_once, args.global_seed, fast)
         if fast:
             freeze_garbage_collector()
-        metrics = Metrics(folder, device, state.samples, state.step, trackers.log)
+        metrics = Metrics(folder, device, state.samples, state.step, trackers.log, began)
         writer = CheckpointWriter(folder, options.keep, start.checkpoint, state.assemble)
         if options.keep_best and (lowest := distributed.on_main(lambda: lowest_held_out(folder))):
             writer.is_best(*lowest)

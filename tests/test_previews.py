@@ -267,10 +267,11 @@ def test_seconds_of_sampling_do_not_count_as_training(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(record.time, "perf_counter", lambda: clock[0])
     rows = []
-    metrics = Metrics(tmp_path, CPU, 0, 0, rows.append)
+    metrics = Metrics(tmp_path, CPU, 0, 0, rows.append, began=93.0)
     clock[0] += 10
     metrics.leave_out(6.0)
     metrics.write(torch.ones(3), 8, 1.0, step=2)
     clock[0] += 2
     metrics.write(torch.ones(3), 16, 0.0, step=4)
     assert [(row["samples_per_second"], row["waiting_for_data"]) for row in rows] == [(2.0, 0.25), (4.0, 0.0)]
+    assert [row["training_seconds"] for row in rows] == [11, 13], "seven for compiling, four and two for the steps"

@@ -1,11 +1,14 @@
-"""Launches of torchrun, one for each number of ranks. A launch prints its measurements as lines of JSON."""
+"""Launches of our commands: by torchrun, with measurements as lines of JSON, and single ones with a log file."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from runtime import distributed
 from runtime.errors import UserError
@@ -47,3 +50,23 @@ def launch(ranks: int, script: Path, flags: Sequence[object]) -> Iterator[dict]:
             raise
     if process.returncode:
         raise UserError(f"the launch of {ranks} ranks ended with status {process.returncode}: the lines above say why")
+
+
+def run_logged(log: Path, script: Path, *flags: object, variables: Mapping[str, str] | None = None) -> None:
+    """Runs one of our scripts, prints its command, and writes its output into a log file.
+
+    Args:
+        variables: more environment variables for it.
+
+    Raises:
+        UserError: it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tqdm.write(shlex.join(["python", f"{script.parent.name}/{script.name}", *map(str, flags)]))
+    with log.open("w") as file:
+        command, environment = [sys.executable, str(script), *map(str, flags)], os.environ | (variables or {})
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        with undone_at_ctrl_c(process.terminate):
+            status = process.wait()
+    if status:
+        raise UserError(f"{script.name} ended with status {status}: read {log}")

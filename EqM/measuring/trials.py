@@ -2,21 +2,18 @@
 
 import csv
 import re
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from measuring.launches import run_logged
 from measuring.study_tables import report_values
 from runs.config import config_of
 from runtime.errors import UserError, first_line
 from runtime.files import open_regular, parse_json, read_csv
-from runtime.interrupts import undone_at_ctrl_c
 
 COMMANDS = Path(__file__).resolve().parent.parent  # the folder of our scripts
 PRECISIONS = {"fp32": "", "bf16": "--use-bf16", "fp16": "--use-amp"}
@@ -202,17 +199,13 @@ class Trial:
         Raises:
             UserError: it failed.
         """
-        command = [sys.executable, str(COMMANDS / script), *map(str, flags)]
         log = self.log(name)
-        for folder in (log.parent, self.study.output / "samples", self.study.output / "evaluations"):
+        for folder in (self.study.output / "samples", self.study.output / "evaluations"):
             folder.mkdir(parents=True, exist_ok=True)
-        tqdm.write(shlex.join(["python", f"EqM/{script}", *map(str, flags)]))
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-            with undone_at_ctrl_c(process.terminate):
-                status = process.wait()
-        if status:
-            raise UserError(f"{script} ended with status {status}: read {log}, then repeat this command to go on")
+        try:
+            run_logged(log, COMMANDS / script, *flags)
+        except UserError as error:
+            raise UserError(f"{error}, then repeat this command to go on") from None
 
 
 def read_contents(path: Path) -> object:

@@ -21,7 +21,11 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Metrics:
-    """Writes the lines of metrics.jsonl and of the log. On rank 0, `also` gets the values of each line."""
+    """Writes the lines of metrics.jsonl and of the log. On rank 0, `also` gets the values of each line.
+
+    Args:
+        began: when the training began, if that was earlier than now: compiling is a part of it.
+    """
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class Metrics:
         samples: int,
         step: int,
         also: Callable[[dict], None] = lambda row: None,
+        began: float | None = None,
     ):
         self.path, self.device, self.also = folder / "metrics.jsonl", device, also
         if distributed.is_main() and self.path.exists():
@@ -38,6 +43,7 @@ class Metrics:
             except OSError as error:
                 log.error("%s keeps the lines after step %d: %s", self.path, step, error.strerror)
         self.start = self.since = time.perf_counter()
+        self.began = self.start if began is None else began
         self.samples = samples
 
     def write(self, means: Tensor, samples: int, waiting_s: float, **counters: float) -> float:
@@ -57,6 +63,7 @@ class Metrics:
         loss, grad_norm, largest_grad_norm, minutes, waiting = distributed.mean(torch.cat([means, times])).tolist()
         row = counters | {
             "minutes": round(minutes, 3),
+            "training_seconds": round(now - self.began, 3),
             "loss": loss,
             "grad_norm": grad_norm,
             "largest_grad_norm": largest_grad_norm,
@@ -75,8 +82,9 @@ class Metrics:
         return minutes
 
     def leave_out(self, seconds: float) -> None:
-        """Keeps seconds in which no step ran out of the samples a second and of the share of waiting."""
+        """Keeps seconds in which no step ran out of the samples a second, the share of waiting and training_seconds."""
         self.since += seconds
+        self.began += seconds
 
     def append(self, row: dict) -> None:
         try:
