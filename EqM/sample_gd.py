@@ -30,6 +30,7 @@ from runtime.logs import log, start_log
 from sampling.adaptive import evaluations_summary
 from sampling.method import Method, add_method_args, check_method, method_of
 from sampling.outputs import Output, SampleLog, Writer, decode, to_frames, write_npz, write_sheet, write_table
+from sampling.pages import write_page
 from sampling.plan import Plan, add_plan_args, check_plan_args, make_plan, plan_request_of
 from sampling.sampler import Sampler, network_rows
 from sampling.speed import choose_speed
@@ -85,6 +86,7 @@ def write_about(output: Output, plan: Plan, method: Method, samples: SampleLog, 
     if output.suffix == ".png":
         log.info("all images: %s", write_npz(output, len(samples.descents)))
     log.info("contact sheet: %s", write_sheet(output, plan, samples.shown))
+    log.info("page: %s", write_page(output, plan, method, samples))
     if trace:
         log.info("norms and energies by step: %s, %s, %s", *write_trace(output.folder, samples.traces))
     if method.threshold is not None:

@@ -22,7 +22,7 @@ from sampling.plan import Plan
 
 SHEET_SAMPLES = 24  # the contact sheet shows so many of the first samples
 # Of the files beside the folder.
-ENDINGS = (".npz", "-sheet.png", "-trace.csv", "-trace-norm.png", "-trace-energy.png", "-evaluations.png")
+ENDINGS = (".npz", "-sheet.png", ".html", "-trace.csv", "-trace-norm.png", "-trace-energy.png", "-evaluations.png")
 WRITERS = 4  # threads; each encodes and writes one sample at a time
 # So many groups of samples may wait to be read, and to be written, while more are made.
 GROUPS_READ, GROUPS_WRITTEN = 1, 2
