@@ -1,9 +1,12 @@
 """Renders a small labelled video data set in UCF-101 layout: coloured shapes that move.
 
 A class is a shape and a direction, for example CircleRight. Colour, size, lane and speed vary from clip to clip.
-Every clip is an MPEG-4 .avi file. The same seed renders the same pixels.
+With --bounce a shape flies in any direction, and the four walls reflect it. Its direction then belongs to no clip as a
+whole, so a class is a shape alone, for example Circle. Every clip is an MPEG-4 .avi file. The same seed renders the
+same pixels.
 
     python datasets/make_moving_shapes.py datasets/moving-shapes
+    python datasets/make_moving_shapes.py datasets/bouncing-shapes --bounce --frames 64
 """
 
 import argparse
@@ -21,14 +24,17 @@ import flags
 
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (x, y), y downwards
+# How far a shape reaches from its centre, in radii, in x and in y.
+REACH = {"circle": (1.0, 1.0), "square": (0.9, 0.9), "triangle": (1.1, 1.0)}
+CROSSING_FRAMES = 16  # a shape that bounces is as fast as one that crosses the picture in a clip of so many frames
 FRAMES_PER_SECOND = 25
 BACKGROUND = 24  # grey level, 0 to 255
 SUPERSAMPLING = 4  # points a pixel in each direction, for smooth edges
+SIDES = (16, 1024)  # pixels, the least and the largest
 # Flags: name, least, largest and default value, help. What is larger would fill the memory or never end.
 NUMBERS = (
     ("--train-clips", 1, 1_000_000, 100, "clips a class"),
     ("--test-clips", 0, 1_000_000, 10, "clips a class"),
-    ("--size", 16, 1024, 64, "height and width in pixels, even"),
     ("--frames", 1, 1000, 16, "frames a clip"),
     ("--seed", 0, 2**63 - 1, 0, "of all random choices"),
 )
@@ -45,24 +51,69 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarra
     raise ValueError(f"unknown shape {shape!r}: {', '.join(SHAPES)}")
 
 
-def render_clip(shape: str, direction: str, size: int, num_frames: int, rng: np.random.Generator) -> np.ndarray:
-    """One clip, (T, size, size, 3) uint8: the shape crosses most of the picture and stays inside it."""
-    colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.75, 1), rng.uniform(0.8, 1)))
-    radius = rng.uniform(0.16, 0.24) * size
-    low, high = radius + 1, size - radius - 1
-    lane = rng.uniform(low, high)
+def reflected(places: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Where a point is that moves on a line between two walls, which reflect it, if without walls it were at `places`.
+
+    Its speed stays, and its direction turns at a wall.
+    """
+    span = high - low
+    return low + span - np.abs((places - low) % (2 * span) - span)
+
+
+def crossing_path(
+    direction: str, radius: float, size: tuple[int, int], num_frames: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Centres (T, 2), as (x, y), of a shape that crosses most of the picture on a lane, and stays inside."""
+    dx, dy = DIRECTIONS[direction]
+    length, across = (size[1], size[0]) if dx else size
+    low, high = radius + 1, length - radius - 1
+    lane = rng.uniform(low, across - radius - 1)
     travel = rng.uniform(0.85, 1.0) * (high - low)
     start = rng.uniform(low, high - travel)
+    progress = np.linspace(0, 1, num_frames)
+    along = start + travel * (progress if dx + dy > 0 else 1 - progress)
+    lanes = np.full(num_frames, lane)
+    return np.stack([along, lanes] if dx else [lanes, along], axis=1)
 
-    dx, dy = DIRECTIONS[direction]
-    sub_pixels = (np.arange(size * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
-    grid_y, grid_x = np.meshgrid(sub_pixels, sub_pixels, indexing="ij")
-    clip = np.empty((num_frames, size, size, 3), np.uint8)
-    for i, progress in enumerate(np.linspace(0, 1, num_frames)):
-        along = start + travel * (progress if dx + dy > 0 else 1 - progress)
-        centre_x, centre_y = (along, lane) if dx else (lane, along)
+
+def bouncing_path(
+    shape: str, radius: float, size: tuple[int, int], num_frames: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Centres (T, 2), as (x, y), of a shape that flies straight on, is reflected by the walls, and stays whole."""
+    lows = [reach * radius + 1 for reach in REACH[shape]]
+    highs = [side - low for side, low in zip(size[::-1], lows, strict=True)]
+    room = min(high - low for low, high in zip(lows, highs, strict=True))
+    speed = rng.uniform(0.85, 1.0) * room / (CROSSING_FRAMES - 1)  # pixels a frame
+    angle = rng.uniform(0, 2 * np.pi)
+    path = []
+    for low, high, part in zip(lows, highs, (np.cos(angle), np.sin(angle)), strict=True):
+        path.append(reflected(rng.uniform(low, high) + part * speed * np.arange(num_frames), low, high))
+    return np.stack(path, axis=1)
+
+
+def render_clip(
+    shape: str, direction: str | None, size: int | tuple[int, int], num_frames: int, rng: np.random.Generator
+) -> np.ndarray:
+    """One clip, (T, H, W, 3) uint8: the shape crosses most of the picture and stays inside it.
+
+    Args:
+        direction: one of DIRECTIONS. None: the shape flies anywhere, and bounces off the walls.
+        size: height and width, or both in one number; pixels.
+    """
+    height, width = size = size if isinstance(size, tuple) else (size, size)
+    colour = np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.75, 1), rng.uniform(0.8, 1)))
+    radius = rng.uniform(0.16, 0.24) * min(size)
+    if direction:
+        path = crossing_path(direction, radius, size, num_frames, rng)  # (T, 2)
+    else:
+        path = bouncing_path(shape, radius, size, num_frames, rng)
+
+    sub_y, sub_x = ((np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING for side in size)
+    grid_y, grid_x = np.meshgrid(sub_y, sub_x, indexing="ij")
+    clip = np.empty((num_frames, height, width, 3), np.uint8)
+    for i, (centre_x, centre_y) in enumerate(path):
         mask = inside(shape, grid_x - centre_x, grid_y - centre_y, radius)
-        coverage = mask.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING).mean((1, 3))[..., None]
+        coverage = mask.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING).mean((1, 3))[..., None]
         clip[i] = np.rint(BACKGROUND * (1 - coverage) + 255 * colour * coverage)
     return clip
 
@@ -93,7 +144,7 @@ def clip_jobs(args: argparse.Namespace) -> Iterator[tuple]:
     """Yields (path, shape, direction, size, frames, seed) for every clip of every split and class."""
     for split, clips in (("train", args.train_clips), ("test", args.test_clips)):
         for class_index, (shape, direction) in enumerate((s, d) for s in args.shapes for d in args.directions):
-            name = shape.title() + direction.title()
+            name = shape.title() + (direction or "").title()
             for i in range(clips):
                 path = args.destination / split / name / f"v_{name}_g{i // 10 + 1:02d}_c{i % 10 + 1:02d}.avi"
                 yield path, shape, direction, args.size, args.frames, (args.seed, split == "test", class_index, i)
@@ -113,13 +164,22 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", type=flags.path, help="gets the folders train/ and test/")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, help="default: all")
+    parser.add_argument("--bounce", action="store_true", help="walls reflect the shapes; a class is a shape alone")
+    parser.add_argument(
+        "--size",
+        type=flags.size(*SIDES),
+        default=(64, 64),
+        metavar="SIDE|HxW",
+        help="pixels, even: a side, or height and width, as 64x96; default 64",
+    )
     for name, least, most, default, about in NUMBERS:
         parser.add_argument(name, type=flags.whole(least, most), default=default, help=f"{about}; default {default}")
     args = parser.parse_args()
-    args.shapes, args.directions = dict.fromkeys(args.shapes), dict.fromkeys(args.directions)  # each once
-    if args.size % 2:
-        parser.error("--size must be even")
+    if args.bounce and args.directions:
+        parser.error("--bounce lets shapes fly in any direction: leave --directions out")
+    directions = [None] if args.bounce else args.directions or DIRECTIONS
+    args.shapes, args.directions = dict.fromkeys(args.shapes), dict.fromkeys(directions)  # each once
     return args
 
 
