@@ -160,7 +160,7 @@ class EqM(nn.Module):
         An `uncond` network's modulations stay the same from one sampling step to the next.
         """
         if self.uncond:
-            t = torch.zeros_like(t)
+            t = t.new_zeros(len(t))  # (N,), also where each frame has its own γ
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         return [block.adaLN_modulation(c) for block in self.blocks], self.final_layer.adaLN_modulation(c)
 

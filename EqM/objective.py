@@ -28,13 +28,15 @@ VP_LEAST, VP_MOST = 0.1, 20.0
 # The least 1 − γ that VP uses, since at 0 the derivative of σ is infinite. torch.rand gives no number closer to 1.
 VP_LEAST_TIME = 2.0**-24
 BETWEEN = cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
+SHARE = cli.checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Objective:
     """The path from noise to data, the magnitude c(γ) of the field along it, and the dispersive term.
 
-    The defaults must never change: a checkpoint that lacks a key means its default.
+    The defaults must never change: a checkpoint that lacks a key means its default. A sample has one γ, (N,), or each
+    frame of a clip has its own, (N, T).
 
     Attributes:
         path: one of PATHS, α(γ) and σ(γ) of x_γ = α·x + σ·ε.
@@ -44,6 +46,7 @@ class Objective:
             piecewise: linear from b at γ = 0 to 1 at γ = a, then linear to 0 at γ = 1;
             constant: 1.
         dispersion: weight of the dispersive term; 0: none.
+        by_frame: share of the samples in which each token's time has a γ of its own (`step.draw_frame_levels`).
     """
 
     path: Annotated[str, one_of(PATHS)] = "Linear"
@@ -52,10 +55,11 @@ class Objective:
     b: Annotated[float, cli.positive_float] = 1.0
     scale: Annotated[float, cli.positive_float] = 4.0
     dispersion: Annotated[float, cli.non_negative_float] = 0.0
+    by_frame: Annotated[float, SHARE] = 0.0
 
     def c(self, gamma: Tensor) -> Tensor:
-        """The field's magnitude c(γ): (N,) → (N,)."""
-        falling = (1 - gamma) / (1 - self.a)  # (N,)
+        """The field's magnitude c(γ), in the shape of γ."""
+        falling = (1 - gamma) / (1 - self.a)  # (N,) or (N, T)
         if self.schedule == "truncated":
             return self.scale * falling.clamp(max=1)
         if self.schedule == "linear":
@@ -79,12 +83,15 @@ class Objective:
         return (self.a * first + last) / (self.scale * steps)
 
     def interpolate(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-        """x_γ = α(γ)·x + σ(γ)·ε, with gamma (N,) and x, noise (N, …)."""
+        """x_γ = α(γ)·x + σ(γ)·ε, with gamma (N,) and x, noise (N, …), or gamma (N, T) and clips (N, C, T, H, W)."""
         alpha, sigma = (broadcast_over(value, x) for value in coefficients(self.path, gamma))  # (N, 1, …)
         return alpha * x + sigma * noise
 
     def target(self, x: Tensor, noise: Tensor, gamma: Tensor) -> Tensor:
-        """u = (α'(γ)·x + σ'(γ)·ε)·c(γ), with gamma (N,) and x, noise (N, …). For Linear it is (x − ε)·c(γ)."""
+        """u = (α'(γ)·x + σ'(γ)·ε)·c(γ), with x, noise and gamma as for `interpolate`. For Linear it is (x − ε)·c(γ).
+
+        Where γ = 1 it is 0, unless the path is VP or the schedule `constant`.
+        """
         alpha, sigma = (broadcast_over(value, x) for value in derivatives(self.path, gamma))  # (N, 1, …)
         return (alpha * x + sigma * noise) * broadcast_over(self.c(gamma), x)
 
@@ -125,7 +132,7 @@ class Objective:
             field: (x_γ, γ) ↦ (f, tokens). f has x's shape and any precision. tokens are the last block's, (N, …);
                 only the dispersive term uses them.
             x, noise: data and standard normal noise, (N, …).
-            gamma: (N,) in [0, 1].
+            gamma: (N,), or (N, T) of the frames of clips, in [0, 1].
         """
         prediction, tokens = field(self.interpolate(x, noise, gamma), gamma)
         error = (prediction.float() - self.target(x, noise, gamma)).square().mean()
@@ -175,7 +182,12 @@ def crowding(tokens: Tensor) -> Tensor:
 
 
 def broadcast_over(values: Tensor, x: Tensor) -> Tensor:
-    """(N,) → (N, 1, …, 1) with x's rank, so that each sample of x is multiplied by its own value."""
+    """(N,) → (N, 1, …, 1) with x's rank, so that each sample of x is multiplied by its own value.
+
+    (N, T) → (N, 1, T, 1, 1), so that each frame of a clip x (N, C, T, H, W) is.
+    """
+    if values.dim() == 2:
+        return values[:, None, :, None, None]
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
@@ -207,6 +219,9 @@ def add_objective_args(parser: argparse.ArgumentParser) -> None:
         help="what the network puts out; clip: the clip without noise, which serves tokens as wide as the network, with"
         " --c-schedule linear (then its default)",
     )
+    by_frame = "share of the clips in which each token's time has its own noise level γ, and in half of which the first"
+    by_frame += " frames are clean: for --keep-frames and --frames of sample_gd.py"
+    cli.add_kept(group, "--gamma-per-frame", 0.0, type=SHARE, metavar="SHARE", help=by_frame)
     cli.add_kept(group, "--ebm", "none", choices=ENERGIES, help="the field is the gradient of this energy")
     cli.add_kept(
         group,
@@ -221,8 +236,9 @@ def objective_of(args: argparse.Namespace) -> Objective:
     """The objective that the flags ask for.
 
     Raises:
-        UserError: --c-b is missing, or has no meaning; or the network cannot put out the clip.
+        UserError: --c-b is missing, or has no meaning; or the network cannot put out the clip, or have γ by frame.
     """
+    check_frame_levels(args)
     if args.predict == "clip":
         wrong = {"--c-schedule": (args.c_schedule, "linear"), "--path-type": (args.path_type, "Linear")}
         for flag, (value, needed) in (wrong | {"--ebm": (args.ebm, "none")}).items():
@@ -233,4 +249,20 @@ def objective_of(args: argparse.Namespace) -> Objective:
         raise UserError(f"--c-schedule {args.c_schedule} {asks}")
     b = 1.0 if args.c_b is None else args.c_b
     dispersion = DISPERSION_WEIGHT if args.disp else 0.0
-    return Objective(args.path_type, args.c_schedule, args.c_a, b, args.c_lambda, dispersion)
+    numbers = args.c_a, b, args.c_lambda, dispersion, args.gamma_per_frame
+    return Objective(args.path_type, args.c_schedule, *numbers)
+
+
+def check_frame_levels(args: argparse.Namespace) -> None:
+    """Raises UserError if frames are to have levels of their own where no field can serve several levels at once."""
+    if not args.gamma_per_frame:
+        return
+    wrong = {
+        "--no-uncond, whose network sees one γ": not args.uncond,
+        "--path-type VP, whose target has no bound at γ = 1": args.path_type == "VP",
+        "--c-schedule constant, whose field does not vanish at γ = 1": args.c_schedule == "constant",
+        "images: add --video": not args.video,
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise UserError(f"--gamma-per-frame does not work with {what}")

@@ -21,6 +21,7 @@ from runtime.random_numbers import seed_draws
 from state import TrainingState
 
 DECAY_SHARE = 0.4  # of a run: how long the learning rate falls, unless a flag says it
+BEGUN_SHARE = 0.5  # of the clips whose frames have levels of their own: those that begin with clean frames
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,26 @@ def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, 
     )
 
 
+def draw_frame_levels(
+    gamma: Tensor, frames: int, temporal_patch: int, share: float, generator: torch.Generator
+) -> Tensor:
+    """γ of each frame, (N, T), from those of samples, (N,). It is the same for all frames of a token's time.
+
+    In a share of the samples each time has a γ of its own. In BEGUN_SHARE of these the first times, at least one and
+    not all, are clean: γ = 1. Such a beginning is what a sampler holds when frames are given.
+
+    Independent levels by frame are those of Chen et al. 2024 (Diffusion Forcing, arXiv 2407.01392). A field that is not
+    told γ needs no change for them.
+    """
+    n, times = len(gamma), frames // temporal_patch
+    uniform = torch.rand(n, times + 3, device=gamma.device, generator=generator)
+    own, begun, length = uniform[:, times:, None].unbind(1)  # (N, 1) each
+    clean = (1 + (length * (times - 1)).floor()).clamp(max=times - 1)  # (N, 1) times at the start
+    is_clean = (torch.arange(times, device=gamma.device) < clean) & (begun < BEGUN_SHARE)  # (N, T')
+    levels = torch.where(is_clean, 1.0, uniform[:, :times])  # (N, T')
+    return torch.where(own < share, levels, gamma[:, None]).repeat_interleave(temporal_patch, dim=1)
+
+
 def network_loss(
     network: nn.Module,
     objective: Objective,
@@ -178,6 +199,10 @@ def train_step(
     """
     noise, gamma, label_uniform = draw_random_numbers(x, state.generator)
     y = drop_labels(y, label_uniform, state.working.num_classes)  # (N,)
+    if recipe.objective.by_frame:
+        gamma = draw_frame_levels(
+            gamma, x.shape[2], state.working.patch[0], recipe.objective.by_frame, state.generator
+        )  # (N, T)
     micro_batch, ranks = recipe.micro_batch or len(x), distributed.world_size()
     loss, gradients = torch.zeros_like(state.lr), None
     for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):

@@ -133,6 +133,7 @@ class Config:
             "c_a": objective.a,
             "c_b": objective.b if objective.schedule == "piecewise" else None,
             "c_lambda": objective.scale,
+            "gamma_per_frame": objective.by_frame,
             "disp": objective.dispersion == DISPERSION_WEIGHT,
             "vae": self.space.name if self.space else "none",
             "global_batch_size": self.global_batch_size,

@@ -10,16 +10,22 @@ from objective import objective_of
 from precision import Precision
 from runs.config import Config
 from runtime import distributed
+from runtime.errors import UserError
 
 
 def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, num_classes: int) -> NetworkSettings:
     """The settings of the network that the flags ask for.
 
     Raises:
-        UserError: sizes do not divide.
+        UserError: sizes do not divide, or there is one token in time where there should be several.
     """
     size, channels = form.input_size(space), space.channels if space else 3
     temporal_patch = (args.temporal_patch or (1 if size[0] % 2 else 2)) if form.video else 1
+    if args.gamma_per_frame and size[0] // temporal_patch < 2:
+        raise UserError(
+            f"--gamma-per-frame needs two tokens in time, and {size[0]} frames in patches of {temporal_patch} are one:"
+            " raise --clip-len, or lower --temporal-patch"
+        )
     gain = args.c_lambda if args.predict == "clip" else 0.0
     seen = args.uncond, args.ebm, gain, args.positions
     settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, *seen)
