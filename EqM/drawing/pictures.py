@@ -40,9 +40,15 @@ def write_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(gif(frames, frames_per_second)), durable=False)
 
 
-def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """One picture (H, W, 3) of all clips, each (T, h, w, 3): its frames side by side under its caption."""
+def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str], above: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """One picture (H, W, 3) of all clips, each (T, h, w, 3): its frames side by side under its caption.
+
+    Args:
+        above: clips of this height and width that are shown above the others, one for each; or none.
+    """
     strips = [filmstrip(clip) for clip in clips]
+    if above:
+        strips = [stacked(filmstrip(upper), lower) for upper, lower in zip(above, strips, strict=True)]
     height, width = strips[0].shape[:2]
     width += MARGIN
     height += MARGIN + CAPTION_HEIGHT
@@ -55,6 +61,13 @@ def contact_sheet(clips: Sequence[np.ndarray], captions: Sequence[str]) -> np.nd
         draw.text((left, top), shown(caption), fill="black", font=ImageFont.load_default(11))
         sheet.paste(Image.fromarray(strip), (left, top + CAPTION_HEIGHT))
     return np.asarray(sheet)
+
+
+def stacked(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """One picture (H, W, 3) above another (h, w, 3), both from the left, with a white line between."""
+    width = max(upper.shape[1], lower.shape[1])
+    wide = [np.pad(each, ((0, 2), (0, width - each.shape[1]), (0, 0)), constant_values=255) for each in (upper, lower)]
+    return np.concatenate(wide)
 
 
 def filmstrip(clip: np.ndarray) -> np.ndarray:

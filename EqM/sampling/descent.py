@@ -28,6 +28,7 @@ def gradient_descent(
     steps: Iterable,
     mu: float = 0.0,
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
+    hold: Callable[[Tensor, int], Tensor] = lambda x, step: x,
 ) -> Tensor:
     """x ← x + η·f(x + μ·(x − x₋₁)), once for each element of `steps`, with x₋₁ = x at the start.
 
@@ -38,11 +39,15 @@ def gradient_descent(
         stepsize: η of all steps, or of each. The descent ends when it has no η left.
         steps: any iterable, also a progress bar.
         watch: gets each point where the field was evaluated, and the value there.
+        hold: puts parts of x (N, …) in their place before a step, counted from 0, and after the last. It also gets the
+            points where the field is evaluated.
     """
-    previous, stepsizes = x, stepsize if isinstance(stepsize, Sequence) else repeat(stepsize)
-    for _, eta in zip(steps, stepsizes, strict=False):
-        after, point, value = update(field, x, previous, eta, mu)
-        previous, x = x, after
+    stepsizes = stepsize if isinstance(stepsize, Sequence) else repeat(stepsize)
+    x = previous = hold(x, 0)
+    for step, (_, eta) in enumerate(zip(steps, stepsizes, strict=False)):
+        point = hold(look_ahead(x, previous, mu), step)
+        value = field(point).float()
+        previous, x = x, hold(torch.add(x, value, alpha=eta), step + 1)
         watch(point, value)
     return x
 
@@ -69,13 +74,6 @@ def integrate(
         x = point + (after - gamma) * value
         watch(point, value)
     return x
-
-
-def update(field: Field, x: Tensor, previous: Tensor, stepsize: float, mu: float) -> tuple[Tensor, Tensor, Tensor]:
-    """One step: the new x, the point where the field was evaluated, and the value there, (N, …) each, in float32."""
-    point = look_ahead(x, previous, mu)
-    value = field(point).float()
-    return torch.add(x, value, alpha=stepsize), point, value
 
 
 def look_ahead(x: Tensor, previous: Tensor, mu: float) -> Tensor:

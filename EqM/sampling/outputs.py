@@ -179,6 +179,7 @@ class Writer:
 
 def write_table(output: Output, plan: Plan, method: Method, log: SampleLog, precision: str, checkpoint: Path) -> None:
     """Writes samples.csv: for each file, what it shows and how it was made."""
+    kept = plan.starts.kept
     settings = {
         "seed": plan.starts.seed,
         "sampler": method.sampler,
@@ -189,6 +190,8 @@ def write_table(output: Output, plan: Plan, method: Method, log: SampleLog, prec
         "cfg_scale": method.cfg_scale,
         "cfg_channels": method.guided_channels or "all",
         "init_noise": plan.starts.noise,
+        "keep_frames": kept.frames if kept else "",
+        "keep_mask": kept.picture if kept else "",
         "precision": precision,
         "frames_per_second": output.frames_per_second,
         "checkpoint": checkpoint,
@@ -218,17 +221,21 @@ def write_npz(output: Output, num_samples: int) -> Path:
 def write_sheet(output: Output, plan: Plan, shown: dict[int, np.ndarray]) -> Path:
     """Draws a contact sheet of samples, with their captions, beside the folder, and returns its path.
 
-    A sample that starts from a file stands behind what the file shows.
+    A sample that starts from a file stands behind what the file shows, or below it if parts of it are held.
 
     Args:
         shown: frames (T, H, W, 3) uint8 by index.
     """
     path = output.beside("-sheet.png")
-    strips = []
+    starts, strips, above = plan.starts, [], []
     for index, frames in sorted(shown.items()):
-        if plan.starts.items:
-            strips.append((plan.starts.given(index), f"from {Path(plan.starts.item(index).path).name}"))
-        strips.append((frames, plan.caption(index)))
-    sheet = contact_sheet(*zip(*strips, strict=True))  # (H, W, 3)
+        caption, name = plan.caption(index), Path(starts.item(index).path).name if starts.items else ""
+        if starts.kept:
+            above.append(starts.given(index))
+            caption = f"{caption}, {name}"
+        elif starts.items:
+            strips.append((starts.given(index), f"from {name}"))
+        strips.append((frames, caption))
+    sheet = contact_sheet(*zip(*strips, strict=True), above)  # (H, W, 3)
     write_output(path, lambda temporary: write_png(temporary, sheet))
     return path

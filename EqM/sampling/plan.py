@@ -15,6 +15,8 @@ from runtime.errors import UserError
 from sampling.method import Method
 from sampling.starts import StartRequest, Starts, add_start_args, check_start_args, choose_starts, start_request_of
 
+NO_CLASS = "none"  # asks for the null class, unless a class has this name
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -22,7 +24,7 @@ class PlanRequest:
 
     Attributes:
         start: where samples start.
-        classes: names or indices. Empty: the classes of the files that samples start from, or all classes.
+        classes: names or indices, or NO_CLASS. Empty: the classes of the files that samples start from, or all classes.
         compose: a sum of classes, as parse_sum reads it.
     """
 
@@ -32,13 +34,14 @@ class PlanRequest:
 
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
-    """Adds --class, --compose, --init and --init-noise."""
+    """Adds --class, --compose, and the flags of where samples start."""
     parser.add_argument(
         "--class",
         dest="classes",
         action="append",
         metavar="CLASS",
-        help="name or index of a class; repeat it for more classes; default: all classes in turn",
+        help="name or index of a class, or none for samples without a class; repeat it for more classes;"
+        " default: all classes in turn",
     )
     parser.add_argument("--compose", metavar="SUM", help='adds the fields of classes, as "A + 0.5*B - 0.3*C"')
     add_start_args(parser)
@@ -114,7 +117,7 @@ def make_plan(request: PlanRequest, method: Method, config: Config, shape: tuple
         )
     names = config.class_names
     terms = parse_sum(request.compose, names) if request.compose is not None else []
-    asked = [class_index(text, names) for text in request.classes]
+    asked = [asked_label(text, names) for text in request.classes]
     starts, of_files = choose_starts(request.start, config, shape, vae)
     classes = [len(names)] if terms else asked or of_files or list(range(len(config.classes)))
     if method.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
@@ -128,6 +131,11 @@ TERM = re.compile(
     \s*(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<bare>[^\s+*'"-]+))\s*""",
     re.VERBOSE,
 )
+
+
+def asked_label(text: str, names: Sequence[str]) -> int:
+    """The label that a --class asks for, which may be the null class. Raises UserError as `class_index`."""
+    return len(names) if text == NO_CLASS and text not in names else class_index(text, names)
 
 
 def class_index(text: str, names: Sequence[str], flag: str = "--class") -> int:

@@ -23,6 +23,7 @@ from sampling.descent import (
     norm_and_energy,
 )
 from sampling.fields import Composition, conditioned_field
+from sampling.holding import Hold, held_levels
 from sampling.method import Method
 from sampling.plan import Plan
 from sampling.speed import EAGER, Speed
@@ -86,6 +87,7 @@ class Sampler:
         x: Tensor,
         steps: Iterable,
         watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
+        hold: Hold | None = None,
     ) -> Tensor:
         """Samples after the same number of steps, in float32: (N, C, H, W) or (N, C, T, H, W).
 
@@ -93,10 +95,14 @@ class Sampler:
             x: where they start, in the same shape, on the device.
             steps: one element a step. Euler's steps end after the method's number.
             watch: gets each point where the field was evaluated, and the value there.
+            hold: what is held, for gradient descent; None: what the plan keeps of the files that samples start from.
         """
         y, method = self.plan.labels(indices), self.method
         if method.sampler != "euler":
-            return gradient_descent(self.field(y), x, method.stepsize, steps, method.look_ahead, watch)
+            field, hold = self.field(y), hold or self.hold_of_files(indices, x)
+            if not hold:
+                return gradient_descent(field, x, method.stepsize, steps, method.look_ahead, watch)
+            return hold.end(gradient_descent(field, x, method.stepsize, steps, method.look_ahead, watch, hold))
         starts = self.plan.starts
 
         def velocity_at(gamma: float) -> Field:
@@ -106,6 +112,23 @@ class Sampler:
 
         gammas = torch.linspace(1 - starts.noise, 1, method.steps + 1).tolist()  # (K + 1,)
         return integrate(velocity_at, x, gammas, steps, watch)
+
+    def hold_of_files(self, indices: Sequence[int], noise: Tensor) -> Hold | None:
+        """Holds what the plan keeps of the files that samples start from; None if it keeps nothing.
+
+        Args:
+            noise: what samples start from, on the device, (N, C, [T,] H, W).
+        """
+        starts = self.plan.starts
+        if not starts.kept:
+            return None
+        given = to_device(starts.shown(indices), self.device)  # (N, C, [T,] H, W)
+        return self.hold(to_device(starts.kept.mask, self.device), given, noise, starts.kept.clean)
+
+    def hold(self, mask: Tensor, given: Tensor, noise: Tensor, clean: bool) -> Hold:
+        """Holds what is given for the steps of the method; the arguments are those of Hold and of Kept."""
+        stepsizes = [self.method.stepsize] * self.method.steps
+        return Hold(mask, given, noise, held_levels(self.plan.starts.objective, stepsizes, clean))
 
     def adaptive(
         self, batches: Sequence[range], measure: Measure, progress: Callable[[int], object]

@@ -1,7 +1,7 @@
 """Where samples start: from noise, or from given clips or images with noise mixed in.
 
 The mixture is γ₀·x + (1 − γ₀)·ε. Wang & Du 2025, arXiv 2510.02300, denoise in this way from any point between noise
-and data. With S the share of noise, γ₀ = 1 − S.
+and data. With S the share of noise, γ₀ = 1 − S. Or parts of them are held, and the rest starts from noise alone.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.logs import log
 from runtime.random_numbers import sample_noise
+from sampling.holding import Kept, choose_kept
 
 INIT_NOISE = 0.5  # the share of noise, unless --init-noise says another
 
@@ -41,16 +42,25 @@ class StartRequest:
         samples: how many samples there are; so many files are enough.
         folder: holds clips or images to start from. None: samples start from noise.
         noise: the share of noise that is mixed into them.
+        keep_frames: all of so many of their first frames are held.
+        keep_mask: a picture whose white part is held in all of their frames.
     """
 
     seed: int
     samples: int
     folder: Path | None = None
     noise: float = INIT_NOISE
+    keep_frames: int = 0
+    keep_mask: Path | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a part of each file is held."""
+        return bool(self.keep_frames or self.keep_mask)
 
 
 def add_start_args(parser: argparse.ArgumentParser) -> None:
-    """Adds --init and --init-noise."""
+    """Adds --init, --init-noise, --keep-frames and --keep-mask."""
     group = parser.add_argument_group("start")
     group.add_argument(
         "--init",
@@ -65,12 +75,32 @@ def add_start_args(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"share of noise that is mixed into --init; 1: only noise; default {INIT_NOISE}",
     )
+    group.add_argument(
+        "--keep-frames",
+        type=cli.side,
+        metavar="N",
+        help="hold the first N frames of each clip of --init; the others start from noise",
+    )
+    group.add_argument(
+        "--keep-mask",
+        type=cli.path,
+        metavar="PNG",
+        help="hold the white part of this picture in each image, or frame, of --init; the rest starts from noise",
+    )
 
 
 def check_start_args(args: argparse.Namespace) -> None:
-    """Raises UserError if --init-noise has nothing to mix, or samples would replace what they start from."""
+    """Raises UserError if --init-noise or --keep-… has nothing to work on, or samples would replace their starts."""
     if not args.init and args.init_noise is not None:
         raise UserError("--init-noise says how much noise is mixed into --init FOLDER: give that too")
+    keeps = "--keep-frames" if args.keep_frames else "--keep-mask" if args.keep_mask else ""
+    if keeps and not args.init:
+        raise UserError(f"{keeps} says what is held of --init FOLDER: give that too")
+    if keeps and args.init_noise is not None:
+        raise UserError(f"{keeps} has all that is not held start from noise: leave out --init-noise")
+    if keeps and (args.adaptive or args.sampler == "euler"):
+        other = "--adaptive" if args.adaptive else "--sampler euler"
+        raise UserError(f"{keeps} needs gradient descent with the same number of steps for all: leave out {other}")
     if args.init and args.init.resolve() == args.folder.resolve():
         raise UserError(f"--init and --folder are both {args.init}: samples would replace what they start from")
 
@@ -78,7 +108,8 @@ def check_start_args(args: argparse.Namespace) -> None:
 def start_request_of(args: argparse.Namespace) -> StartRequest:
     """What the flags ask for."""
     noise = INIT_NOISE if args.init_noise is None else args.init_noise
-    return StartRequest(args.global_seed, args.num_fid_samples, args.init, noise)
+    kept = args.keep_frames or 0, args.keep_mask
+    return StartRequest(args.global_seed, args.num_fid_samples, args.init, 1.0 if any(kept) else noise, *kept)
 
 
 @dataclass(frozen=True)
@@ -93,6 +124,7 @@ class Starts:
         vae: encodes what a file shows, if samples are latents.
         noise: the share of noise.
         objective: mixes noise into a file as in training.
+        kept: what is held of a file; None: nothing.
     """
 
     seed: int
@@ -102,6 +134,7 @@ class Starts:
     vae: VAE | None = None
     noise: float = 1.0
     objective: Objective = Objective()
+    kept: Kept | None = None
 
     def __call__(self, indices: Sequence[int]) -> Tensor:
         """The starts (N, *shape) of samples, float32. The noise of a sample follows from the seed and its index alone.
@@ -110,13 +143,16 @@ class Starts:
             UserError: a file can no longer be read.
         """
         noise = sample_noise(self.seed, indices, self.shape)  # (N, …)
-        if not self.items:
+        if not self.items or self.kept:
             return noise
+        return self.objective.interpolate(self.shown(indices), noise, torch.full((len(noise),), 1 - self.noise))
+
+    def shown(self, indices: Sequence[int]) -> Tensor:
+        """What the files of samples show, as the network sees it, (N, *shape) float32. Raises UserError as a call."""
         items = [self.item(index) for index in indices]
         distinct = list(dict.fromkeys(items))
         x = encode(torch.stack([self.read(item) for item in distinct]), self.vae).cpu()  # (D, …)
-        x = x[[distinct.index(item) for item in items]]  # (N, …)
-        return self.objective.interpolate(x, noise, torch.full((len(x),), 1 - self.noise))
+        return x[[distinct.index(item) for item in items]]  # (N, …)
 
     def item(self, index: int) -> Item:
         """The file that a sample starts from."""
@@ -148,13 +184,15 @@ def choose_starts(
     Every rank must call this.
 
     Raises:
-        UserError: the folder has no readable file of the kind that the network was trained on.
+        UserError: the folder has no readable file of the kind that the network was trained on, or what is to be held
+            of its files makes no sense.
     """
     if not request.folder:
         return Starts(request.seed, shape, objective=config.objective), []
+    kept = choose_kept(request.keep_frames, request.keep_mask, config, shape) if request.keeps else None
     names, video = config.class_names, config.network.is_video
     items = distributed.on_main(lambda: first_readable(request.folder, video, request.samples, names))
-    starts = Starts(request.seed, shape, items, config.form, vae, request.noise, config.objective)
+    starts = Starts(request.seed, shape, items, config.form, vae, request.noise, config.objective, kept)
     return starts, [item.label for item in items]
 
 
