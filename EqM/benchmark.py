@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         " on a CPU",
     )
     names = [f"{', '.join(FULL)}, largest", ", ".join(QUICK)]
-    names = [f"{works}, loader, saving, adaptive, positions, agreement" for works in names]
+    names = [f"{works}, optimizers, loader, saving, adaptive, positions, agreement" for works in names]
     names += [f"{', '.join(works)}, losses" for works in (SCALED, SCALED_QUICK)]
     parser.add_argument(
         "--only",
@@ -111,7 +111,7 @@ def choose_parts(args: argparse.Namespace, device: torch.device) -> list[str]:
     """
     works = list(QUICK if args.quick else FULL)
     largest = ["largest"] if device.type == "cuda" and not args.quick else []
-    known = [*works, *largest, "loader", "saving", "adaptive", "positions", "agreement"]
+    known = [*works, *largest, "optimizers", "loader", "saving", "adaptive", "positions", "agreement"]
     if args.scaling:
         known = [*scaled_of(args), "losses"]
     flags = [flag for flag, given in (("--quick", args.quick), ("--scaling", args.scaling)) if given]

@@ -12,6 +12,7 @@ from torch import Tensor
 from compiled import fused_adamw_
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+OPTIMIZERS = ("adamw", "muon")  # muon.py has the second one
 LR_SCHEDULES = ("constant", "linear", "cosine")
 
 

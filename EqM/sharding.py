@@ -78,6 +78,12 @@ class Sharding:
         """The place of this rank's share in the padded tensor."""
         return slice(self.rank * self.share, (self.rank + 1) * self.share)
 
+    def held(self) -> dict[str, int]:
+        """The weights in this rank's share, by name: where each begins, in elements."""
+        part, places = self.parts[self.rank], accumulate(map(aligned, self.shapes.values()), initial=0)
+        starts = zip(self.shapes, places, strict=False)
+        return {name: place - part.start for name, place in starts if part.start <= place < part.stop}
+
     def views(self, padded: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of a padded tensor (R·S,): one in the shape of each weight, and the gaps between them."""
         weights, gaps, shapes = [], [], iter(self.shapes.values())

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from compiled import Graphed, compile_network, compiled_or_eager
+from muon import MuonUpdate
 from objective import Objective, drop_labels
-from optimizer import LR_SCHEDULES, Rates, Share, update, update_in_one_kernel
+from optimizer import LR_SCHEDULES, OPTIMIZERS, Rates, Share, update, update_in_one_kernel
 from runtime import cli, distributed
 from runtime.errors import UserError
 from runtime.random_numbers import seed_draws
@@ -29,13 +30,14 @@ class Recipe:
     """The numbers of a training step.
 
     Attributes:
-        lr: AdamW's learning rate after the warm-up.
+        lr: the learning rate after the warm-up.
         warmup_steps: updates of linear warm-up.
         schedule: one of LR_SCHEDULES: how the rate falls to 0 in the end.
         decay_from, decay_to: the updates between which it falls.
         grad_clip: largest gradient norm; 0 clips nothing.
         ema_decay: of the averaged weights, after its own warm-up.
         micro_batch: samples of one forward and backward pass; None: the rank's whole batch.
+        optimizer: one of OPTIMIZERS, for the matrices of the blocks. The other weights have AdamW.
     """
 
     lr: float
@@ -47,6 +49,7 @@ class Recipe:
     schedule: str = "constant"
     decay_from: float = 0.0
     decay_to: float = 1.0
+    optimizer: str = "adamw"
 
     def lr_at(self, step: Tensor) -> Tensor:
         """The learning rate of update `step` (the first is 0): linear warm-up, constant, then a decay."""
@@ -69,7 +72,14 @@ def add_recipe_args(group: argparse._ActionsContainer) -> None:
         type=cli.count,
         help="samples of a rank at a time; their gradients add up; default all",
     )
-    cli.add_kept(group, "--lr", 1e-4, type=cli.positive_float, help="AdamW's learning rate")
+    cli.add_kept(
+        group,
+        "--optimizer",
+        "adamw",
+        choices=OPTIMIZERS,
+        help="of the blocks' matrices; all other weights have AdamW",
+    )
+    cli.add_kept(group, "--lr", 1e-4, type=cli.positive_float, help="learning rate, of Muon too")
     cli.add_kept(group, "--warmup-steps", 0, type=cli.non_negative_int, help="steps of linear warm-up")
     cli.add_kept(
         group,
@@ -101,7 +111,7 @@ def recipe_of(args: argparse.Namespace, objective: Objective, last_step: float) 
     check_decay(args, last_step)
     decay = args.decay_steps or max(1, round(DECAY_SHARE * last_step))
     numbers = args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size
-    return Recipe(*numbers, objective, args.lr_schedule, last_step - decay, last_step)
+    return Recipe(*numbers, objective, args.lr_schedule, last_step - decay, last_step, args.optimizer)
 
 
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,17 +173,21 @@ def prepare_update(state: TrainingState, recipe: Recipe, loss: Tensor, grad_norm
 
 @dataclass(frozen=True)
 class Update:
-    """The two parts of an update: its rates, and its change of the weights. Each is one kernel if compiled."""
+    """The two parts of an update: its rates, and its change of the weights.
+
+    If compiled, the rates are one kernel, and so is AdamW's change.
+    """
 
     prepare: Callable[[TrainingState, Recipe, Tensor, Tensor, Tensor], Rates]
     apply: Callable[[Share, Tensor, Rates], None]
 
     @staticmethod
-    def compiled() -> "Update":
-        return Update(compiled_or_eager(prepare_update), compiled_or_eager(update_in_one_kernel, update))
-
-
-TORCHS_KERNELS = Update(prepare_update, update)
+    def of(optimizer: str, state: TrainingState, compiles: bool) -> "Update":
+        """The update that an optimizer of OPTIMIZERS makes."""
+        prepare = compiled_or_eager(prepare_update) if compiles else prepare_update
+        if optimizer == "muon":
+            return Update(prepare, MuonUpdate.of(state.sharding, state.device, compiles))
+        return Update(prepare, compiled_or_eager(update_in_one_kernel, update) if compiles else update)
 
 
 def train_step(
@@ -182,7 +196,7 @@ def train_step(
     x: Tensor,
     y: Tensor,
     seconds_per_frame: Tensor,
-    update: Update = TORCHS_KERNELS,
+    update: Update | None = None,
 ) -> Tensor:
     """One forward pass, backward pass and update. It never waits for the device.
 
@@ -193,6 +207,7 @@ def train_step(
         x: data in [−1, 1], (N, C, H, W) or (N, C, T, H, W).
         y: class labels, (N,).
         seconds_per_frame: (N,).
+        update: that of the recipe's optimizer; None makes one that is not compiled.
 
     Returns:
         This rank's loss, and the norm of the gradients before clipping, (2,).
@@ -215,6 +230,7 @@ def train_step(
 
     gradients, scaled_norm = state.exchange(gradients)  # (S,), scalar
     grad_norm, scale = state.unscaled(scaled_norm)
+    update = update or Update.of(recipe.optimizer, state, compiles=False)
     rates = update.prepare(state, recipe, loss, grad_norm, scale)
     update.apply(state.share, gradients, rates)
     state.sharding.fill_from_shares(state.working_weights)
@@ -243,7 +259,7 @@ def training_step(state: TrainingState, recipe: Recipe, batch: int, seed: int, f
     compiles = fast and compile_network(state.working, recipe.micro_batch or batch, training=True)
     on_gpu = state.device.type == "cuda"
     # On a CPU torch's kernels serve: they need no wait for the compiler.
-    step = partial(train_step, state, recipe, update=Update.compiled() if compiles and on_gpu else TORCHS_KERNELS)
+    step = partial(train_step, state, recipe, update=Update.of(recipe.optimizer, state, compiles and on_gpu))
     if fast and on_gpu:
         step = Graphed(step, state.generator, state.drop_half_step, together=True)
     return SeededStep(step, state, seed)

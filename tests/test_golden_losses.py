@@ -17,7 +17,7 @@ OLD = Path(__file__).parent / "old"
 COMMON = (
     "--vae none --num-workers 0 --path-type Linear --c-schedule truncated --c-a 0.8 --c-lambda 4 --uncond"
     " --global-batch-size 4 --micro-batch-size 4 --lr 1e-3 --warmup-steps 5 --grad-clip 1 --ema-decay 0.99"
-    " --max-bad-steps 20 --global-seed 7 --no-compile --log-every 1 --epochs 1000 --max-steps 20"
+    " --max-bad-steps 20 --global-seed 7 --optimizer adamw --no-compile --log-every 1 --epochs 1000 --max-steps 20"
 ).split()
 IMAGES = [*COMMON, *"--image-size 16 --num-classes 3 --model EqM-Ti/4".split()]
 CLIPS = "--video --clip-len 4 --frame-interval 2 --temporal-patch 2 --image-size 16 --num-classes 4".split()
@@ -27,6 +27,7 @@ RECIPES = {
     "energy": [*IMAGES, "--ebm", "dot"],
     "clip": [*IMAGES, "--ebm", "none", "--predict", "clip", "--c-schedule", "linear"],
     "decay": [*IMAGES, "--ebm", "none", "--lr-schedule", "cosine", "--decay-steps", "10"],
+    "muon": [*IMAGES, "--ebm", "none", "--optimizer", "muon"],
 }
 
 

@@ -18,6 +18,7 @@ FLOORS = (
     {"drawing", "models", "objective", "precision"},
     {"network_settings", "compiled", "data"},
     {"sharding", "optimizer"},
+    {"muon"},
     {"state"},
     {"runs", "step", "evaluation"},
     {"sampling"},

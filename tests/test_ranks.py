@@ -68,7 +68,7 @@ def test_a_weight_lies_whole_on_one_rank_and_every_share_is_aligned(monkeypatch,
     assert sharding.share <= len(plain) / ranks + largest + 64
 
 
-def trained(way: str, micro_batch: int | None = None, own_draws: bool = False) -> dict:
+def trained(way: str, micro_batch: int | None = None, own_draws: bool = False, optimizer: str = "adamw") -> dict:
     """Five steps on one global batch: losses over all ranks, and a checkpoint's contents.
 
     Unless the ranks draw their own noise and γ, these are given, and do not depend on the number of ranks.
@@ -82,7 +82,7 @@ def trained(way: str, micro_batch: int | None = None, own_draws: bool = False) -
     state = TrainingState(new_network(energy), Precision(way, way, dtype), CPU)
     state.working.grad_checkpoint = micro_batch is not None
     objective = Objective() if own_draws else GivenDraws(noise=noise[mine], gamma=gamma[mine])
-    recipe = Recipe(1e-3, 0, 0.5, 0.99, micro_batch, objective)
+    recipe = Recipe(1e-3, 0, 0.5, 0.99, micro_batch, objective, optimizer=optimizer)
     step, losses = training_step(state, recipe, share, 0, fast=False), []
     for _ in range(5):
         losses.append(distributed.mean(step(x[mine], torch.full((share,), 4), torch.full((share,), 0.1))[0]))

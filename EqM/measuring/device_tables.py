@@ -14,7 +14,22 @@ from measuring.position_times import position_times
 from measuring.results import Results
 from measuring.saving_times import saving_times
 from measuring.throughput import PRODUCT_SIDE, set_precision
-from measuring.workloads import BASE, CLIPS, FULL, GROUPS, LARGE, MIDDLE, ON_CPU, QUICK, SMALL, TINY, Work, start_over
+from measuring.workloads import (
+    BASE,
+    CLIPS,
+    FULL,
+    GROUPS,
+    LARGE,
+    MIDDLE,
+    ON_CPU,
+    OPTIMIZED,
+    QUICK,
+    SMALL,
+    TINY,
+    Work,
+    start_over,
+)
+from optimizer import OPTIMIZERS
 from runtime.errors import UserError
 from runtime.logs import device_name
 
@@ -56,6 +71,17 @@ def measure_largest(results: Results, device: torch.device) -> None:
         batch = throughput.largest_batch(LARGE, precision, device)
         results.content["largest_batch"][precision] = batch
         results.print(f"largest batch that fits, {LARGE.name}, fast, {precision}: {batch}")
+        results.save()
+
+
+def measure_optimizers(results: Results, device: torch.device, quick: bool) -> None:
+    _, precision, fast = small_work(device, quick)
+    choice = set_precision(precision, device)
+    results.print()
+    results.print_heading(("work", "batch", "precision", *(f"ms a step, {name}" for name in OPTIMIZERS), "ratio"))
+    for work in [TINY] if quick or device.type == "cpu" else OPTIMIZED:
+        results.content["optimizers"][work.name] = times = throughput.optimizer_times(work, choice, fast, device)
+        results.print_row((work.name, str(work.batch), str(choice), *(f"{value:.2f}" for value in times.values())))
         results.save()
 
 
@@ -140,8 +166,8 @@ def measure_one_device(
         UserError: speed is asked for, but this device is measured in none of these precisions.
     """
     where = {"device": device_name(device), "torch": torch.__version__, "date": date.today().isoformat()}
-    parts_of_one = ("ratios", "largest_batch", "loader", "saving", "adaptive", "positions", "agreement")
-    results.content |= where | {"rows": []} | {name: {} for name in parts_of_one}
+    others = ("ratios", "largest_batch", "optimizers", "loader", "saving", "adaptive", "positions", "agreement")
+    results.content |= where | {"rows": []} | {part: {} for part in others}
     results.print(", ".join(where.values()))
     works = [work for part in parts for work in (QUICK if quick else FULL).get(part, [])]
     if works and device.type == "cpu" and "fp32" not in precisions:
@@ -150,6 +176,8 @@ def measure_one_device(
         measure_speed(results, device, works, precisions)
     if "largest" in parts:
         measure_largest(results, device)
+    if "optimizers" in parts:
+        measure_optimizers(results, device, quick)
     if "loader" in parts:
         measure_loader(results)
     if "saving" in parts:

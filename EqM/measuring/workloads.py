@@ -74,6 +74,11 @@ FULL = {
     "energy": [ENERGY],
     "clips": [*CLIPS, replace(CLIPS[-1], name=CLIPS[-1].name + ", --grad-checkpoint", grad_checkpoint=True)],
 }
+# What --optimizer muon is measured on: many tokens for its network's size, and a large network with few.
+OPTIMIZED = [
+    Work("S/4, 8 frames of 64 px, 1,024 tokens", "train", "EqM-S/4", (8, 64, 64), 32, 3, 2),
+    LARGE,
+]
 TINY = Work("Ti/2, 4 frames of 16 px", "train", "EqM-Ti/2", (4, 16, 16), 16, 3, 4, ways=FAST_AND_EAGER)
 QUICK = {"tiny": [TINY], "sampling": [replace(TINY, name="sampling Ti/2, 4 frames of 16 px", kind="sample", batch=4)]}
 

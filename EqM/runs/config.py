@@ -8,7 +8,7 @@ from data.form import Form
 from data.latent_space import LatentSpace
 from network_settings import NetworkSettings
 from objective import DISPERSION_WEIGHT, Objective
-from optimizer import LR_SCHEDULES
+from optimizer import LR_SCHEDULES, OPTIMIZERS
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import brief_names, one_of, read_as
@@ -24,6 +24,7 @@ class KeptFlags:
 
     frame_interval: Annotated[int, cli.positive_int] = 1
     no_flip: bool = False
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
     lr: Annotated[float, cli.positive_float] = 1e-4
     warmup_steps: Annotated[int, cli.non_negative_int] = 0
     grad_clip: Annotated[float, cli.non_negative_float] = 0.0
@@ -195,6 +196,7 @@ def check_resumable(saved: Config, ours: Config, path: Path) -> None:
             **{each.name: getattr(config.network, each.name) for each in fields(config.network)},
             **{f"the objective's {key}": value for key, value in asdict(config.objective).items()},
             "vae": config.space and config.space.fingerprint,
+            "optimizer": config.flags.get("optimizer", OLD_MEANINGS["optimizer"]),
         }
 
     theirs = described(saved)

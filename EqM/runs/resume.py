@@ -23,7 +23,7 @@ LOCK_PATIENCE_S = 20
 # Flags that tell one run from another. --resume goes on with the newest run that has all given values of these flags.
 TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "positions", "vae")
 TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond", "predict")
-TELLING += ("gamma_per_frame",)
+TELLING += ("gamma_per_frame", "optimizer")
 # Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}
