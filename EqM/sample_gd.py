@@ -116,18 +116,19 @@ def main() -> None:
     # Network
     request = checkpoint_request_of(args)
     network, config, vae = distributed.together(lambda: open_network(request, device, precision))
-    method = method_of(args, config.objective)
 
-    # Plan
-    plan = make_plan(plan_request_of(args), method, config, network.input_shape, vae)
+    # Method and plan
+    asked = plan_request_of(args)
+    method = method_of(args, config.objective, asked.start.share, one_class=asked.compose is None)
+    plan = make_plan(asked, method, config, network.input_shape, vae)
 
     # Output
     frames_per_second = (args.target_fps or config.frames_per_second) if network.is_video else None
     output = Output(args.folder.resolve(), f".{args.video_format}" if network.is_video else ".png", frames_per_second)
     distributed.on_main(lambda: output.prepare(args.num_fid_samples))
     log_precision(precision)
-    if not args.stepsize and method.sampler != "euler":
-        log.info("step size: %.4g, for %d steps", method.stepsize, method.steps)
+    if not isinstance(args.stepsize, float) and method.sampler != "euler":
+        log.info("step size: %s, for %d steps", method.step_text, method.steps)
     log.info("checkpoint: %s, %s, trained in %s", args.ckpt, config.network.model, config.precision["name"])
 
     # Sample

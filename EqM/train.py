@@ -291,6 +291,7 @@ def main() -> None:
     saved = None  # it is as large as the state itself
 
     # Folder and log
+    method = preview_method_of(args, config.objective)
     folder = distributed.on_main(lambda: claim_folder(start, asked, config))
     start_log(folder / "log.txt")
     start.log()
@@ -305,7 +306,6 @@ def main() -> None:
         options = run_options_of(args, min(args.max_steps or math.inf, state.step + len(batches)))
         trackers = start_trackers(tracker_names, folder, state.step, config.as_dict())
         at_once = args.micro_batch_size or batch // distributed.world_size()
-        method = preview_method_of(args, config.objective)
         vae = source.decoder(device, precision) if method else None
         previews = Previews(method, at_once, state, config, vae, folder, trackers)
         fast = fast_of(args, device.type)

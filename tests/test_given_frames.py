@@ -25,6 +25,7 @@ from sampling.method import Method
 from sampling.plan import Plan, PlanRequest, make_plan
 from sampling.sampler import Sampler
 from sampling.starts import StartRequest, Starts, choose_starts
+from sampling.stepsizes import shares_of_noise
 from test_sample_gd import image_checkpoint, lively_checkpoint, random_network, read_video, rows  # noqa: F401
 from test_starts import CONFIG, NAMES
 
@@ -101,11 +102,12 @@ def test_another_network_sees_the_given_frames_at_the_noise_that_the_rest_has_re
 
 @pytest.mark.parametrize("path", ["Linear", "GVP", "VP"])
 def test_the_levels_go_from_noise_to_data_along_the_path_of_the_training(path):
-    levels = held_levels(Objective(path), [0.01] * 100, clean=False)
+    shares = shares_of_noise(Objective(path), [0.01] * 100)
+    levels = held_levels(path, shares, clean=False)
     assert len(levels) == 101
     assert levels[0] == pytest.approx((0, 1), abs=0.01)
     assert levels[-1] == pytest.approx((1, 0), abs=0.1)
-    assert held_levels(Objective(path), [0.01] * 100, clean=True) == [(1.0, 0.0)] * 101
+    assert held_levels(path, shares, clean=True) == [(1.0, 0.0)] * 101
 
 
 def test_a_perfect_field_makes_the_rest_of_the_clip_as_fast_as_the_held_part_comes_out_of_the_noise():
@@ -113,7 +115,7 @@ def test_a_perfect_field_makes_the_rest_of_the_clip_as_fast_as_the_held_part_com
     clip, noise, objective = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 3, 4, 4, 4), Objective(schedule="linear")
     mask = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
     mask[:, :2] = True
-    hold, seen = Hold(mask, clip, noise, held_levels(objective, [0.1] * 20, clean=False)), []
+    hold, seen = Hold(mask, clip, noise, held_levels("Linear", shares_of_noise(objective, [0.1] * 20), clean=False)), []
     field = partial(lambda clip, x: objective.scale * (clip - x), clip)
     end = gradient_descent(field, noise, 0.1, range(20), watch=lambda point, _: seen.append(point), hold=hold)
     for point in seen:

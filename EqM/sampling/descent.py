@@ -26,7 +26,7 @@ def gradient_descent(
     x: Tensor,
     stepsize: float | Sequence[float],
     steps: Iterable,
-    mu: float = 0.0,
+    mu: float | Sequence[float] = 0.0,
     watch: Callable[[Tensor, Tensor], None] = lambda point, value: None,
     hold: Callable[[Tensor, int], Tensor] = lambda x, step: x,
 ) -> Tensor:
@@ -36,16 +36,17 @@ def gradient_descent(
 
     Args:
         x: the start, (N, …).
-        stepsize: η of all steps, or of each. The descent ends when it has no η left.
+        stepsize: η of all steps, or of each. The descent ends when there is no η left.
         steps: any iterable, also a progress bar.
+        mu: μ of all steps, or of each.
         watch: gets each point where the field was evaluated, and the value there.
-        hold: puts parts of x (N, …) in their place before a step, counted from 0, and after the last. It also gets the
-            points where the field is evaluated.
+        hold: puts parts of x (N, …) in their place before a step, counted from 0, and after the last. A look-ahead
+            goes on from there for all parts.
     """
-    stepsizes = stepsize if isinstance(stepsize, Sequence) else repeat(stepsize)
+    each = (value if isinstance(value, Sequence) else repeat(value) for value in (stepsize, mu))
     x = previous = hold(x, 0)
-    for step, (_, eta) in enumerate(zip(steps, stepsizes, strict=False)):
-        point = hold(look_ahead(x, previous, mu), step)
+    for step, (_, eta, ahead) in enumerate(zip(steps, *each, strict=False)):
+        point = look_ahead(x, previous, ahead)
         value = field(point).float()
         previous, x = x, hold(torch.add(x, value, alpha=eta), step + 1)
         watch(point, value)

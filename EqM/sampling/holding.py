@@ -16,11 +16,10 @@ from torch import Tensor
 from data.clips import read_image
 from data.latent_space import LatentSpace
 from data.untrusted import Unreadable
-from objective import Objective, coefficients
+from objective import coefficients
 from runs.config import Config
 from runtime.errors import UserError
 from runtime.logs import log
-from sampling.stepsizes import shares_of_noise
 
 WHITE = 128  # a mask is white where its grey is at least this
 
@@ -68,12 +67,12 @@ class Hold:
         return torch.where(self.mask, self.given, x)
 
 
-def held_levels(objective: Objective, stepsizes: Sequence[float], clean: bool) -> list[tuple[float, float]]:
-    """(α, σ) of the held part before each of K steps from pure noise, and after the last: K + 1 pairs."""
+def held_levels(path: str, shares: Sequence[float], clean: bool) -> list[tuple[float, float]]:
+    """(α, σ) of the held part where so much is left of the noise, 1 − γ, on a path: one pair for each share."""
     if clean:
-        return [(1.0, 0.0)] * (len(stepsizes) + 1)
-    gammas = 1 - torch.tensor(shares_of_noise(objective, stepsizes), dtype=torch.float64)  # (K + 1,)
-    return list(zip(*(values.tolist() for values in coefficients(objective.path, gammas)), strict=True))
+        return [(1.0, 0.0)] * len(shares)
+    gammas = 1 - torch.tensor(shares, dtype=torch.float64)  # (K + 1,)
+    return list(zip(*(values.tolist() for values in coefficients(path, gammas)), strict=True))
 
 
 def choose_kept(frames: int, picture: Path | None, config: Config, shape: Sequence[int]) -> Kept:

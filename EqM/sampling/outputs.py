@@ -183,8 +183,7 @@ def write_table(output: Output, plan: Plan, method: Method, log: SampleLog, prec
     settings = {
         "seed": plan.starts.seed,
         "sampler": method.sampler,
-        "stepsize": method.stepsize if method.sampler != "euler" else "",
-        "mu": method.look_ahead,
+        **method.step_settings,
         "steps": method.steps,
         "adaptive": method.threshold,
         "cfg_scale": method.cfg_scale,

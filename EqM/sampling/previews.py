@@ -26,10 +26,10 @@ from runs.signals import StopSignals
 from runs.trackers import Preview, Trackers
 from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
-from runtime.errors import is_out_of_memory
+from runtime.errors import UserError, is_out_of_memory
 from runtime.logs import log
 from sampling.descent import STEPS
-from sampling.method import DEFAULT, Method, default_stepsize
+from sampling.method import AUTO, DEFAULT, Method, default_stepsize, steps_planned, stepsize
 from sampling.outputs import Output, decode, to_frames
 from sampling.plan import Plan
 from sampling.sampler import Sampler
@@ -50,20 +50,28 @@ def add_preview_args(parser: argparse._ActionsContainer) -> None:
         help=f"every N steps, and at the end, sample the averaged weights: a contact sheet of {SAMPLES} samples",
     )
     parser.add_argument("--sample-steps", type=cli.count, default=STEPS, help="updates of those samples")
-    stepsize = f"step size of the updates; default {DEFAULT}"
-    parser.add_argument("--sample-stepsize", type=cli.positive_float, help=stepsize)
+    text = f"step size of the updates, or {AUTO}; default {DEFAULT}"
+    parser.add_argument("--sample-stepsize", type=stepsize, help=text)
     parser.add_argument("--sample-cfg-scale", type=cli.non_negative_float, default=1.0, help="guidance; 1: none")
 
 
 def preview_method_of(args: argparse.Namespace, objective: Objective) -> Method | None:
-    """How previews are sampled, as the flags say; None if the flags ask for none."""
+    """How previews are sampled, as the flags say; None if the flags ask for none.
+
+    Raises:
+        UserError: --sample-stepsize auto has no meaning for the network.
+    """
     if not args.sample_every:
         return None
+    asked, steps = args.sample_stepsize, args.sample_steps
+    if asked == AUTO and not args.uncond:
+        raise UserError(f"--sample-stepsize {AUTO} plans gradient descent, which --no-uncond has none of: leave it out")
     return Method(
         sampler="ngd" if args.uncond else "euler",
-        stepsize=args.sample_stepsize or default_stepsize(objective, args.sample_steps),
-        steps=args.sample_steps,
+        stepsize=asked if isinstance(asked, float) else default_stepsize(objective, steps),
+        steps=steps,
         cfg_scale=args.sample_cfg_scale,
+        planned=steps_planned(asked, objective, steps, None) if args.uncond else None,
     )
 
 

@@ -100,9 +100,11 @@ class Sampler:
         y, method = self.plan.labels(indices), self.method
         if method.sampler != "euler":
             field, hold = self.field(y), hold or self.hold_of_files(indices, x)
+            planned = method.planned
+            sizes, mu = (planned.sizes, planned.look_aheads) if planned else (method.stepsize, method.look_ahead)
             if not hold:
-                return gradient_descent(field, x, method.stepsize, steps, method.look_ahead, watch)
-            return hold.end(gradient_descent(field, x, method.stepsize, steps, method.look_ahead, watch, hold))
+                return gradient_descent(field, x, sizes, steps, mu, watch)
+            return hold.end(gradient_descent(field, x, sizes, steps, mu, watch, hold))
         starts = self.plan.starts
 
         def velocity_at(gamma: float) -> Field:
@@ -127,8 +129,8 @@ class Sampler:
 
     def hold(self, mask: Tensor, given: Tensor, noise: Tensor, clean: bool) -> Hold:
         """Holds what is given for the steps of the method; the arguments are those of Hold and of Kept."""
-        stepsizes = [self.method.stepsize] * self.method.steps
-        return Hold(mask, given, noise, held_levels(self.plan.starts.objective, stepsizes, clean))
+        objective = self.plan.starts.objective
+        return Hold(mask, given, noise, held_levels(objective.path, self.method.shares(objective), clean))
 
     def adaptive(
         self, batches: Sequence[range], measure: Measure, progress: Callable[[int], object]

@@ -58,6 +58,11 @@ class StartRequest:
         """Whether a part of each file is held."""
         return bool(self.keep_frames or self.keep_mask)
 
+    @property
+    def share(self) -> float:
+        """The share of noise in a start."""
+        return self.noise if self.folder and not self.keeps else 1.0
+
 
 def add_start_args(parser: argparse.ArgumentParser) -> None:
     """Adds --init, --init-noise, --keep-frames and --keep-mask."""

@@ -1,27 +1,85 @@
-"""Step sizes of a descent, and how much noise is left along the way.
+"""Step sizes of a descent that are planned ahead, and how much noise is left along the way.
 
 On the Linear path, with s = 1 − γ the share of the noise in x, a perfect field is c(1 − s) times the vector from ε to
-the data (Wang & Du 2025, arXiv 2510.02300). So a step of size η takes s down to s − η·c(1 − s).
+the data (Wang & Du 2025, arXiv 2510.02300). So a step of size η takes s down to s − η·c(p), where p is γ at the point
+where the field is evaluated. A plan turns this round: it chooses the shares of noise, and each η follows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from objective import Objective
+from objective import LEFT, Objective
+
+# By docs/quality.md, "Fewer evaluations". Larger: more of the steps lie where little noise is left.
+POWER = 2.0
+# Up to so many steps are planned if no step size is given. So 250 steps are as published.
+PLANNED_STEPS = 64
 
 
-def shares_of_noise(objective: Objective, stepsizes: Iterable[float], first: float = 1.0) -> list[float]:
-    """The share of the noise s before each of K steps, and after the last: K + 1 numbers; γ is 1 − s.
+@dataclass(frozen=True)
+class PlannedSteps:
+    """K steps of a descent, planned ahead.
 
-    Linear path, perfect field, no look-ahead.
+    Attributes:
+        sizes: η of each, along the field.
+        look_aheads: μ of each; 0 for the first, which has no step before it.
+        shares: of the noise, before each step and after the last: K + 1 numbers. γ is 1 − share.
+        mu: the look-ahead that was asked for. None: half a step.
+    """
+
+    sizes: tuple[float, ...]
+    look_aheads: tuple[float, ...]
+    shares: tuple[float, ...]
+    mu: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.sizes[0]:.4g} to {self.sizes[-1]:.4g}"
+
+
+def plan_steps(objective: Objective, steps: int, mu: float | None = None, first: float = 1.0) -> PlannedSteps:
+    """Steps that leave LEFT of the noise they start with, at evenly spaced shares^(1/POWER).
+
+    Such shares are those of the noise levels of Karras et al. 2022, arXiv 2206.00364, with their ρ = POWER. No step
+    goes past the clip that the field points to.
 
     Args:
-        stepsizes: η of each step.
-        first: s at the start.
+        objective: on the Linear path.
+        mu: look-ahead. None: each step evaluates the field at about its middle, half a step ahead, as the midpoint
+            rule does. That costs no evaluation, because the step before gives the direction.
+        first: the share of noise in the start.
     """
-    shares = [first]
-    for eta in stepsizes:
-        magnitude = objective.c(torch.tensor(1 - shares[-1], dtype=torch.float64)).item()
-        shares.append(max(shares[-1] - eta * magnitude, 0.0))
+    end = LEFT ** (1 / POWER)
+    shares = [first * (1 - k / steps * (1 - end)) ** POWER for k in range(steps + 1)]
+    falls = [before - after for before, after in pairwise(shares)]
+    # Never ahead of the share where the step ends.
+    ahead = [0.0, *(fall / before * 0.5 if mu is None else min(mu, fall / before) for before, fall in pairwise(falls))]
+    points = [share - part * before for share, part, before in zip(shares, ahead, [0.0, *falls], strict=False)]
+    sizes = [fall / magnitude(objective, point) for fall, point in zip(falls, points, strict=True)]
+    return PlannedSteps(tuple(sizes), tuple(ahead), tuple(shares), mu)
+
+
+def magnitude(objective: Objective, share: float) -> float:
+    """c(γ) where this share of the noise is left."""
+    return objective.c(torch.tensor(1 - share, dtype=torch.float64)).item()
+
+
+def shares_of_noise(objective: Objective, sizes: Sequence[float], mu: float = 0.0, first: float = 1.0) -> list[float]:
+    """The share of the noise before each of K steps, and after the last: K + 1 numbers; γ is 1 − share.
+
+    This holds on the Linear path, for a perfect field.
+
+    Args:
+        sizes: η of each step.
+        mu: look-ahead of all steps.
+        first: the share at the start.
+    """
+    shares, previous = [first], first
+    for eta in sizes:
+        share = shares[-1]
+        point = max(share - mu * (previous - share), 0.0)
+        shares.append(max(share - eta * magnitude(objective, point), 0.0))
+        previous = share
     return shares
