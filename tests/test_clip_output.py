@@ -112,11 +112,11 @@ def test_a_constant_rate_takes_the_place_of_a_kept_decay(run, shapes, tmp_path):
 
 def test_it_is_sampled_with_the_step_size_of_its_schedule(run, tmp_path):
     (checkpoint,) = run.glob("results/*/checkpoints/0000006.pt")
-    arguments = ["--ckpt", checkpoint, "--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 8]
+    arguments = ["--ckpt", checkpoint, "--folder", tmp_path / "s", "--num-fid-samples", 2, "--num-sampling-steps", 80]
     sampled = run_script("sample_gd.py", *arguments, cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
-    stepsize = (1 - 0.005 ** (1 / 8)) / LAMBDA
-    assert f"step size: {stepsize:.4g}, for 8 steps" in sampled.stdout
+    stepsize = (1 - 0.005 ** (1 / 80)) / LAMBDA
+    assert f"step size: {stepsize:.4g}, for 80 steps" in sampled.stdout
     assert f",{stepsize}," in (tmp_path / "s" / "samples.csv").read_text()
 
 

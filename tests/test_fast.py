@@ -367,15 +367,17 @@ def test_adaptive_samples_on_a_gpu_are_those_of_a_fixed_number_of_steps_and_noth
 
 
 @on_gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["graphs alone", "compiled"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_captured_sampling_is_the_eager_one_for_every_batch_shape(gpu_stream, caplog, precision):
+def test_captured_sampling_is_the_eager_one_for_every_batch_shape(gpu_stream, caplog, precision, compiled):
     caplog.set_level(logging.WARNING, logger="EqM")
     network = new_network().requires_grad_(False).to(gpu_stream, PRECISIONS[precision].dtype)
     eager = conditioned_field(network, 4, 0.1, fast=False)
     with torch.no_grad():
         for n in (2, 5, 2):
             torch._dynamo.reset()
-            fast, y = conditioned_field(network, 2 * n, 0.1, fast=True), torch.arange(n)[None] % 4
+            fast = conditioned_field(network, 2 * n, 0.1, fast=True, compiled=compiled)
+            y = torch.arange(n)[None] % 4
             for _ in range(6):
                 x = torch.randn(n, 3, 4, 8, 8, device=gpu_stream)
                 guided = Composition([1.0], 4, 1.5, gpu_stream)

@@ -24,11 +24,12 @@ from runtime.errors import UserError
 from runtime.random_numbers import sample_noise
 from sampling import outputs
 from sampling.descent import Finished
-from sampling.method import Method, add_method_args, check_method, default_stepsize, method_of
+from sampling.method import Method, add_method_args, check_method, method_of
 from sampling.outputs import Output, Writer
 from sampling.plan import Plan, PlanRequest, make_plan
 from sampling.sampler import Sampler
 from sampling.starts import StartRequest, Starts
+from sampling.stepsizes import plan_steps
 
 STEPS = ["--num-sampling-steps", 3]
 CPU = torch.device("cpu")
@@ -115,8 +116,8 @@ def test_the_table_says_class_seed_and_settings_of_each_file(checkpoint, tmp_pat
     assert [row["file"] for row in table] == ["000000.mp4", "000001.mp4", "000002.mp4"]
     assert [row["class_name"] for row in table] == ["SquareUp", "CircleRight", "SquareUp"]
     assert [row["class"] for row in table] == ["3", "0", "3"]
-    stepsize = default_stepsize(Objective(), 3)
-    expected = {"seed": "7", "sampler": "ngd", "stepsize": str(stepsize), "mu": "0.3", "steps": "3", "cfg_scale": "2.0"}
+    stepsize = f"auto: {plan_steps(Objective(), 3)}"
+    expected = {"seed": "7", "sampler": "ngd", "stepsize": stepsize, "mu": "auto", "steps": "3", "cfg_scale": "2.0"}
     assert expected.items() <= table[0].items()
     assert table[0]["precision"] == "fp32"
     assert float(read_video(folder / "000000.mp4")[1].average_rate) == 5

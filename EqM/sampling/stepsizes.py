@@ -14,7 +14,7 @@ import torch
 from objective import LEFT, Objective
 
 # By docs/quality.md, "Fewer evaluations". Larger: more of the steps lie where little noise is left.
-POWER = 2.0
+POWER = 1.25
 # Up to so many steps are planned if no step size is given. So 250 steps are as published.
 PLANNED_STEPS = 64
 
