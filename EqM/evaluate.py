@@ -17,15 +17,17 @@ import argparse
 import json
 from pathlib import Path
 
+from drawing.pictures import write_png
 from evaluation.features import FEATURES, WITH_WEIGHTS, open_features
 from evaluation.metrics import PERCENTILES, RESAMPLES, SPLITS
+from evaluation.neighbours import find_neighbours
 from evaluation.report import check_judged, compare_features, judge_samples
 from evaluation.report_text import lines
-from evaluation.sides import Comparison, open_sides, read_features
+from evaluation.sides import Comparison, open_held_out, open_sides, read_features
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
 from runtime import cli, distributed
 from runtime.errors import UserError, shown
-from runtime.files import check_writable, write_text
+from runtime.files import check_writable, write_output, write_text
 from runtime.logs import log, start_log
 from runtime.size import SIZE_HELP, Size
 
@@ -43,6 +45,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=cli.path, metavar="FILE", help="weights of inception (FID) or i3d (FVD)")
     parser.add_argument("--judge", action="store_true", help="also the share of samples that show the class asked for")
+    nearest = "also the nearest sample of REAL of the first samples, with a sheet beside --output: are they copies?"
+    parser.add_argument("--neighbours", action="store_true", help=nearest)
+    held_out = "for --neighbours: real data that training did not see, whose distances are shown beside"
+    parser.add_argument("--held-out", type=cli.path, metavar="PATH", help=held_out)
     parser.add_argument("--image-size", type=cli.size, help=f"{SIZE_HELP}; default that of the first generated one")
     parser.add_argument("--clip-len", type=cli.side, help="frames; default those of the first generated clip")
     parser.add_argument(
@@ -57,6 +63,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.real.resolve() == args.generated.resolve():
         raise UserError("REAL and GENERATED are the same: every comparison already shows real against real")
+    if args.held_out and not args.neighbours:
+        raise UserError("--held-out is for --neighbours: add it")
     if len(set(WITH_WEIGHTS) & set(args.features)) > 1:
         raise UserError("--weights is one file, and --features has inception and i3d: run them one after the other")
     args.features = list(dict.fromkeys(args.features))
@@ -84,11 +92,15 @@ def main() -> None:
     start_log()
     log_precision(precision)
     check_writable("--output", args.output)
+    sheet = args.output.with_name(f"{args.output.stem}-neighbours.png")
+    if args.neighbours:
+        check_writable("--output", sheet)
 
     # What is compared
     real, generated, kind = open_sides(comparison_of(args))
     if args.judge:
         check_judged(real, generated)
+    held_out = open_held_out(args.held_out, real, kind, args.seed) if args.held_out else None
     features = [open_features(name, args.weights, kind, device, precision) for name in args.features]
 
     # The long work: features of all samples
@@ -110,10 +122,16 @@ def main() -> None:
     }
     if args.judge:
         report["judge"] = judge_samples(real_features, generated_features, args.seed, device, precision)
+    if args.neighbours:
+        sides = real, generated, held_out
+        report["neighbours"], picture = find_neighbours(*sides, args.batch_size, kind.video, device)
+        write_output(sheet, lambda temporary: write_png(temporary, picture))
     for line in lines(report):
         print(shown(line))
     write_text(args.output, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     log.info("all numbers: %s", args.output)
+    if args.neighbours:
+        log.info("samples beside their nearest real ones: %s", sheet)
 
 
 if __name__ == "__main__":

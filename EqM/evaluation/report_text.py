@@ -22,6 +22,9 @@ def lines(report: dict) -> Iterator[str]:
     if "judge" in report:
         yield ""
         yield from judge_lines(report["judge"])
+    if "neighbours" in report:
+        yield ""
+        yield from neighbour_lines(report["neighbours"])
 
 
 def comparison_lines(comparison: dict) -> Iterator[str]:
@@ -52,6 +55,19 @@ def judge_lines(judge: dict) -> Iterator[str]:
         yield row(part, *shown)
     if judge["without_class"]:
         yield f"not judged: {judge['without_class']} generated samples, which were asked for no class of REAL"
+
+
+def neighbour_lines(neighbours: dict) -> Iterator[str]:
+    """Yields how far samples are from the nearest sample of REAL, beside held-out real ones."""
+    yield f"distance to the nearest sample of REAL: {neighbours['of']}"
+    yield row("", "median (least to largest)", "samples")
+    for key, name in (("generated", "generated"), ("held_out", "held-out real")):
+        if key in neighbours:
+            found = neighbours[key]
+            distances = f"{found['median']:.3f} ({found['least']:.3f} to {found['largest']:.3f})"
+            yield row(name, distances, str(found["samples"]))
+    if "held_out" in neighbours:
+        yield f"nearer than every held-out real one: {neighbours['nearer_than_held_out']} generated samples"
 
 
 def row(*cells: str) -> str:

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.contents import Content, Kind, classes_asked, first_window, folder_sizes, kind_of, npz_content, open_path
+from data.contents import (
+    Content,
+    Kind,
+    Window,
+    classes_asked,
+    first_window,
+    folder_sizes,
+    kind_of,
+    npz_content,
+    open_path,
+)
 from data.form import Form
 from data.packs.pack import is_pack
 from data.untrusted import Unreadable
@@ -79,25 +89,45 @@ def open_sides(comparison: Comparison) -> tuple[Side, Side, Kind]:
     frames = (comparison.clip_len or of_generated.frames) if video else 1
     interval = comparison.frame_interval or matching_interval(of_real, of_generated)
 
-    def random_window(place: int) -> float:
-        return float(keyed_uniforms(comparison.seed, [(0, place)])[0, 0])
-
     sides = []
     for name, path, kind, every, window in (
-        ("real", comparison.real, of_real, interval, random_window),
+        ("real", comparison.real, of_real, interval, random_windows(comparison.seed)),
         ("generated", comparison.generated, of_generated, 1, first_window),
     ):
-        form = Form(video, size, frames, every)
-        if path.suffix == ".npz" and not path.is_dir():
-            content = npz_content(path, form)
-        else:
-            content = open_path(path, form, None, f"--image-size {size}", window)
+        content = content_of(path, Form(video, size, frames, every), window)
         about = {"path": str(path), "first_file": kind.as_dict(), "frame_interval": every}
         if path.is_dir() and not is_pack(path):
             about["sizes"] = file_sizes(path, video)
             warn_of_resizing(path, about["sizes"], size, name == "generated")
         sides.append(Side(name, path, content, classes_asked(path, content), about))
     return *sides, Kind(video, size, frames, of_generated.frames_per_second)
+
+
+def open_held_out(path: Path, real: Side, kind: Kind, seed: int) -> Side:
+    """Opens real samples that training did not see, in the form of the real side.
+
+    Raises:
+        UserError: there are none of this kind.
+    """
+    of_path = kind_of(path, kind.video)
+    if of_path.video != kind.video:
+        holds, wanted = ("clips", "images")[:: 1 if of_path.video else -1]
+        raise UserError(f"--held-out {path} holds {holds}, and the other sides {wanted}: give those")
+    form = Form(kind.video, kind.side, kind.frames, real.about["frame_interval"])
+    content = content_of(path, form, random_windows(seed))
+    return Side("held-out", path, content, content.classes, {"path": str(path)})
+
+
+def random_windows(seed: int) -> Window:
+    """Windows that follow from the seed and the place of a clip."""
+    return lambda place: float(keyed_uniforms(seed, [(0, place)])[0, 0])
+
+
+def content_of(path: Path, form: Form, window: Window) -> Content:
+    """The samples of one side in a form. Raises UserError if there are none."""
+    if path.suffix == ".npz" and not path.is_dir():
+        return npz_content(path, form)
+    return open_path(path, form, None, f"--image-size {form.image_size}", window)
 
 
 def check_kinds(comparison: Comparison, of_real: Kind, of_generated: Kind) -> None:

@@ -73,6 +73,19 @@ def adaptive_samplings() -> dict[str, str]:
     return fixed | {f"G = {g}": f"{common} 250 --adaptive {g}" for g in (0.8, 0.4, 0.2, 0.1)}
 
 
+def optimizers() -> dict[str, str]:
+    """Both optimizers at a constant rate, each with the same search of rates."""
+    rates = ("2.5e-4", "5e-4", "1e-3", "2e-3")
+    return {
+        f"{name}, {rate}": f"--optimizer {flag} --lr {rate} --lr-schedule constant"
+        for name, flag in (("AdamW", "adamw"), ("Muon", "muon"))
+        for rate in rates
+    }
+
+
+# Today's descent, with the step size published for B/2 as in `adaptive`, and one whose steps are planned.
+OF_250_STEPS = "--sampler ngd --stepsize 0.003 --num-sampling-steps 250"
+AUTO_STEPS = "--stepsize auto --num-sampling-steps"
 STUDIES = {
     "precision": Variants(PRECISIONS, dict.fromkeys(PRECISIONS, PRECISIONS)),
     "objective": Variants(
@@ -80,6 +93,18 @@ STUDIES = {
         {"Equilibrium Matching": {"descent": ""}, "flow matching": {"Euler": "--sampler euler"}},
     ),
     "adaptive": Variants({"Equilibrium Matching": ""}, {"Equilibrium Matching": adaptive_samplings()}),
+    "output": Variants(
+        {
+            "field, patch 4": "--model EqM-S/4 --predict field --c-schedule truncated",
+            "clip, patch 8": "--model EqM-S/8 --predict clip --c-schedule linear",
+        },
+        {"field, patch 4": {"descent": "--stepsize 0.015"}, "clip, patch 8": {"descent": "--stepsize 0.03"}},
+    ),
+    "optimizer": Variants(optimizers(), dict.fromkeys(optimizers(), {"descent": ""})),
+    "evaluations": Variants(
+        {"Equilibrium Matching": ""},
+        {"Equilibrium Matching": {"250 steps": OF_250_STEPS, "16 steps, auto": f"{AUTO_STEPS} 16"}},
+    ),
 }
 
 
