@@ -90,7 +90,7 @@ class Track:
 
 FIELD = (
     "--path-type Linear --c-schedule truncated --c-a 0.8 --c-lambda 4 --predict field --ebm none --uncond"
-    " --lr-schedule constant --warmup-steps 100 --grad-clip 1"
+    " --optimizer adamw --lr-schedule constant --warmup-steps 100 --grad-clip 1"
 )
 # Twice as long as the target's steps: at a constant rate about half of the seeds reach their own mean by then.
 SHAPES = Recipe(
@@ -101,7 +101,7 @@ SHAPES = Recipe(
 # Small enough for a test: it puts out the clip, because its tokens are wider than the network.
 SHAPES_CPU = Recipe(
     "--model EqM-Ti/4 --temporal-patch 4 --global-batch-size 16 --lr 1e-3 --ema-decay 0.95 --max-steps 300"
-    " --path-type Linear --c-schedule linear --c-lambda 4 --predict clip --ebm none --uncond"
+    " --path-type Linear --c-schedule linear --c-lambda 4 --predict clip --ebm none --uncond --optimizer adamw"
     " --lr-schedule constant --warmup-steps 20 --grad-clip 1",
     "--sampler ngd --mu 0.3 --stepsize 0.07 --cfg-scale 2",
 )
