@@ -3,6 +3,9 @@
     python EqM/study.py precision datasets/moving-shapes --video    # fp32, bf16 and fp16, trained and sampled
     python EqM/study.py objective datasets/moving-shapes --video    # Equilibrium Matching and flow matching
     python EqM/study.py adaptive datasets/fashion-mnist             # quality against evaluations
+    python EqM/study.py output datasets/moving-shapes --video       # S/4 with the field, S/8 with the clip
+    python EqM/study.py optimizer datasets/moving-shapes --video    # AdamW and Muon, four rates each
+    python EqM/study.py evaluations datasets/moving-shapes --video  # 16 planned steps and 250
 
 DATA has a folder train/: networks are trained on it, and samples are compared with it. The study runs the commands
 that people run, and prints each. Stop it when you like: the same command goes on where it was. On a CPU the
@@ -27,13 +30,15 @@ import torch
 from tqdm import tqdm
 
 from drawing.plots import check_plots, write_plots
-from measuring.study_tables import Cell, Cells, loss_curves, quality_by_evaluations, tables
+from measuring.study_tables import Cell, Cells, differences, loss_curves, quality_by_evaluations, tables
 from measuring.trials import SETTINGS, STUDIES, Study, read_contents
 from runs.record import read_metrics
 from runtime import cli
 from runtime.errors import UserError, shown
 from runtime.files import check_writable, write_text
 from runtime.logs import device_name
+
+NOT_OF_SAMPLES = ("evaluations", "seconds", "ms a training step", "held-out clip error")
 
 
 def parse_args() -> argparse.Namespace:
@@ -92,7 +97,7 @@ def write_report(study: Study) -> None:
     # Where the hardware lacks a precision, the run computed in fp32.
     precisions = {trial.training: trial.precision() for trial in study.trials()}
     computed = ", ".join(f"{name} in {precision}" for name, precision in precisions.items())
-    text = "\n".join([head, "", settings, "", f"computed: {computed}", "", *tables(cells)])
+    text = "\n".join([head, "", settings, "", f"computed: {computed}", "", *tables(cells), *differences(cells)])
     write_text(study.output / "report.md", text)
     rows = [{"trained": t, "sampled": s} | {n: c.known() for n, c in row.items()} for (t, s), row in cells.items()]
     write_text(study.output / "report.json", json.dumps(rows, indent=1) + "\n")
@@ -101,14 +106,16 @@ def write_report(study: Study) -> None:
 
 
 def draw_curves(study: Study, cells: Cells) -> None:
-    """Draws the losses, and in a study of adaptive sampling each quality against evaluations."""
-    runs = {
-        name: [read_metrics(trial.run_folder, ("step", "loss")) for trial in study.trials() if trial.training == name]
-        for name in study.variants.trainings
-    }
+    """Draws the losses, held-out clip errors if there are some, and for adaptive sampling quality by evaluations."""
+    held_out, runs = "held_out_clip_error", {name: [] for name in study.variants.trainings}
+    for trial in study.trials():
+        runs[trial.training].append(read_metrics(trial.run_folder, ("step", "loss"), (held_out,)))
     write_plots(study.output / "loss.png", [loss_curves(runs)])
+    measured = {name: [[row for row in rows if held_out in row] for rows in seeds] for name, seeds in runs.items()}
+    if any(rows for seeds in measured.values() for rows in seeds):
+        write_plots(study.output / "clip-error.png", [loss_curves(measured, held_out, "held-out clip error")])
     if study.name == "adaptive":
-        for name in (name for name in next(iter(cells.values())) if name not in ("evaluations", "seconds")):
+        for name in (name for name in next(iter(cells.values())) if name not in NOT_OF_SAMPLES):
             path = study.output / f"{name}-by-evaluations.png".replace(" ", "-")
             write_plots(path, [quality_by_evaluations(cells, name)])
 

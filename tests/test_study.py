@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import run_python, run_script
-from measuring.study_tables import Cell, loss_curves, quality_by_evaluations, tables
-from measuring.trials import Setting, Study
+from measuring.study_tables import Cell, differences, loss_curves, quality_by_evaluations, tables
+from measuring.trials import Setting, Study, training_qualities
 from runtime.errors import UserError
 from study import check_settings
 
@@ -27,6 +27,35 @@ def test_what_differs_by_more_than_the_spreads_is_bold():
     assert far.text(reference) == "**1.6 ± 0.1**"
     assert missing.text(reference) == "–"
     assert Cell((9.0,)).text(Cell((1.0,))) == "9", "of one seed no spread is known"
+
+
+def test_differences_are_taken_seed_by_seed_and_bold_beyond_two_standard_errors():
+    reference, higher, other = Cell((1.0, 5.0, 9.0)), Cell((1.1, 5.2, 9.3)), Cell((1.2, 4.8, 9.1))
+    # 0.1, 0.2 and 0.3 have the standard deviation 0.1, and their mean the standard error 0.1 / √3.
+    assert higher.difference(reference) == "**+0.2 ± 0.058**"
+    assert other.difference(reference) == "+0.0333 ± 0.12"
+    assert Cell((math.nan,) * 3).difference(reference) == "–"
+    found = {("A", "x"): {"quality": reference}, ("A", "y"): {"quality": higher}}
+    (table,) = differences(found)
+    assert table.splitlines()[2:] == [
+        "| trained | sampled | quality |",
+        "| --- | --- | --- |",
+        "| A | y | **+0.2 ± 0.058** |",
+    ]
+    assert list(differences({("A", "x"): {"quality": Cell((1.0,))}, ("A", "y"): {"quality": Cell((1.0,))}})) == []
+
+
+def test_the_time_of_a_step_leaves_out_compiling_and_evaluations(tmp_path):
+    rows = [(1, 60.0), (100, 70.0), (200, 75.0), (300, 80.0)]
+    lines = [{"step": step, "training_seconds": seconds, "minutes": 99} for step, seconds in rows]
+    lines[2]["held_out_clip_error"], lines[3]["held_out_clip_error"] = 0.5, 0.25
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert training_qualities(tmp_path) == {"ms a training step": 50, "held-out clip error": 0.25}
+    path.write_text(json.dumps({"step": 1}) + "\n")
+    found = training_qualities(tmp_path)
+    assert math.isnan(found.pop("ms a training step"))
+    assert found == {}
 
 
 def cells(*variants: tuple[str, str]) -> dict:

@@ -37,6 +37,15 @@ class Cell:
         differs = abs(self.mean - reference.mean) > math.hypot(self.spread, reference.spread)
         return f"**{text}**" if differs else text
 
+    def difference(self, reference: "Cell") -> str:
+        """The mean over seeds of the difference from the reference, ± its standard error. Bold beyond two of them."""
+        differences = Cell(tuple(mine - other for mine, other in zip(self.values, reference.values, strict=True)))
+        if math.isnan(differences.mean):
+            return "–"
+        error = differences.spread / math.sqrt(len(self.values))
+        text = f"{differences.mean:+.3g} ± {error:.2g}"
+        return f"**{text}**" if abs(differences.mean) > 2 * error else text
+
 
 # By variant (trained, sampled), the cell of each quality by name.
 Cells = Mapping[tuple[str, str], Mapping[str, Cell]]
@@ -79,24 +88,36 @@ def tables(cells: Cells) -> Iterator[str]:
         yield f"{name}:\n\n" + markdown(["trained in", *(f"sampled in {sampling}" for sampling in samplings)], rows)
 
 
+def differences(cells: Cells) -> Iterator[str]:
+    """A Markdown table of the differences from the first variant, seed by seed; none for one seed or one variant."""
+    (first, reference), *others = cells.items()
+    if len(next(iter(reference.values())).values) > 1 and others:
+        rows = [[*variant, *(row[name].difference(reference[name]) for name in reference)] for variant, row in others]
+        about = f"differences from {', '.join(first)}, each seed from the same seed, ± standard error:\n\n"
+        yield about + markdown(["trained", "sampled", *reference], rows)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def loss_curves(runs: Mapping[str, Sequence[Sequence[dict[str, float]]]]) -> Lines:
+def loss_curves(
+    runs: Mapping[str, Sequence[Sequence[dict[str, float]]]], name: str = "loss", label: str = "loss"
+) -> Lines:
     """The loss of each variant by step, as the mean over its runs.
 
     Args:
         runs: by the name of the variant, the lines of metrics of each of its runs.
+        name, label: of another number than the loss, in the lines and on the picture.
     """
     series = {}
-    for name, seeds in runs.items():
+    for variant, seeds in runs.items():
         losses: dict[float, list[float]] = {}
         for row in (row for rows in seeds for row in rows):
-            losses.setdefault(row["step"], []).append(row["loss"])
-        series[name] = [(step, statistics.mean(values)) for step, values in sorted(losses.items())]
-    return Lines(series, "step", "loss", log_y=True)
+            losses.setdefault(row["step"], []).append(row[name])
+        series[variant] = [(step, statistics.mean(values)) for step, values in sorted(losses.items())]
+    return Lines(series, "step", label, log_y=True)
 
 
 def quality_by_evaluations(cells: Cells, quality: str) -> Lines:

@@ -1,6 +1,7 @@
 """What a study compares, and its trainings. Each training runs the commands that people run."""
 
 import csv
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from measuring.launches import run_logged
 from measuring.study_tables import report_values
 from runs.config import config_of
+from runs.record import read_metrics
 from runtime.errors import UserError, first_line
 from runtime.files import open_regular, parse_json, read_csv
 
@@ -208,7 +210,8 @@ class Trial:
         except (OSError, csv.Error, ValueError, KeyError, TypeError):
             log = self.log(f"sample-{sampling}")
             raise UserError(f"{table} is damaged: remove {table.parent} and {log}, then repeat this command") from None
-        return {"evaluations": evaluations, "seconds": self.seconds(sampling)} | self.report(sampling)
+        found = {"evaluations": evaluations, "seconds": self.seconds(sampling)}
+        return found | training_qualities(self.run_folder) | self.report(sampling)
 
     def precision(self) -> str:
         """In what the training computed. Where the hardware lacks a precision, that is fp32."""
@@ -231,6 +234,23 @@ class Trial:
             run_logged(log, COMMANDS / script, *flags)
         except UserError as error:
             raise UserError(f"{error}, then repeat this command to go on") from None
+
+
+def training_qualities(run: Path) -> dict[str, float]:
+    """What a run's metrics say: the time of a step, and the last held-out clip error if there is one.
+
+    The time is that after the second line, so that neither compiling nor the first steps count; NaN for a short run.
+
+    Raises:
+        UserError: the run has no metrics.
+    """
+    rows = read_metrics(run, ("step",), ("training_seconds", "held_out_clip_error"))
+    timed = [row for row in rows if "training_seconds" in row][1:]
+    steps = timed[-1]["step"] - timed[0]["step"] if timed else 0
+    seconds = timed[-1]["training_seconds"] - timed[0]["training_seconds"] if timed else 0
+    errors = [row["held_out_clip_error"] for row in rows if "held_out_clip_error" in row]
+    found = {"ms a training step": 1000 * seconds / steps if steps else math.nan}
+    return found | ({"held-out clip error": errors[-1]} if errors else {})
 
 
 def read_contents(path: Path) -> object:
