@@ -7,10 +7,11 @@ why. Nothing here changes what is computed.
 
 import argparse
 import gc
+import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 MEMORY_BUDGET = 0.8
 # Calls before a recording: they choose kernels, and allocate tensors that stay.
 WARMUP_CALLS = 3
+VERSIONS = 8  # of a compiled function, as torch allows by itself
 
 
 def add_compile_arg(parser: argparse._ActionsContainer, default: str = "on a GPU") -> None:
@@ -46,20 +48,28 @@ def replayed(function: Callable[..., Tensor], fast: bool, device: torch.device) 
     return Graphed(function) if fast and device.type == "cuda" else function
 
 
-def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1) -> bool:
+def compile_network(
+    network: EqM, batch: int, training: bool, seconds_per_frame: float = 0.1, frames: Sequence[int] = ()
+) -> bool:
     """Compiles a network in place, for batches of one size, and returns whether that worked.
 
     If not, it runs eagerly, and a warning says why.
 
     The repeated block is compiled once for all blocks, so that the wait does not grow with depth. A network with an
     explicit energy is compiled as a whole. The compiled parts are tried at once: forward and, for training, backward.
+
+    Args:
+        frames: of the clips, if there are several lengths. Each is compiled.
     """
     energy = network.energy != "none"
     log.info("compiling the network: the first step waits for this, %s", "some minutes" if energy else "up to a minute")
     start = time.perf_counter()
     forget_failures(memory_budget=1 if energy else MEMORY_BUDGET)
+    allow_versions(len(frames))
     trial = partial(try_out_energy, seconds_per_frame=seconds_per_frame) if energy else try_out
-    if attempt(partial(trial, network, batch, training), "running eagerly: the network cannot be compiled", training):
+    sizes = [(count, *network.input_shape[-2:]) for count in frames] or [network.input_shape[1:]]
+    consequence = "running eagerly: the network cannot be compiled"
+    if attempt(partial(trial, network, batch, training, sizes), consequence, training):
         log.info("compiled in %.0f s", time.perf_counter() - start)
         warn_of_later_failures(network)
         return True
@@ -67,17 +77,23 @@ def compile_network(network: EqM, batch: int, training: bool, seconds_per_frame:
     return False
 
 
-def try_out(network: EqM, batch: int, training: bool) -> None:
-    """Compiles the parts, and calls one of each kind on zeros. Leaves no gradients."""
+def try_out(network: EqM, batch: int, training: bool, sizes: Sequence[tuple[int, ...]]) -> None:
+    """Compiles the parts, and calls one of each kind on zeros, for samples of each size. Leaves no gradients."""
     for part in (*network.blocks, network.final_layer):
         part.compile(dynamic=False, fullgraph=True)
+    for size in sizes:
+        try_out_parts(network, batch, training, network.grid_of(torch.empty(1, 1, *size, device="meta")))
+
+
+def try_out_parts(network: EqM, batch: int, training: bool, grid: tuple[int, int, int]) -> None:
+    """Calls a block and the last layer on zeros, as for samples whose tokens have this grid."""
     weight = network.final_layer.linear.weight
     width = weight.shape[1]
     with torch.set_grad_enabled(training):
-        tokens = weight.new_zeros(batch, network.num_tokens, width, requires_grad=training)  # (N, L, D)
+        tokens = weight.new_zeros(batch, math.prod(grid), width, requires_grad=training)  # (N, L, D)
         # The same shape as in training and sampling: for another one the block would be compiled again.
         seconds = torch.zeros(batch if training else 1, device=network.device)
-        rotation = network.rotation(network.grid, seconds) if network.positions == "rotary" else None
+        rotation = network.rotation(grid, seconds) if network.positions == "rotary" else None
         for part, parts, more in ((network.blocks[0], 6, (rotation,)), (network.final_layer, 2, ())):
             modulation = weight.new_zeros(batch, parts * width, requires_grad=training)  # (N, parts·D)
             out = part(tokens, modulation, *more)
@@ -86,23 +102,26 @@ def try_out(network: EqM, batch: int, training: bool) -> None:
                 torch.autograd.grad(out, used, torch.ones_like(out))
 
 
-def try_out_energy(network: EqM, batch: int, training: bool, seconds_per_frame: float) -> None:
-    """Compiles the gradient of the energy as one function, and calls it. Leaves no gradients.
+def try_out_energy(
+    network: EqM, batch: int, training: bool, sizes: Sequence[tuple[int, ...]], seconds_per_frame: float
+) -> None:
+    """Compiles the gradient of the energy as one function, and calls it for each size. Leaves no gradients.
 
     A block that is compiled alone has a first derivative and no second one. Only within one function does the
     compiler see both.
     """
     network.field_and_tokens = torch.compile(network.field_and_tokens, fullgraph=True, dynamic=False)
-    device = network.device
-    x, gamma = torch.zeros(batch, *network.input_shape, device=device), torch.zeros(batch, device=device)
+    gamma = torch.zeros(batch, device=network.device)
     # The same kinds of arguments as in training and sampling: others would be compiled again.
     seconds = torch.full_like(gamma, seconds_per_frame) if training else seconds_per_frame
-    with torch.set_grad_enabled(training):
-        blocks, final = network.modulations(gamma, torch.zeros_like(gamma, dtype=torch.long))
-        field = network.field(x, blocks if training else torch.stack(blocks), final, seconds)
-        if training:
-            used = [weight for weight in network.parameters() if weight.requires_grad]
-            torch.autograd.grad(field, used, torch.ones_like(field))
+    for size in sizes:
+        x = torch.zeros(batch, network.in_channels, *size, device=network.device)  # (N, C, …)
+        with torch.set_grad_enabled(training):
+            blocks, final = network.modulations(gamma, torch.zeros_like(gamma, dtype=torch.long))
+            field = network.field(x, blocks if training else torch.stack(blocks), final, seconds)
+            if training:
+                used = [weight for weight in network.parameters() if weight.requires_grad]
+                torch.autograd.grad(field, used, torch.ones_like(field))
 
 
 def attempt(function: Callable[[], None], consequence: str, together: bool) -> bool:
@@ -136,13 +155,16 @@ class Graphed:
     """A function of tensors on the GPU, recorded as CUDA graphs and replayed: one graph for each set of shapes.
 
     The first calls run as they are, and the next one is recorded. The function must not wait for the device. It must
-    keep on the device whatever changes from call to call. The next call overwrites what it returns.
+    keep on the device whatever changes from call to call. The next call overwrites what it returns. The graphs share
+    one memory, since none of them runs while another does.
 
     Args:
         function: from tensors to a tensor.
         generator: the function draws its random numbers from it, if it draws any.
         clean_up: is called if a recording breaks off within the function.
         together: all ranks make the same calls. Either all of them replay, or none.
+        kinds: how many sets of shapes are to come. Nothing is recorded before all of them have run as they are, and the
+            largest is recorded first. Else calls that run as they are would take memory beside that of the graphs.
     """
 
     def __init__(
@@ -151,8 +173,10 @@ class Graphed:
         generator: torch.Generator | None = None,
         clean_up: Callable[[], None] = lambda: None,
         together: bool = False,
+        kinds: int = 1,
     ):
         self.function, self.generator, self.clean_up, self.together = function, generator, clean_up, together
+        self.kinds = kinds
         self.calls: Counter[tuple] = Counter()
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         # At an exit too: a group of ranks whose exchange a graph holds would wait for the graph's end for ever.
@@ -163,7 +187,7 @@ class Graphed:
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self.recordings:
             self.calls[shapes] += 1
-            if not self.works or self.calls[shapes] <= WARMUP_CALLS:
+            if not self.works or not self.is_due(shapes):
                 return self.function(*inputs)
             problem = "running without CUDA graphs: the step cannot be captured"
             self.works = attempt(partial(self.record, shapes, inputs), problem, self.together)
@@ -176,6 +200,14 @@ class Graphed:
         graph.replay()
         return output
 
+    def is_due(self, shapes: tuple) -> bool:
+        """Whether the call with these shapes, which is counted already, is to be recorded."""
+        warm = [each for each, calls in self.calls.items() if calls >= WARMUP_CALLS]
+        if self.calls[shapes] <= WARMUP_CALLS or len(warm) < self.kinds:
+            return False
+        largest = max(warm, key=lambda each: sum(map(math.prod, each)))
+        return self.kinds == 1 or bool(self.recordings) or shapes == largest
+
     def record(self, shapes: tuple, inputs: tuple[Tensor, ...]) -> None:
         own_inputs = [value.clone() for value in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -184,9 +216,10 @@ class Graphed:
             graph.register_generator_state(self.generator)
             generators.append(self.generator)
         states = [generator.get_state() for generator in generators]
+        pool = next((other.pool() for other, _, _ in self.recordings.values()), None)
         try:
             # Other threads, as the loader's that pins memory, go on calling CUDA meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 output = self.function(*own_inputs)
         except Exception:
             for generator, state in zip(generators, states, strict=True):
@@ -222,6 +255,14 @@ def forget_failures(memory_budget: float) -> None:
     torch.compiler.set_stance("default")
 
 
+def allow_versions(count: int) -> None:
+    """Lets a function be compiled for so many sizes of its inputs, and for some other reasons beside.
+
+    Noticed by test_a_function_is_compiled_for_as_many_sizes_as_asked.
+    """
+    torch._dynamo.config.recompile_limit = VERSIONS + count
+
+
 def warn_of_later_failures(network: EqM) -> None:
     """Has a part that must be compiled again later, and cannot be, run eagerly with a warning.
 
@@ -245,7 +286,7 @@ def eager_with_a_warning(compiled: Callable[..., T], eager: Callable[..., T]) ->
             return eager(*inputs)
         try:
             return compiled(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             failed = True
             log.warning("a part of the step runs eagerly, because it cannot be compiled: %s", first_line(error))
             return eager(*inputs)

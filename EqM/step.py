@@ -5,7 +5,7 @@ The step reads nothing back from the device. So the host never waits for it, and
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -254,12 +254,18 @@ class SeededStep:
         return self.launch(x, y, seconds_per_frame)
 
 
-def training_step(state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool) -> SeededStep:
-    """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`."""
-    compiles = fast and compile_network(state.working, recipe.micro_batch or batch, training=True)
+def training_step(
+    state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool, frames: Sequence[int] = ()
+) -> SeededStep:
+    """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`.
+
+    Args:
+        frames: of the clips, if the network sees several lengths. Each has a graph; all share one memory.
+    """
+    compiles = fast and compile_network(state.working, recipe.micro_batch or batch, training=True, frames=frames)
     on_gpu = state.device.type == "cuda"
     # On a CPU torch's kernels serve: they need no wait for the compiler.
     step = partial(train_step, state, recipe, update=Update.of(recipe.optimizer, state, compiles and on_gpu))
     if fast and on_gpu:
-        step = Graphed(step, state.generator, state.drop_half_step, together=True)
+        step = Graphed(step, state.generator, state.drop_half_step, together=True, kinds=len(frames) or 1)
     return SeededStep(step, state, seed)

@@ -36,7 +36,7 @@ from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
 from runs.load_network import start_from
-from runs.new_config import network_of, new_config_of
+from runs.new_config import network_frames, network_of, new_config_of
 from runs.record import Metrics, lowest_held_out
 from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
 from runs.schedule import RunOptions, add_run_args, run_options_of
@@ -92,7 +92,9 @@ def announce(config: Config, state: TrainingState, source: Source, batch: int, b
     parameters = sum(p.numel() for p in state.working.parameters())
     log.info("model: %s, %s parameters", config.network.model, f"{parameters:,}")
     source.announce()
-    log.info("tokens per sample: %d", state.working.num_tokens)
+    frames = network_frames(source.form, source.space)
+    tokens = [state.working.num_tokens * count // config.network.frames for count in frames]
+    log.info("tokens per sample: %s", ", ".join(map(str, tokens)))
     note = " (the default on a CPU; on a GPU 256)" if by_default and state.device.type == "cpu" else ""
     log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
@@ -311,7 +313,8 @@ def main() -> None:
         fast = fast_of(args, device.type)
         recipe = recipe_of(args, config.objective, options.last_step)
         began = time.perf_counter()
-        step = training_step(state, recipe, at_once, args.global_seed, fast)
+        frames = network_frames(source.form, source.space) if source.form.lengths else []
+        step = training_step(state, recipe, at_once, args.global_seed, fast, frames)
         if fast:
             freeze_garbage_collector()
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log, began)

@@ -4,10 +4,8 @@ import argparse
 import signal
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.clips import MAX_TRIES
 from data.file_list import Found
 from data.loading import LoadedBatches
+from data.order import EpochStream, LengthStream
 from data.scan import too_many
 from data.source import Source
 from runtime import cli, distributed
@@ -75,6 +74,8 @@ class TrainingBatches:
         self.source, self.seed, self.first, self.batch = source, seed, first, batch
         rank, ranks = distributed.rank(), distributed.world_size()
         stream = EpochStream(len(source.found), batch, -(-(last - first) // batch), seed, first, rank, ranks)
+        if source.form.lengths:
+            stream = LengthStream(stream, source.form.lengths)
         if workers is None:
             # On a CPU, loading processes would take cores from the step. Sending a pack's batch between processes
             # takes longer than gathering it.
@@ -129,37 +130,7 @@ class TrainingBatches:
         return self.loader.take_idle_seconds()
 
 
-class EpochStream(Sampler[list[tuple[int, int]]]):
-    """This rank's batches of keys (epoch, index), from position `first` of an endless shuffled stream.
-
-    (seed, epoch) decides the order of the whole set in an epoch. Epochs follow without a gap: a batch may span several.
-    The global batches are the same for any number of ranks.
-    """
-
-    def __init__(
-        self, num_items: int, global_batch: int, num_batches: int, seed: int, first: int, rank: int, ranks: int
-    ):
-        self.num_items, self.num_batches, self.first, self.seed = num_items, num_batches, first, seed
-        self.global_batch, self.per_rank, self.rank = global_batch, global_batch // ranks, rank
-        self.order = lru_cache(maxsize=2)(self.shuffled)
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in range(self.num_batches):
-            start = self.first + batch * self.global_batch + self.rank * self.per_rank
-            yield [self.key(position) for position in range(start, start + self.per_rank)]
-
-    def key(self, position: int) -> tuple[int, int]:
-        epoch, within = divmod(position, self.num_items)
-        return epoch, int(self.order(epoch)[within])
-
-    def shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
-
-
-def make_loader(samples: Dataset, stream: EpochStream, num_workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(samples: Dataset, stream: Sampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of batches as dicts of tensors, in the stream's order."""
     collate = as_it_is if hasattr(samples, "__getitems__") else collate_samples
     return DataLoader(

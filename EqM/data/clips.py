@@ -20,7 +20,7 @@ MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 
 
 class Samples(Dataset):
-    """Samples as dicts, by key (epoch, index). The same key gives the same sample in any process.
+    """Samples as dicts, by key (epoch, index), or (epoch, index, clip length). A key gives one sample in any process.
 
     `x` is uint8, (3, T, H, W) for videos and (3, H, W) for images. `label` is an int.
     `seconds_per_frame` is a float, 0 for images. `unreadable` lists (path, reason) of what could not be read.
@@ -30,23 +30,24 @@ class Samples(Dataset):
     def __init__(self, found: Found, form: Form, seed: int):
         self.found, self.form, self.seed = found, form, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        _, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        key, form = key[:2], self.form.of_length(*key[2:]) if key[2:] else self.form
         start, mirror = keyed_uniforms(self.seed, [key])[0]
+        index = key[1]
         unreadable = []
         for _ in range(MAX_TRIES):
             item = self.found[index]
             try:
-                x, seconds_per_frame = read_sample(item, self.form, start)
+                x, seconds_per_frame = read_sample(item, form, start)
                 break
             except Unreadable as error:
                 unreadable.append((item.path, str(error)))
                 index = int(np.random.default_rng((self.seed, *key, len(unreadable))).integers(len(self.found)))
         else:
             # Nothing trains on these zeros: `UnreadableLog` ends the run at MAX_TRIES paths.
-            frames = (self.form.clip_len,) if self.form.video else ()
-            x, seconds_per_frame = torch.zeros(3, *frames, *sides(self.form.image_size)).byte(), 0.0
-        if self.form.flip and mirror < 0.5:
+            frames = (form.clip_len,) if form.video else ()
+            x, seconds_per_frame = torch.zeros(3, *frames, *sides(form.image_size)).byte(), 0.0
+        if form.flip and mirror < 0.5:
             x = x.flip(-1)
         seconds = np.float32(seconds_per_frame)
         return {"x": x, "label": item.label, "seconds_per_frame": seconds, "unreadable": unreadable}

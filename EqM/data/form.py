@@ -1,6 +1,6 @@
 """The form of samples: images or clips, their size, and how a clip is cut from a video."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.latent_space import LatentSpace
 from runtime.size import ImageSize, sides
@@ -16,6 +16,8 @@ class Form:
         clip_len: frames of a clip, as pixels; 1 for images. A VAE may make fewer frames of latents of them.
         frame_interval: a clip takes every frame_interval-th frame of its video.
         flip: mirror half of the samples.
+        lengths: the clip lengths that training mixes, ascending, one for each batch; clip_len is the last. Empty: all
+            clips have clip_len.
     """
 
     video: bool
@@ -23,11 +25,21 @@ class Form:
     clip_len: int = 1
     frame_interval: int = 1
     flip: bool = False
+    lengths: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
         """The word for samples in messages."""
         return "clips" if self.video else "images"
+
+    def of_length(self, clip_len: int) -> "Form":
+        """The form of clips of one length."""
+        return replace(self, clip_len=clip_len, lengths=())
+
+    @property
+    def forms(self) -> list["Form"]:
+        """The forms that batches have, one for each length."""
+        return [self.of_length(length) for length in self.lengths] or [self]
 
     @property
     def window(self) -> int:

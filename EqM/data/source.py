@@ -92,13 +92,17 @@ class Source:
         for path, reason in found.unreadable:
             log.warning("skipped unreadable %s: %s", shown(path), shown(reason))
         if form.video:
-            log.info("clips of %d frames, %d apart", form.clip_len, form.frame_interval)
-            if self.time_factor > 1:
-                log.info("the VAE makes %d frames of latents of each", self.space.frames(form.clip_len))
-            if self.pack and self.pack.settings.windows:
-                return
-            short = found.shorter_than(form.window)
-            log.info("%d of %d videos are shorter than a clip, which repeats their last frame", short, len(found))
+            for each in form.forms:
+                self.announce_clips(each)
+
+    def announce_clips(self, form: Form) -> None:
+        """Logs the length of clips, and how many videos are too short for them."""
+        log.info("clips of %d frames, %d apart", form.clip_len, form.frame_interval)
+        if self.time_factor > 1:
+            log.info("the VAE makes %d frames of latents of each", self.space.frames(form.clip_len))
+        if not (self.pack and self.pack.settings.windows):
+            short, count = self.found.shorter_than(form.window), len(self.found)
+            log.info("%d of %d videos are shorter than a clip, which repeats their last frame", short, count)
 
     def __str__(self) -> str:
         if not self.pack:
@@ -114,7 +118,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     cli.add_kept(data, "--image-size", type=cli.size, help=f"{SIZE_HELP}; default 64, with a VAE 256")
     vae = "train on latents of this VAE: ema, mse, a folder, or none for pixels; default none, or the pack's"
     cli.add_kept(data, "--vae", type=cli.given, metavar="NAME", help=vae)
-    cli.add_kept(data, "--clip-len", 16, type=cli.side, help="frames of a clip")
+    length = "frames of a clip; of several lengths each batch has one, by chance: for --positions rotary"
+    cli.add_kept(data, "--clip-len", 16, type=cli.side, nargs="+", action=cli.OneOrMore, metavar="N", help=length)
     cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="video frames from one of a clip to the next")
     flip = "never mirror samples: for classes that a mirror would swap"
     cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
@@ -136,7 +141,8 @@ def form_of(args: argparse.Namespace, pack: Pack | None) -> Form:
     default = DEFAULT_VAE_SIZE if args.vae not in (None, "none") else DEFAULT_SIZE
     size = args.image_size or (pack.settings.image_size if pack else default)
     clip_len, interval = (args.clip_len, args.frame_interval) if args.video else (1, 1)
-    return Form(bool(args.video), size, clip_len, interval, flip=not args.no_flip)
+    lengths = clip_len if isinstance(clip_len, tuple) else ()
+    return Form(bool(args.video), size, max(lengths, default=clip_len), interval, not args.no_flip, lengths)
 
 
 def open_space(

@@ -14,6 +14,8 @@ from runtime.errors import UserError
 from runtime.plain_data import brief_names, one_of, read_as
 from runtime.size import Size, sides, size_of
 
+Flag = str | bool | tuple[int, ...] | int | float | None
+
 
 @dataclass(frozen=True)
 class KeptFlags:
@@ -63,7 +65,7 @@ class Config:
     space: LatentSpace | None = field(default=None, metadata={"key": "vae"})
     global_batch_size: Annotated[int, cli.positive_int] | None = None
     processes: Annotated[int, cli.positive_int] | None = None
-    flags: dict[str, str | bool | int | float | None] = field(default_factory=dict, metadata={"key": "args"})
+    flags: dict[str, Flag] = field(default_factory=dict, metadata={"key": "args"})
     class_counts: tuple[Annotated[int, cli.non_negative_int], ...] | None = None
 
     def as_dict(self) -> dict:
@@ -77,9 +79,7 @@ class Config:
             "vae": self.space.as_dict() if self.space else None,
             "global_batch_size": self.global_batch_size,
             "processes": self.processes,
-            "args": {
-                name: str(value) if isinstance(value, Path | Size) else value for name, value in self.flags.items()
-            },
+            "args": {name: as_plain(value) for name, value in self.flags.items()},
             "class_counts": list(self.class_counts) if self.class_counts else None,
         }
 
@@ -91,6 +91,12 @@ class Config:
         clip_len = self.space.clip_len(self.network.frames) if self.space else self.network.frames
         height, width = sides(self.network.size)
         return Form(self.network.is_video, size_of(height * pixels, width * pixels), clip_len, interval)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The clip lengths that training mixes; empty: all clips have the one of the form."""
+        kept = self.flags.get("clip_len") if self.network.is_video else None
+        return kept if isinstance(kept, tuple) else ()
 
     @property
     def seconds_per_frame(self) -> float:
@@ -121,7 +127,7 @@ class Config:
             **{name: self.flags.get(name, meaning) for name, meaning in OLD_MEANINGS.items()},
             "model": network.model,
             "video": network.is_video,
-            "clip_len": self.form.clip_len if network.is_video else None,
+            "clip_len": (self.lengths or self.form.clip_len) if network.is_video else None,
             "image_size": self.form.image_size,
             "num_classes": network.num_classes,
             "temporal_patch": network.temporal_patch if network.is_video else None,
@@ -140,6 +146,11 @@ class Config:
             "global_batch_size": self.global_batch_size,
             "init_weights": self.flags.get("init_weights"),
         }
+
+
+def as_plain(value: object) -> object:
+    """The value of a flag, as plain data."""
+    return str(value) if isinstance(value, Path | Size) else list(value) if isinstance(value, tuple) else value
 
 
 def config_of(contents: object, source: str | Path) -> Config:
@@ -168,6 +179,10 @@ def check_together(config: Config) -> None:
         )
     if network.in_channels != (config.space.channels if config.space else 3):
         raise ValueError(f"network.in_channels is {network.in_channels}, and the data have other channels")
+    if lengths := config.lengths:
+        ordered = sorted(set(lengths)) == list(lengths) and lengths[0] > 0
+        if not ordered or lengths[-1] != config.form.clip_len or network.positions != "rotary":
+            raise ValueError(f"args.clip_len is {lengths}, which does not fit the network")
     if config.space:
         config.space.frames(config.form.clip_len)  # more frames than it has statistics for are a UserError
     if not 0 < len(set(config.classes)) == len(config.classes) <= network.num_classes:

@@ -19,18 +19,29 @@ def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, 
     Raises:
         UserError: sizes do not divide, or there is one token in time where there should be several.
     """
-    size, channels = form.input_size(space), space.channels if space else 3
-    temporal_patch = (args.temporal_patch or (1 if size[0] % 2 else 2)) if form.video else 1
-    if args.gamma_per_frame and size[0] // temporal_patch < 2:
+    sizes, channels = [each.input_size(space) for each in form.forms], space.channels if space else 3
+    frames = network_frames(form, space)
+    temporal_patch = (args.temporal_patch or (1 if any(count % 2 for count in frames) else 2)) if form.video else 1
+    if args.gamma_per_frame and frames[0] // temporal_patch < 2:
         raise UserError(
-            f"--gamma-per-frame needs two tokens in time, and {size[0]} frames in patches of {temporal_patch} are one:"
-            " raise --clip-len, or lower --temporal-patch"
+            f"--gamma-per-frame needs two tokens in time, and {frames[0]} frames in patches of {temporal_patch} are"
+            " one: raise --clip-len, or lower --temporal-patch"
         )
     gain = args.c_lambda if args.predict == "clip" else 0.0
     seen = args.uncond, args.ebm, gain, args.positions
-    settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, *seen)
-    settings.check()
+    for size in sizes:
+        settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, *seen)
+        settings.check()
     return settings
+
+
+def network_frames(form: Form, space: LatentSpace | None) -> list[int]:
+    """The frames that a network sees of clips of each length, as pixels or latents, ascending; [1] for images.
+
+    Raises:
+        UserError: the VAE takes no clip of a length.
+    """
+    return [each.input_size(space)[0] for each in form.forms] if form.video else [1]
 
 
 def new_config_of(

@@ -26,6 +26,9 @@ def settled_of(
     if settled.ebm != "none" and settled.grad_checkpoint:
         raise UserError(f"--grad-checkpoint does not work with --ebm {settled.ebm}: use --micro-batch-size for memory")
     check_pack(settled, pack)
+    if settled.video and isinstance(settled.clip_len, tuple) and settled.positions != "rotary":
+        lengths = " ".join(map(str, settled.clip_len))
+        raise UserError(f"--clip-len {lengths} needs --positions rotary: add it, or give one length")
     objective_of(settled)
     return settled
 

@@ -89,6 +89,16 @@ class ArgumentParser(argparse.ArgumentParser):
         return {action.dest: action.new_run_default for action in self._actions if hasattr(action, "new_run_default")}
 
 
+class OneOrMore(argparse.Action):
+    """For nargs="+": one value as it is, and several different ones as a tuple in ascending order."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, found: argparse.Namespace, values: list, option: str | None = None
+    ) -> None:
+        different = tuple(sorted(set(values)))
+        setattr(found, self.dest, different if len(different) > 1 else different[0])
+
+
 def add_kept(group: argparse._ActionsContainer, flag: str, default: object = None, **settings: object) -> None:
     """Adds a flag that checkpoints keep.
 

@@ -27,11 +27,12 @@ class PackedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.pack)
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
-        """The samples of many keys, as one batch."""
-        indices = np.array([index for _, index in keys])  # (N,)
-        uniforms = keyed_uniforms(self.seed, keys)  # (N, 2)
-        places = self.places(indices, uniforms[:, 0])  # (N, T)
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> dict:
+        """The samples of many keys, as one batch. All keys have the same clip length, if they have any."""
+        form = self.form.of_length(*keys[0][2:]) if keys[0][2:] else self.form
+        indices = np.array([key[1] for key in keys])  # (N,)
+        uniforms = keyed_uniforms(self.seed, [key[:2] for key in keys])  # (N, 2)
+        places = self.places(indices, uniforms[:, 0], form)  # (N, T)
         flips = self.form.flip & (uniforms[:, 1] < 0.5)  # (N,)
         seconds = (
             self.form.frame_interval / self.pack.rates[indices] if self.form.video else np.zeros(len(keys))
@@ -48,17 +49,18 @@ class PackedSamples(Dataset):
             "unreadable": [[]] * len(keys),
         }
 
-    def places(self, indices: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    def places(self, indices: np.ndarray, starts: np.ndarray, form: Form | None = None) -> np.ndarray:
         """The frames of clips by their place in items (N,): (N, T), or (N, 1) for windows.
 
         Args:
             starts: where the clips start, (N,), from 0, the first place, up to, but not including, 1.
+            form: of the clips; None: the form of the data set.
         """
-        lengths = self.pack.lengths[indices]  # (N,)
+        form, lengths = form or self.form, self.pack.lengths[indices]  # (N,)
         if self.pack.settings.windows:
             return (starts * lengths).astype(np.int64)[:, None]
-        first = (starts * (np.maximum(lengths - self.form.window, 0) + 1)).astype(np.int64)  # (N,)
-        places = first[:, None] + np.arange(self.form.clip_len) * self.form.frame_interval  # (N, T)
+        first = (starts * (np.maximum(lengths - form.window, 0) + 1)).astype(np.int64)  # (N,)
+        places = first[:, None] + np.arange(form.clip_len) * form.frame_interval  # (N, T)
         return np.minimum(places, lengths[:, None] - 1)  # a short video holds its last frame
 
     def gather(self, indices: np.ndarray, places: np.ndarray, flips: np.ndarray) -> np.ndarray:
