@@ -1,15 +1,26 @@
 """Rotary positions: what they turn, that they depend on distances alone, and that they matter at every size."""
 
+import csv
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import av
 import pytest
 import torch
 from torch import Tensor
 
 from compiled import compile_network
+from conftest import make_pack, run_script
 from layers import Block
+from measuring import position_times, workloads
 from models import EqM
+from network_settings import NetworkSettings
 from positions import SPACE_BASE, TIME_PERIODS_S, head_pairs, rotated, rotations
+from precision import Precision
+from runs.checkpoint import load_checkpoint
+from runs.config import config_of
+from runs.load_network import load_network, start_from
 from test_models import randomised
 
 TINY = {"patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -184,3 +195,143 @@ def test_the_compiled_network_has_the_same_field(energy: str) -> None:
     assert compile_network(network, 2, training=False)
     torch.testing.assert_close(field(network, x), eager, atol=1e-4, rtol=1e-3)
     torch._dynamo.reset()
+
+
+def test_steps_with_fixed_and_rotary_positions_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(position_times, "ROUNDS", 1)
+    monkeypatch.setattr(workloads, "GROUP_SECONDS", 0)
+    work, precision = replace(workloads.TINY, batch=1), Precision("fp32", "fp32", torch.float32)
+    times = position_times.position_times(work, precision, False, torch.device("cpu"))
+    assert times["ratio"] == pytest.approx(times["rotary"] / times["fixed"])
+
+
+TRAIN = (
+    "--video --model EqM-Ti/8 --positions rotary --clip-len 4 --frame-interval 1 --image-size 16 --global-batch-size 4"
+    " --num-workers 0 --no-compile --lr 1e-3 --ema-decay 0.9"
+).split()
+CHECKPOINTS = Path("results") / "000-EqM-Ti-8-Linear-velocity-None" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pack of its data, and a run of three steps with rotary positions."""
+    folder = tmp_path_factory.mktemp("rotary")
+    make_pack(shapes, folder / "pack")
+    result = run_script("train.py", "--data-path", "pack", *TRAIN, "--max-steps", 3, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def fixed(run: Path, tmp_path: Path) -> Path:
+    """A checkpoint of a step with fixed positions, of the same data."""
+    result = run_script(
+        "train.py", "--data-path", run / "pack", *TRAIN, "--positions", "fixed", "--max-steps", 1, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    return tmp_path / CHECKPOINTS / "0000001.pt"
+
+
+def sample(checkpoint: Path, folder: Path, *flags: object) -> object:
+    few = "--num-fid-samples 2 --num-sampling-steps 3 --no-compile --folder videos".split()
+    return run_script("sample_gd.py", "--ckpt", checkpoint, *few, *flags, cwd=folder)
+
+
+def test_a_checkpoint_samples_clips_of_any_length_and_size(run: Path, tmp_path: Path) -> None:
+    checkpoint = run / CHECKPOINTS / "0000003.pt"
+    result = sample(checkpoint, tmp_path, "--clip-len", 10, "--image-size", "16x32", "--target-fps", 5)
+    assert result.returncode == 0, result.stderr
+    for number in range(2):
+        with av.open(str(tmp_path / "videos" / f"{number:06d}.mp4")) as video:
+            frames = [frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)]
+        assert frames == [(16, 32, 3)] * 10
+    scored = run_script(
+        "score.py", "--ckpt", checkpoint, "--clip-len", 10, "--image-size", "16x32", "videos", cwd=tmp_path
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert "videos: 2 files, mean norm" in scored.stdout
+    again = sample(checkpoint, tmp_path, "--clip-len", 10, "--image-size", "16x32", "--init", run / "pack")
+    assert again.returncode != 0, "a pack is no folder of clips"
+
+
+def test_given_clips_are_read_at_the_asked_size(run: Path, shapes: Path, tmp_path: Path) -> None:
+    flags = ["--clip-len", 6, "--image-size", "24x16", "--init", shapes, "--init-noise", 0.2]
+    result = sample(run / CHECKPOINTS / "0000003.pt", tmp_path, *flags)
+    assert result.returncode == 0, result.stderr
+    with av.open(str(tmp_path / "videos" / "000000.mp4")) as video:
+        assert [frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)] == [(24, 16, 3)] * 6
+
+
+def test_a_notebook_opens_a_checkpoint_for_another_size(run: Path) -> None:
+    loaded = load_network(run / CHECKPOINTS / "0000003.pt", clip_len=6, image_size=24)
+    assert loaded.network.input_shape == (3, 6, 24, 24)
+    assert (loaded.config.form.clip_len, loaded.config.form.image_size) == (6, 24)
+    as_trained = load_network(run / CHECKPOINTS / "0000003.pt")
+    x, y = noise(2, 3, 6, 24, 24), torch.tensor([0, 1])
+    assert torch.equal(as_trained.network(x, torch.zeros(2), y, 0.1), loaded.network(x, torch.zeros(2), y, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--clip-len", 5], "clip length 5 is not a multiple of the temporal patch 2"),
+        (["--image-size", 20], "image size 20x20 is not a multiple of the patch size 8"),
+        (["--image-size", "16x20"], "image size 16x20 is not a multiple of the patch size 8"),
+        (["--model", "EqM-S/8"], "--model EqM-S/8 contradicts the checkpoint"),
+    ],
+)
+def test_a_size_that_patches_do_not_divide_is_refused_in_one_line(run: Path, tmp_path: Path, flags, line) -> None:
+    result = sample(run / CHECKPOINTS / "0000003.pt", tmp_path, *flags)
+    assert result.returncode == 1
+    assert line in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_with_fixed_positions_refuses_another_size(fixed: Path, tmp_path: Path) -> None:
+    for flags, line in ([["--clip-len", 8], "--clip-len 8 contr"], [["--image-size", 32], "--image-size 32 contr"]):
+        result = sample(fixed, tmp_path, *flags)
+        assert result.returncode == 1
+        assert f"{line}adicts the checkpoint, which was trained with" in result.stderr
+
+
+def test_a_run_keeps_its_positions_and_another_kind_is_another_run(run: Path, tmp_path: Path) -> None:
+    config = config_of(load_checkpoint(run / CHECKPOINTS / "0000003.pt")["config"], "it")
+    assert (config.network.positions, config.kept_flags()["positions"]) == ("rotary", "rotary")
+    command = ["--data-path", run / "pack", "--ckpt", run / CHECKPOINTS / "0000003.pt", "--max-steps", 4]
+    result = run_script("train.py", *command, "--no-compile", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    went_on = load_checkpoint(tmp_path / CHECKPOINTS / "0000004.pt")["config"]
+    assert went_on["network"]["positions"] == "rotary"
+    refused = run_script("train.py", *command, "--positions", "fixed", cwd=tmp_path)
+    assert "was trained with positions rotary, and this run has fixed" in refused.stderr
+
+
+def test_a_checkpoint_without_the_key_has_fixed_positions() -> None:
+    assert NetworkSettings("EqM-Ti/8", (4, 16, 16), 3, 2).positions == "fixed"
+
+
+def test_fine_tuning_changes_the_kind_of_positions_and_says_so(run: Path, fixed: Path) -> None:
+    rotary = run / CHECKPOINTS / "0000003.pt"
+    for path, other in ((rotary, fixed), (fixed, rotary)):
+        config = config_of(load_checkpoint(other)["config"], "it")
+        network = config.network.build()
+        places = network.pos_embed
+        notes = start_from(network, config, path)
+        assert any("positions were not loaded: they are rotary in one of the networks" in note for note in notes)
+        weights = load_checkpoint(path)["ema"]
+        assert torch.equal(network.state_dict()["blocks.0.attn.qkv.weight"], weights["blocks.0.attn.qkv.weight"])
+        assert places is network.pos_embed
+    same = config_of(load_checkpoint(rotary)["config"], "it")
+    assert not any("positions" in note for note in start_from(same.network.build(), same, rotary))
+    longer = same.of_size(8, None)
+    assert not any("positions" in note for note in start_from(longer.network.build(), longer, rotary))
+
+
+def test_an_energy_trains_with_rotary_positions(run: Path, tmp_path: Path) -> None:
+    command = ["--data-path", run / "pack", *TRAIN, "--ebm", "dot", "--max-steps", 2, "--log-every", 1]
+    result = run_script("train.py", *command, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    sampled = sample(tmp_path / CHECKPOINTS / "0000002.pt", tmp_path, "--clip-len", 2, "--image-size", 24)
+    assert sampled.returncode == 0, sampled.stderr
+    with (tmp_path / "videos" / "samples.csv").open() as file:
+        assert all(float(row["final_norm"]) > 0 for row in csv.DictReader(file))

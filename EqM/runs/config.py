@@ -1,6 +1,6 @@
 """The config of a run: what a checkpoint says about the network and its training."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from optimizer import LR_SCHEDULES, OPTIMIZERS
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import brief_names, one_of, read_as
-from runtime.size import Size, sides, size_of
+from runtime.size import ImageSize, Size, sides, size_of
 
 Flag = str | bool | tuple[int, ...] | int | float | None
 
@@ -91,6 +91,23 @@ class Config:
         clip_len = self.space.clip_len(self.network.frames) if self.space else self.network.frames
         height, width = sides(self.network.size)
         return Form(self.network.is_video, size_of(height * pixels, width * pixels), clip_len, interval)
+
+    def of_size(self, clip_len: int | None, image_size: ImageSize | None) -> "Config":
+        """The config of a network with rotary positions, for clips or images of another length and size.
+
+        Args:
+            clip_len: frames, as pixels; None: those of the training.
+            image_size: pixels; None: that of the training.
+
+        Raises:
+            UserError: the patches or the VAE do not take this size.
+        """
+        form = replace(
+            self.form, clip_len=clip_len or self.form.clip_len, image_size=image_size or self.form.image_size
+        )
+        network = replace(self.network, input_size=form.input_size(self.space))
+        network.check()
+        return replace(self, network=network)
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ from runs.resume import TELLING
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import shape_of
+from runtime.size import SIZE_HELP, ImageSize
 
 KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
 TABLE, PLACES = "y_embedder.embedding_table.weight", "pos_embed"
@@ -79,8 +80,9 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     known = parser.add_argument_group("what the checkpoint knows; if given, it must agree")
     known.add_argument("--model", choices=EqM_models, metavar="NAME")
     known.add_argument("--video", action="store_true", default=None)
-    known.add_argument("--clip-len", type=cli.side)
-    known.add_argument("--image-size", type=cli.size)
+    rotary = "a network with --positions rotary takes any"
+    known.add_argument("--clip-len", type=cli.side, help=f"frames of a clip; {rotary}")
+    known.add_argument("--image-size", type=cli.size, help=f"{SIZE_HELP}; {rotary}")
     known.add_argument("--num-classes", type=cli.count)
     known.add_argument("--ebm", choices=ENERGIES)
 
@@ -96,7 +98,8 @@ def open_network(
 ) -> tuple[EqM, Config, VAE | None]:
     """The network on the device in the precision, without gradients; its config; and the VAE of its latents, or None.
 
-    A published image checkpoint has no config. The flags --model and --vae replace it.
+    A published image checkpoint has no config. The flags --model and --vae replace it. A network with rotary positions
+    is opened for the length and the size that the flags ask for, and so are its config and the form of its data.
 
     Raises:
         UserError: there is no such checkpoint, a flag contradicts it, it holds the weights of another network, or
@@ -112,6 +115,7 @@ def open_network(
         check_described(request, contents)
         vae = load_vae(request.vae, device, bf16)
         config = published_config(request, weights, vae.space)
+    config = of_asked_size(request.known, config)
     check_known(request.known, config)
     check_weights(config.network.check(request.path), weights, request.path)
     network = config.network.build()
@@ -141,9 +145,10 @@ def load_network(
     precision: str = "fp32",
     vae: str | None = None,
     model: str | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     ebm: str | None = None,
     published: str | None = None,
+    clip_len: int | None = None,
 ) -> LoadedNetwork:
     """The network with the averaged weights of a checkpoint, for notebooks and scripts.
 
@@ -154,6 +159,7 @@ def load_network(
         vae: "ema", "mse" or a folder; None: the VAE of the training.
         model, image_size, ebm, published: for a published checkpoint, which has no config: `model`, such as "EqM-XL/2",
             is needed with `vae`; `image_size` is 256, `ebm` "none" and `published` "eqm" by default.
+        clip_len, image_size: what a network with rotary positions is opened for; None: as in its training.
 
     Raises:
         UserError: as `open_network`, with one line that says what is wrong; or there is no such model.
@@ -164,7 +170,7 @@ def load_network(
         raise UserError(f"there is no model {model!r}: choose {', '.join(EqM_models)}")
     if published not in (None, *PUBLISHED):
         raise UserError(f"there is no published {published!r}: choose {', '.join(PUBLISHED)}")
-    given = {"model": model, "image_size": image_size, "ebm": ebm}
+    given = {"model": model, "image_size": image_size, "ebm": ebm, "clip_len": clip_len}
     known = {name: value for name, value in given.items() if value is not None}
     request, place = CheckpointRequest(Path(path), vae, known, published), torch.device(device)
     network, config, decoder = open_network(request, place, resolve_precision(precision, place.type))
@@ -286,6 +292,17 @@ def load_same_vae(
         raise UserError(f"--vae {name} is not the VAE that {request.path} was trained on")
     vae.take_space(space)
     return vae
+
+
+def of_asked_size(known: Mapping[str, object], config: Config) -> Config:
+    """The config for the length and the size that the flags ask for, if the network takes others than its training's.
+
+    Raises:
+        UserError: the patches or the VAE do not take this size.
+    """
+    clip_len = known.get("clip_len") if config.network.is_video else None
+    asked = clip_len, known.get("image_size")
+    return config.of_size(*asked) if config.network.positions == "rotary" and any(asked) else config
 
 
 def check_known(known: Mapping[str, object], config: Config) -> None:

@@ -92,11 +92,9 @@ class ArgumentParser(argparse.ArgumentParser):
 class OneOrMore(argparse.Action):
     """For nargs="+": one value as it is, and several different ones as a tuple in ascending order."""
 
-    def __call__(
-        self, parser: argparse.ArgumentParser, found: argparse.Namespace, values: list, option: str | None = None
-    ) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, flags: object, values: list, name: str | None = None) -> None:
         different = tuple(sorted(set(values)))
-        setattr(found, self.dest, different if len(different) > 1 else different[0])
+        setattr(flags, self.dest, different if len(different) > 1 else different[0])
 
 
 def add_kept(group: argparse._ActionsContainer, flag: str, default: object = None, **settings: object) -> None:
