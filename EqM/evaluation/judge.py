@@ -103,16 +103,22 @@ class Judge:
         self.trained_on = 0
 
     @torch.no_grad()
-    def judge(self, x: Tensor, classes: Sequence[str]) -> Judged:
-        """Compares clips (N, 3, t, h, w) uint8, from `small`, with the classes that they were asked to show."""
+    def words_seen(self, x: Tensor) -> dict[str, np.ndarray]:
+        """The word of each part that clips (N, 3, t, h, w) uint8, from `small`, show: (N,) by part."""
         with self.precision.autocast(self.device.type):
             logits = [self.network(to_input(batch.to(self.device))) for batch in x.split(BATCH)]
         predicted = [torch.cat(part).argmax(1).cpu().numpy() for part in zip(*logits, strict=True)]  # (N,) by part
+        vocabularies = [np.array(sorted(set(of_class))) for of_class in self.parts.values()]
+        return {
+            part: vocabulary[found] for part, vocabulary, found in zip(self.parts, vocabularies, predicted, strict=True)
+        }
+
+    def judge(self, x: Tensor, classes: Sequence[str]) -> Judged:
+        """Compares clips (N, 3, t, h, w) uint8, from `small`, with the classes that they were asked to show."""
         places = [self.names.index(name) for name in classes]
         right = {}
-        for (part, of_class), found in zip(self.parts.items(), predicted, strict=True):
-            vocabulary = sorted(set(of_class))
-            right[part] = found == np.array([vocabulary.index(of_class[place]) for place in places])  # (N,)
+        for part, seen in self.words_seen(x).items():
+            right[part] = seen == np.array([self.parts[part][place] for place in places])  # (N,)
         if len(right) > 1:
             right["both"] = np.all(list(right.values()), axis=0)
         return Judged(right)
