@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
+from data.video import probe_video
 from drawing.page import Card, Picture, page
 from runtime.files import write_text
 from sampling.method import Method
@@ -19,15 +20,12 @@ STARTS_READ = 16  # at once; few, because those that no longer fit are read for 
 TYPES = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png"}
 
 
-def write_page(output: Output, plan: Plan, method: Method, samples: SampleLog, kept_frames: int = 0) -> Path:
+def write_page(output: Output, plan: Plan, method: Method, samples: SampleLog) -> Path:
     """Writes the page of the first samples beside their folder, and returns its path.
 
     The page holds the files if they are few and small, so that it can be sent alone. Otherwise it names them by paths
     relative to itself. What samples start from lies nowhere as a browser could show it, so the page holds it, for the
     first samples, as far as there is room.
-
-    Args:
-        kept_frames: so many of the first frames of each sample were given.
 
     Raises:
         UserError: the page cannot be written, or a file that samples started from can no longer be read.
@@ -42,16 +40,17 @@ def write_page(output: Output, plan: Plan, method: Method, samples: SampleLog, k
         Card(plan.caption(index), facts_of(plan, samples, index), picture, start)
         for index, picture, start in zip(indices, pictures, [*starts, *[None] * len(indices)], strict=False)
     ]
-    first = samples.shown[indices[0]]  # (T, H, W, 3)
-    given = kept_frames / len(first)
+    kept = plan.starts.kept.frames if plan.starts.kept else 0
+    given = kept / len(probe_video(output.path(indices[0])).times) if kept else 0.0
     notes = notes_of(output, len(samples.descents), len(indices), embedded)
     if plan.starts.items:
         notes.append(f"What a sample started from stands to its left, for {len(starts)} of {len(indices)} samples.")
-    if kept_frames:
-        notes.append(f"The first {kept_frames} of {len(first)} frames were given: their border and bar are coloured.")
+    if kept:
+        notes.append(f"The first {kept} frames were given: their border and bar are coloured.")
     about = f"{len(samples.descents)} samples of {method.sampler}, {method.steps} steps, guidance {method.cfg_scale:g}"
     path = output.beside(".html")
-    write_text(path, page(output.folder.name, [about], cards, first.shape[1:3], notes, given))
+    size = samples.shown[indices[0]].shape[1:3]
+    write_text(path, page(output.folder.name, [about], cards, size, notes, given))
     return path
 
 
