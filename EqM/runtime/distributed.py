@@ -6,6 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# The defaults of its functions are the group of this moment, and torch imports it at some time, with its compiler for
+# example. Imported here it finds no group. Later it would keep the ended group and its threads until the process ends,
+# which then aborts now and then.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from runtime import environment
