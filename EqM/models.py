@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clip_field import ClipOutput
 from energy import ENERGIES, energy, energy_gradient
 from layers import Block, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder, check_sizes
 from positions import POSITIONS, head_pairs, rotations, sincos_positions, time_positions
@@ -30,8 +31,9 @@ class EqM(nn.Module):
         temporal_patch: frames in a patch (video only).
         uncond: the network does not see γ; the timestep embedder gets zeros.
         energy: one of energy.ENERGIES. The field is the gradient of this energy; with "none" it is the output itself.
-        clip_gain: if not 0, the output is a clip x̂, without noise, and the field is clip_gain·(x̂ − x). The noise in x
-            then goes round the network, so that a token may hold as many numbers as the network is wide, or more.
+        clip_gain, clip_a, clip_b: if clip_gain is not 0, the output is a clip x̂, without noise, and the field follows
+            from x̂ − x, as ClipOutput says. The noise in x then goes round the network, so that a token may hold as many
+            numbers as the network is wide, or more.
         positions: one of POSITIONS. With "rotary" the network takes inputs of any size that the patches divide, and
             `input_size` is only the one that it is meant for.
 
@@ -58,6 +60,8 @@ class EqM(nn.Module):
         energy: str = "none",
         clip_gain: float = 0.0,
         positions: str = "fixed",
+        clip_a: float = 0.0,
+        clip_b: float = 1.0,
     ):
         super().__init__()
         shape = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -74,7 +78,7 @@ class EqM(nn.Module):
         if positions == "rotary":
             head_pairs(self.head_width)
         self.in_channels, self.num_classes, self.uncond, self.energy = in_channels, num_classes, uncond, energy
-        self.clip_gain = clip_gain
+        self.clip_output = ClipOutput(clip_gain, clip_a, clip_b) if clip_gain else None
         # Published image checkpoints predict a second half of channels, which nothing reads.
         self.out_channels = in_channels if self.is_video else 2 * in_channels
         self.patch = (temporal_patch, patch_size)
@@ -200,8 +204,7 @@ class EqM(nn.Module):
             else:
                 tokens = block(tokens, modulation, rotation)  # (N, T'h'w', D)
         out = self.unpatchify(self.final_layer(tokens, final), grid).view(x.shape)
-        # In float32: near the data x̂ − x is small, and 16 bits would round it away.
-        return self.clip_gain * (out.float() - x) if self.clip_gain else out, tokens
+        return self.clip_output.field(out, x, self.patch[0]) if self.clip_output else out, tokens
 
     def grid_of(self, x: Tensor) -> tuple[int, int, int]:
         """How many tokens x has in time, rows and columns."""

@@ -26,7 +26,7 @@ EqM_sizes = {
 EqM_models = {
     f"EqM-{size}/{patch}": partial(EqM, patch_size=patch, **shape)
     for size, shape in EqM_sizes.items()
-    for patch in (2, 4, 8, 16)
+    for patch in (2, 4, 8, 16, 32)
 }
 Side = Annotated[int, cli.side]
 
@@ -47,6 +47,8 @@ class NetworkSettings:
     energy: Annotated[str, one_of(ENERGIES)] = "none"
     clip_gain: Annotated[float, cli.non_negative_float] = 0.0
     positions: Annotated[str, one_of(POSITIONS)] = "fixed"
+    clip_a: Annotated[float, cli.fraction] = 0.0
+    clip_b: Annotated[float, cli.positive_float] = 1.0
 
     @property
     def is_video(self) -> bool:

@@ -13,27 +13,29 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from clip_field import ClipOutput
 from energy import ENERGIES
+from paths import PATHS, coefficients, derivatives
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import one_of
 
 LABEL_DROPOUT = 0.1
 LEFT = 0.005  # of the noise, at the end of a descent
-PATHS = ("Linear", "GVP", "VP")
 SCHEDULES = ("truncated", "linear", "piecewise", "constant")
+LOSS_WEIGHTS = ("field", "clip", "min-snr")
+GAMMA_DISTRIBUTIONS = ("uniform", "logit-normal")
+MOST_SNR = 5.0  # of min-snr, as published
 DISPERSION_WEIGHT = 0.5
-# β of VP at its two ends, the noise variance added per unit of time (Song et al. 2021, arXiv 2011.13456).
-VP_LEAST, VP_MOST = 0.1, 20.0
-# The least 1 − γ that VP uses, since at 0 the derivative of σ is infinite. torch.rand gives no number closer to 1.
-VP_LEAST_TIME = 2.0**-24
 BETWEEN = cli.checked(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 SHARE = cli.checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+LOGIT = cli.checked(float, lambda v: -10 <= v <= 10, "a number from -10 to 10")
+LOGIT_SPREAD = cli.checked(float, lambda v: 0.01 <= v <= 10, "a number from 0.01 to 10")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The path from noise to data, the magnitude c(γ) of the field along it, and the dispersive term.
+    """The path from noise to data, the magnitude c(γ) of the field along it, and what the loss makes of them.
 
     The defaults must never change: a checkpoint that lacks a key means its default. A sample has one γ, (N,), or each
     frame of a clip has its own, (N, T).
@@ -47,6 +49,14 @@ class Objective:
             constant: 1.
         dispersion: weight of the dispersive term; 0: none.
         by_frame: share of the samples in which each token's time has a γ of its own (`step.draw_frame_levels`).
+        loss_weight: one of LOSS_WEIGHTS, the error whose square is the loss:
+            field: that of the field;
+            clip: that of the clip which the field implies on the Linear path;
+            min-snr: the same times the signal-to-noise ratio γ²/(1 − γ)², or MOST_SNR if that is less (Hang et al.
+                2023, arXiv 2303.09556).
+        gamma_distribution: one of GAMMA_DISTRIBUTIONS, the distribution of γ in training. The logit ln(γ/(1 − γ)) of
+            `logit-normal` has the mean gamma_mean and the standard deviation gamma_std (Esser et al. 2024,
+            arXiv 2403.03206).
     """
 
     path: Annotated[str, one_of(PATHS)] = "Linear"
@@ -56,6 +66,10 @@ class Objective:
     scale: Annotated[float, cli.positive_float] = 4.0
     dispersion: Annotated[float, cli.non_negative_float] = 0.0
     by_frame: Annotated[float, SHARE] = 0.0
+    loss_weight: Annotated[str, one_of(LOSS_WEIGHTS)] = "field"
+    gamma_distribution: Annotated[str, one_of(GAMMA_DISTRIBUTIONS)] = "uniform"
+    gamma_mean: Annotated[float, LOGIT] = 0.0
+    gamma_std: Annotated[float, LOGIT_SPREAD] = 1.0
 
     def c(self, gamma: Tensor) -> Tensor:
         """The field's magnitude c(γ), in the shape of γ."""
@@ -109,15 +123,36 @@ class Objective:
         return (sigma_slope * x_gamma - sigma * field / c) / (alpha * sigma_slope - alpha_slope * sigma)
 
     def reach(self, gamma: Tensor) -> Tensor:
-        """(1 − γ)/c(γ) on the Linear path, also at γ = 1: (N,) → (N,)."""
+        """(1 − γ)/c(γ) on the Linear path, also at γ = 1, in the shape of γ."""
         if self.schedule == "linear":
             return torch.ones_like(gamma) / self.scale
         if self.schedule == "constant":
             return (1 - gamma) / self.scale
         if self.schedule == "truncated":
             return (1 - gamma).clamp(min=1 - self.a) / self.scale
-        before = (1 - gamma) / (self.b - (self.b - 1) * gamma / self.a)  # (N,)
+        before = (1 - gamma) / (self.b - (self.b - 1) * gamma / self.a)  # (N,) or (N, T)
         return torch.where(gamma <= self.a, before, 1 - self.a) / self.scale
+
+    @property
+    def clip_output(self) -> ClipOutput:
+        """How a network's clip becomes its field, on the Linear path and for any schedule but `constant`."""
+        a, b = 0.0 if self.schedule == "linear" else self.a, self.b if self.schedule == "piecewise" else 1.0
+        return ClipOutput(self.scale, a, b)
+
+    def drawn_gamma(self, uniform: Tensor) -> Tensor:
+        """γ in [0, 1] from uniform numbers in [0, 1), of any shape, by the inverse of its distribution function."""
+        if self.gamma_distribution == "uniform":
+            return uniform
+        return torch.sigmoid(self.gamma_mean + self.gamma_std * torch.special.ndtri(uniform))
+
+    def weight(self, gamma: Tensor) -> Tensor:
+        """The factor of the squared error of the field in the loss, in γ's shape."""
+        if self.loss_weight == "field":
+            return torch.ones_like(gamma)
+        of_clip = self.reach(gamma).square()
+        if self.loss_weight == "clip":
+            return of_clip
+        return of_clip * (gamma / (1 - gamma)).square().clamp(max=MOST_SNR)
 
     def loss(
         self,
@@ -126,7 +161,7 @@ class Objective:
         noise: Tensor,
         gamma: Tensor,
     ) -> Tensor:
-        """Mean squared error of the field at x_γ, plus the dispersive term: a float32 scalar.
+        """Mean squared error of the field at x_γ, weighted, plus the dispersive term: a float32 scalar.
 
         Args:
             field: (x_γ, γ) ↦ (f, tokens). f has x's shape and any precision. tokens are the last block's, (N, …);
@@ -135,37 +170,11 @@ class Objective:
             gamma: (N,), or (N, T) of the frames of clips, in [0, 1].
         """
         prediction, tokens = field(self.interpolate(x, noise, gamma), gamma)
-        error = (prediction.float() - self.target(x, noise, gamma)).square().mean()
+        squares = (prediction.float() - self.target(x, noise, gamma)).square()  # (N, …)
+        if self.loss_weight != "field":
+            squares = squares * broadcast_over(self.weight(gamma), squares)
+        error = squares.mean()
         return error + self.dispersion * crowding(tokens) if self.dispersion else error
-
-
-def coefficients(path: str, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """α and σ of x_γ = α·x + σ·ε: (N,) → (N,), (N,)."""
-    if path == "Linear":
-        return gamma, 1 - gamma
-    if path == "GVP":
-        return (gamma * (math.pi / 2)).sin(), (gamma * (math.pi / 2)).cos()
-    log_alpha, _ = vp_log_alpha(gamma)
-    # 1 − α² of a float32 α would be 0 well before γ = 1.
-    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
-
-
-def derivatives(path: str, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """dα/dγ and dσ/dγ: (N,) → (N,), (N,)."""
-    if path == "Linear":
-        return torch.ones_like(gamma), -torch.ones_like(gamma)
-    alpha, sigma = coefficients(path, gamma)
-    if path == "GVP":
-        return sigma * (math.pi / 2), -alpha * (math.pi / 2)
-    _, slope = vp_log_alpha(gamma)
-    return alpha * slope, -alpha.square() * slope / sigma  # from σ² = 1 − α²
-
-
-def vp_log_alpha(gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """ln α of the variance-preserving path, and its derivative in γ: (N,) → (N,), (N,)."""
-    left = (1 - gamma).clamp(min=VP_LEAST_TIME)
-    rise = VP_MOST - VP_LEAST
-    return -rise / 4 * left.square() - VP_LEAST / 2 * left, rise / 2 * left + VP_LEAST / 2
 
 
 def crowding(tokens: Tensor) -> Tensor:
@@ -211,17 +220,12 @@ def add_objective_args(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="add the dispersive term: it drives the samples of a rank's (micro-)batch apart",
     )
-    cli.add_kept(
-        group,
-        "--predict",
-        "field",
-        choices=("field", "clip"),
-        help="what the network puts out; clip: the clip without noise, which serves tokens as wide as the network, with"
-        " --c-schedule linear (then its default)",
-    )
+    predict = "what the network puts out; clip: the clip without noise, for tokens as wide as the network"
+    cli.add_kept(group, "--predict", "field", choices=("field", "clip"), help=predict)
     by_frame = "share of the clips in which each token's time has its own noise level γ, and in half of which the first"
     by_frame += " frames are clean: for --keep-frames and --frames of sample_gd.py"
     cli.add_kept(group, "--gamma-per-frame", 0.0, type=SHARE, metavar="SHARE", help=by_frame)
+    add_loss_args(group)
     cli.add_kept(group, "--ebm", "none", choices=ENERGIES, help="the field is the gradient of this energy")
     cli.add_kept(
         group,
@@ -232,25 +236,48 @@ def add_objective_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_loss_args(group: argparse._ActionsContainer) -> None:
+    """Adds the flags that say how much each γ counts in the loss."""
+    weight = "whose squared error the loss is: the field's; the implied clip's; or the clip's, times min(SNR, 5)"
+    cli.add_kept(group, "--loss-weight", "field", choices=LOSS_WEIGHTS, help=weight)
+    distribution = "how γ is distributed in training"
+    cli.add_kept(group, "--gamma-distribution", "uniform", choices=GAMMA_DISTRIBUTIONS, help=distribution)
+    cli.add_kept(group, "--gamma-mean", type=LOGIT, help="mean of ln(γ/(1 − γ)) (logit-normal); default 0")
+    cli.add_kept(group, "--gamma-std", type=LOGIT_SPREAD, help="its standard deviation (logit-normal); default 1")
+
+
+def check_objective(args: argparse.Namespace) -> None:
+    """Raises UserError if flags of the objective contradict one another."""
+    clip, linear = args.predict == "clip", ("--path-type", args.path_type, "Linear")
+    needs = [("--predict clip", *each) for each in (linear, ("--ebm", args.ebm, "none")) if clip]
+    needs += [(f"--loss-weight {args.loss_weight}", *linear)] if args.loss_weight != "field" else []
+    for flag, other, value, needed in needs:
+        if value != needed:
+            raise UserError(f"{flag} needs {other} {needed}, and it is {value}: change one of them")
+    if clip and args.c_schedule == "constant":
+        raise UserError("--predict clip has no bounded field with --c-schedule constant: change one of them")
+    if (args.c_schedule == "piecewise") != (args.c_b is not None):
+        asks = "needs --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
+        raise UserError(f"--c-schedule {args.c_schedule} {asks}")
+    if args.gamma_distribution == "uniform" and (args.gamma_mean is not None or args.gamma_std is not None):
+        raise UserError("--gamma-mean and --gamma-std need --gamma-distribution logit-normal: add it")
+
+
 def objective_of(args: argparse.Namespace) -> Objective:
     """The objective that the flags ask for.
 
     Raises:
-        UserError: --c-b is missing, or has no meaning; or the network cannot put out the clip, or have γ by frame.
+        UserError: flags contradict one another, or --c-b is missing.
     """
+    check_objective(args)
     check_frame_levels(args)
-    if args.predict == "clip":
-        wrong = {"--c-schedule": (args.c_schedule, "linear"), "--path-type": (args.path_type, "Linear")}
-        for flag, (value, needed) in (wrong | {"--ebm": (args.ebm, "none")}).items():
-            if value != needed:
-                raise UserError(f"--predict clip needs {flag} {needed}, and it is {value}: change one of them")
-    if (args.c_schedule == "piecewise") != (args.c_b is not None):
-        asks = "needs --c-b, c/λ at γ = 0: add it" if args.c_b is None else "has no use for --c-b: leave it out"
-        raise UserError(f"--c-schedule {args.c_schedule} {asks}")
-    b = 1.0 if args.c_b is None else args.c_b
+    b, mean, std = (
+        default if value is None else value
+        for value, default in ((args.c_b, 1.0), (args.gamma_mean, 0.0), (args.gamma_std, 1.0))
+    )
     dispersion = DISPERSION_WEIGHT if args.disp else 0.0
-    numbers = args.c_a, b, args.c_lambda, dispersion, args.gamma_per_frame
-    return Objective(args.path_type, args.c_schedule, *numbers)
+    of_loss = dispersion, args.gamma_per_frame, args.loss_weight, args.gamma_distribution, mean, std
+    return Objective(args.path_type, args.c_schedule, args.c_a, b, args.c_lambda, *of_loss)
 
 
 def check_frame_levels(args: argparse.Namespace) -> None:

@@ -115,7 +115,7 @@ def recipe_of(args: argparse.Namespace, objective: Objective, last_step: float) 
 
 
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A step's noise in x's shape, γ (N,), and a uniform number per label (N,)."""
+    """A step's noise in x's shape, and uniform numbers for γ (N,) and for labels (N,)."""
     n = x.shape[0]
     return (
         torch.randn(x.shape, device=x.device, generator=generator),
@@ -218,6 +218,7 @@ def train_step(
         gamma = draw_frame_levels(
             gamma, x.shape[2], state.working.patch[0], recipe.objective.by_frame, state.generator
         )  # (N, T)
+    gamma = recipe.objective.drawn_gamma(gamma)  # (N,) or (N, T): clean frames, γ = 1, stay clean
     micro_batch, ranks = recipe.micro_batch or len(x), distributed.world_size()
     loss, gradients = torch.zeros_like(state.lr), None
     for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):

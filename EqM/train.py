@@ -56,7 +56,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     parser = cli.ArgumentParser("Trains an Equilibrium Matching model on images or videos.")
     add_data_args(parser)
     model = parser.add_argument_group("model")
-    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8,16}: size and patch"
+    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8,16,32}: size and patch"
     cli.add_kept(model, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
     cli.add_kept(model, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
     frames = "frames of a token; default 2 if that divides the clip, else 1"

@@ -16,7 +16,7 @@ from step import Recipe, network_loss
 from test_train import assert_same, load, metrics
 
 LAMBDA = 4.0
-CLIP = ["--predict", "clip"]
+CLIP = ["--predict", "clip", "--c-schedule", "linear"]
 
 
 def new_network(gain: float) -> EqM:
@@ -123,7 +123,7 @@ def test_it_is_sampled_with_the_step_size_of_its_schedule(run, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([*CLIP, "--c-schedule", "truncated"], "--predict clip needs --c-schedule linear, and it is truncated"),
+        ([*CLIP, "--c-schedule", "constant"], "--predict clip has no bounded field with --c-schedule constant"),
         ([*CLIP, "--path-type", "VP"], "--predict clip needs --path-type Linear, and it is VP"),
         ([*CLIP, "--ebm", "dot"], "--predict clip needs --ebm none, and it is dot"),
         (["--decay-steps", 2], "--decay-steps needs --lr-schedule linear or cosine"),

@@ -26,6 +26,9 @@ RECIPES = {
     "images": [*IMAGES, "--ebm", "none"],
     "energy": [*IMAGES, "--ebm", "dot"],
     "clip": [*IMAGES, "--ebm", "none", "--predict", "clip", "--c-schedule", "linear"],
+    "clip, truncated": [*IMAGES, "--ebm", "none", "--predict", "clip"],
+    "clip, piecewise": [*COMMON, *CLIPS, *"--model EqM-Ti/8 --predict clip --c-schedule piecewise --c-b 2".split()],
+    "weight": [*IMAGES, *"--ebm none --loss-weight min-snr --gamma-distribution logit-normal --gamma-std 2".split()],
     "decay": [*IMAGES, "--ebm", "none", "--lr-schedule", "cosine", "--decay-steps", "10"],
     "muon": [*IMAGES, "--ebm", "none", "--optimizer", "muon"],
 }
@@ -44,7 +47,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_20_steps_have_the_losses_of_an_earlier_version(recipe: str, pictures: Path, tmp_path: Path) -> None:
-    data = OLD / "pack" if recipe == "video" else pictures
+    data = OLD / "pack" if "--video" in RECIPES[recipe] else pictures
     result = run_script("train.py", "--data-path", data, *RECIPES[recipe], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (metrics,) = tmp_path.glob("results/*/metrics.jsonl")

@@ -13,7 +13,7 @@ CODE = ROOT / "EqM"
 # The floors of the house, the lowest first. A module may import its own room, and rooms on lower floors.
 # What stands on no floor is a command: nothing imports it.
 FLOORS = (
-    {"runtime", "energy", "positions"},
+    {"runtime", "energy", "clip_field", "paths", "positions"},
     {"layers"},
     {"drawing", "models", "objective", "precision"},
     {"network_settings", "compiled", "data"},

@@ -76,7 +76,7 @@ def test_sizes_have_the_published_parameter_counts(name, parameters):
 def test_every_registered_name_says_its_patch_size():
     with torch.device("meta"):
         for name, make in EqM_models.items():
-            assert make(input_size=16).patch == (1, int(name.split("/")[1]))
+            assert make(input_size=32).patch == (1, int(name.split("/")[1]))
 
 
 @pytest.mark.parametrize(("input_size", "shape"), [(8, (2, 3, 8, 8)), ((4, 8, 6), (2, 3, 4, 8, 6))])

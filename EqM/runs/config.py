@@ -1,6 +1,6 @@
 """The config of a run: what a checkpoint says about the network and its training."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -159,6 +159,10 @@ class Config:
             "c_lambda": objective.scale,
             "gamma_per_frame": objective.by_frame,
             "disp": objective.dispersion == DISPERSION_WEIGHT,
+            "loss_weight": objective.loss_weight,
+            "gamma_distribution": objective.gamma_distribution,
+            "gamma_mean": None if objective.gamma_distribution == "uniform" else objective.gamma_mean,
+            "gamma_std": None if objective.gamma_distribution == "uniform" else objective.gamma_std,
             "vae": self.space.name if self.space else "none",
             "global_batch_size": self.global_batch_size,
             "init_weights": self.flags.get("init_weights"),
@@ -202,6 +206,9 @@ def check_together(config: Config) -> None:
             raise ValueError(f"args.clip_len is {lengths}, which does not fit the network")
     if config.space:
         config.space.frames(config.form.clip_len)  # more frames than it has statistics for are a UserError
+    output = network.clip_gain, network.clip_a, network.clip_b
+    if network.clip_gain and output != astuple(config.objective.clip_output):
+        raise ValueError(f"network.clip_gain, clip_a and clip_b are {output}, and the objective has another c(γ)")
     if not 0 < len(set(config.classes)) == len(config.classes) <= network.num_classes:
         found = f"{len(config.classes)} names, and network.num_classes is {network.num_classes}"
         raise ValueError(f"classes has {found}: too many, none, or a name twice")

@@ -1,6 +1,7 @@
 """The config of a run, from the flags and the data."""
 
 import argparse
+from dataclasses import asdict
 
 from data.form import Form
 from data.latent_space import LatentSpace
@@ -27,10 +28,11 @@ def network_of(args: argparse.Namespace, form: Form, space: LatentSpace | None, 
             f"--gamma-per-frame needs two tokens in time, and {frames[0]} frames in patches of {temporal_patch} are"
             " one: raise --clip-len, or lower --temporal-patch"
         )
-    gain = args.c_lambda if args.predict == "clip" else 0.0
-    seen = args.uncond, args.ebm, gain, args.positions
+    clip = asdict(objective_of(args).clip_output) if args.predict == "clip" else {}
+    seen = {"uncond": args.uncond, "energy": args.ebm, "positions": args.positions}
+    seen |= {f"clip_{name}": value for name, value in clip.items()}
     for size in sizes:
-        settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, *seen)
+        settings = NetworkSettings(args.model, size, channels, num_classes, temporal_patch, **seen)
         settings.check()
     return settings
 

@@ -24,6 +24,7 @@ LOCK_PATIENCE_S = 20
 TELLING = ("model", "video", "clip_len", "image_size", "num_classes", "temporal_patch", "positions", "vae")
 TELLING += ("init_weights", "path_type", "c_schedule", "c_a", "c_b", "c_lambda", "disp", "ebm", "uncond", "predict")
 TELLING += ("gamma_per_frame", "optimizer")
+TELLING += ("loss_weight", "gamma_distribution", "gamma_mean", "gamma_std")
 # Flags that may change without a warning when a run goes on.
 SILENT = {"resume", "ckpt", "results_dir", "max_steps", "epochs", "max_minutes", "log_every", "ckpt_every", "keep"}
 SILENT |= {"sample_every", "sample_steps", "sample_stepsize", "sample_cfg_scale", "tensorboard", "wandb"}

@@ -20,8 +20,6 @@ def settled_of(
         UserError: flags contradict one another, the pack, or the run.
     """
     kept = kept_of(args, before, pack) if before else {}
-    if args.predict == "clip":
-        defaults = defaults | {"c_schedule": "linear"}
     settled = argparse.Namespace(**cli.settled(vars(args), kept, defaults))
     if settled.ebm != "none" and settled.grad_checkpoint:
         raise UserError(f"--grad-checkpoint does not work with --ebm {settled.ebm}: use --micro-batch-size for memory")
@@ -43,6 +41,8 @@ def kept_of(args: argparse.Namespace, before: Config, pack: Pack | None) -> dict
     kept.pop("num_classes")  # the data, and check_resumable, decide
     if args.c_schedule not in (None, "piecewise"):
         kept["c_b"] = None
+    if args.gamma_distribution == "uniform":
+        kept["gamma_mean"] = kept["gamma_std"] = None
     if args.lr_schedule == "constant":
         kept["decay_steps"] = None
     batch = args.global_batch_size or kept["global_batch_size"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.clips import read_image
 from data.latent_space import LatentSpace
 from data.untrusted import Unreadable
-from objective import coefficients
+from paths import coefficients
 from runs.config import Config
 from runtime.errors import UserError
 from runtime.logs import log
