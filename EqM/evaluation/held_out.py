@@ -127,7 +127,8 @@ class HeldOut:
     def measure(self, network: nn.Module, objective: Objective) -> tuple[dict[str, float], float]:
         """The held-out loss, by eighths of γ too, and the error of the clip; and the seconds that this took.
 
-        Every rank must call it, with the same network. The numbers are the same for any number of ranks.
+        The loss is uniform in γ and unweighted, whatever the objective's weights and distribution of γ are, so that
+        runs compare. Every rank must call it, with the same network. The numbers are the same for any number of ranks.
 
         Raises:
             UserError: a sample cannot be read.
