@@ -28,6 +28,7 @@ from runtime import cli, distributed
 from runtime.distributed import batches_of_rank
 from runtime.logs import log, start_log
 from sampling.adaptive import evaluations_summary
+from sampling.long_videos import LongWriter
 from sampling.method import Method, add_method_args, check_method, method_of
 from sampling.outputs import Output, SampleLog, Writer, decode, to_frames, write_npz, write_sheet, write_table
 from sampling.pages import write_page
@@ -73,8 +74,10 @@ def write_samples(
     Raises:
         UserError: samples are not finite, or cannot be written.
     """
-    total, hidden = sum(map(len, batches)) * sampler.method.steps, not distributed.is_main()
-    with tqdm(total=total, desc="sampling", unit="evaluation", disable=hidden) as bar, Writer(output) as writer:
+    windows, hidden = sampler.plan.windows, not distributed.is_main()
+    total = sum(map(len, batches)) * sampler.method.steps * (len(windows) if windows else 1)
+    own = LongWriter(output, windows) if windows else Writer(output)
+    with tqdm(total=total, desc="sampling", unit="evaluation", disable=hidden) as bar, own as writer:
         for group in sampler.samples(batches, trace, bar.update):
             x = torch.stack([finished.x for finished in group])  # (N, …)
             writer.take(group, x, to_frames(decode(x, vae)))

@@ -1,5 +1,6 @@
 """Samples that hold the first frames, or a part of each frame, of given clips."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,7 @@ def watched(config, shapes: Path, method: Method, **kept: object) -> tuple[torch
     sampler, points = Sampler(method, network, plan, 0.12, batch=2), []
     with torch.no_grad():
         start = sampler.starts([21, 0])
-        x = sampler.descend([21, 0], start, range(method.steps), lambda point, value: points.append(point.clone()))
+        x = sampler.descend_held([21, 0], start, range(method.steps), lambda point, value: points.append(point.clone()))
     return x, points
 
 
@@ -159,11 +160,10 @@ def test_a_position_of_latents_is_held_if_all_its_pixels_are(tmp_path):
     assert choose_kept(0, half, config, (3, 4, 4, 4)).mask[0, 0, 0].tolist() == [True, True, False, False]
 
 
-@pytest.mark.parametrize(("frames", "near"), [(1, "give 2"), (3, "give 2"), (4, "give 2"), (9, "give 2")])
-def test_frames_that_are_no_whole_tokens_are_refused_with_those_that_are(frames, near):
-    with pytest.raises(
-        UserError, match=rf"--keep-frames {frames}: clips of 4 frames are cut into tokens of 2.* {near}"
-    ):
+@pytest.mark.parametrize("frames", [1, 3, 4, 9])
+def test_frames_that_are_no_whole_tokens_are_refused_with_those_that_are(frames):
+    words = f"--keep-frames {frames}: clips of 4 frames are cut into tokens of 2 frames: give 2"
+    with pytest.raises(UserError, match=words):
         choose_kept(frames, None, PATCHED, SHAPE)
     assert choose_kept(3, None, CONFIG, SHAPE).mask.sum() == 3 * 16 * 16
 
@@ -229,12 +229,12 @@ def test_the_null_class_can_be_asked_for_unless_a_class_has_its_name():
         (["--init", "x", "--keep-frames", 2, "--init-noise", 0.5], "--keep-frames has all that is not held start"),
         (
             ["--init", "x", "--keep-mask", "m", "--adaptive", 1],
-            "--keep-mask needs gradient descent .*: leave out --adap",
+            "--keep-mask needs gradient descent .*: leave out",
         ),
         (["--init", "x", "--keep-frames", 2, "--sampler", "euler"], "leave out --sampler euler"),
         (
             ["--init", "x", "--keep-frames", 4],
-            "--keep-frames 4: clips of 4 frames are cut into tokens of 2 frames: give",
+            "--keep-frames 4: clips of 4 frames are cut into tokens of 2 frames",
         ),
         (["--init", "x", "--keep-mask", "missing.png"], "--keep-mask missing.png cannot be read: No such file"),
         (["--init", "x", "--keep-mask", "text.png"], "--keep-mask text.png cannot be read: cannot identify"),
@@ -249,7 +249,7 @@ def test_what_cannot_be_held_is_refused_in_one_line(flags, words, checkpoint, tm
     run = sampled(checkpoint, tmp_path, *flags)
     assert run.returncode == 1
     (line,) = [line for line in run.stderr.splitlines() if "error" in line]
-    assert __import__("re").search(words, line), line
+    assert re.search(words, line), line
 
 
 def test_images_have_no_first_frames(image_checkpoint, tmp_path):  # noqa: F811

@@ -1,6 +1,7 @@
 """Video files through PyAV: checks a file, reads its frames, and writes new files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -249,13 +250,30 @@ def write_video(path: Path, frames: np.ndarray, frames_per_second: float, lossle
 
 def encode_video(path: Path, frames: np.ndarray, frames_per_second: float, lossless: bool) -> None:
     """`write_video`, in place."""
+    with encoder(path, frames.shape[1:3], frames_per_second, lossless) as add:
+        add(frames)
+
+
+@contextmanager
+def encoder(
+    path: Path, size: tuple[int, int], frames_per_second: float, lossless: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Within the block, a function adds frames (T, H, W, 3) uint8 of this height and width to a video, in place.
+
+    Raises:
+        OSError, av.FFmpegError: as `write_video`.
+    """
     codec, layout, options = ("ffv1", "bgr0", {}) if lossless else ("libx264", "yuv420p", {"crf": "12"})
     with av.open(str(path), "w", format="matroska" if lossless else "mp4") as container:
         rate = Fraction(frames_per_second).limit_denominator(1001)
         stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = size
         stream.pix_fmt = layout
         stream.thread_count = 1  # more threads take longer to start than a short clip takes to encode
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        def add(frames: np.ndarray) -> None:
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        yield add
         container.mux(stream.encode())

@@ -70,9 +70,14 @@ def stacked(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.concatenate(wide)
 
 
+def shown_places(frames: int) -> list[int]:
+    """The frames that a filmstrip shows of so many, evenly spread."""
+    return np.linspace(0, frames - 1, min(frames, SHEET_FRAMES)).round().astype(int).tolist()
+
+
 def filmstrip(clip: np.ndarray) -> np.ndarray:
     """(T, h, w, 3) → some of its frames side by side, whole pixels magnified so that small ones can be seen."""
-    places = np.linspace(0, len(clip) - 1, min(len(clip), SHEET_FRAMES)).round().astype(int)
+    places = shown_places(len(clip))
     zoom = max(1, -(-FRAME_SIDE // max(clip.shape[1:3])))
     frames = clip[places].repeat(zoom, axis=1).repeat(zoom, axis=2)
     return np.concatenate(list(np.pad(frames, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)), axis=1)

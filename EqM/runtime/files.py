@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,10 +43,21 @@ def write_whole(
     if not replaces_streams and is_stream(path):
         write_stream(path, write)
         return
+    with whole_file(path, durable) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` to write to within the block; at its end it is renamed, as `write_whole` says.
+
+    Raises:
+        OSError: the disk is full or fails. No temporary file is left, at an error within the block neither.
+    """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")  # machines share disks
     with temporary_file(temporary):
-        write(temporary)
+        yield temporary
         if durable:
             flush(temporary)
         temporary.replace(path)

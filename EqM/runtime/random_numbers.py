@@ -32,15 +32,17 @@ def keyed_uniforms(seed: int, keys: list[tuple[int, int]]) -> np.ndarray:
     return np.stack([(mix(state + golden * np.uint64(i)) >> shifts[3]) * 2.0**-53 for i in (1, 2)], axis=1)
 
 
-def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int], window: int = 0) -> Tensor:
     """Standard normal noise (len(indices), *shape) on the CPU, each sample from (seed, its index) alone.
 
-    A sample thus starts from the same noise in any batch, on any device and in any process.
+    A sample thus starts from the same noise in any batch, on any device and in any process. A long video has other
+    noise in each `window`.
     """
+    place = (window,) if window else ()
     generator = torch.Generator()
 
     def draw(index: int) -> Tensor:
-        seed_draws(generator, seed, index)
+        seed_draws(generator, seed, index, *place)
         return torch.randn(*shape, generator=generator)
 
     return torch.stack([draw(index) for index in indices])

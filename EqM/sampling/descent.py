@@ -120,12 +120,14 @@ class Finished:
         x: the sample (…), float32.
         evaluations: how often its field was evaluated.
         measured: one row per evaluation, or only the last.
+        window: of a long video; x is this window, and evaluations are those of all windows so far.
     """
 
     index: int
     x: Tensor
     evaluations: int
     measured: list[list[float]]
+    window: int = 0
 
     @property
     def final_norm(self) -> float:
@@ -153,6 +155,13 @@ class Watch:
         return torch.stack(self.steps or [self.measure(self.y, *self.last)], dim=1).tolist()
 
 
+def counted(steps: int, samples: int, progress: Callable[[int], object]) -> Iterator[int]:
+    """So many steps. `progress` gets the evaluations of each, one for each of the samples."""
+    for step in range(steps):
+        yield step
+        progress(samples)
+
+
 def fixed_descents(
     sample: Callable[[Sequence[int], Tensor, Iterable, Watch], Tensor],
     starts: Callable[[Sequence[int]], Tensor],
@@ -174,18 +183,12 @@ def fixed_descents(
         progress: gets the number of new evaluations.
     """
     size = max(map(len, batches), default=0)
-
-    def counted_steps(samples: int) -> Iterator[int]:
-        for step in range(steps):
-            yield step
-            progress(samples)
-
     # Another batch size would be compiled again. So the last batch repeats a sample until it is full.
     padded = [[*indices, *[indices[-1]] * (size - len(indices))] for indices in batches]
     following = map(starts, padded)
     start = next(following, None)  # (N, …)
     for indices, whole in zip(batches, padded, strict=True):
         watch = Watch(measure, labels(whole), every=indices[0] < traced)
-        x = sample(whole, start, counted_steps(len(indices)), watch)  # (N, …)
+        x = sample(whole, start, counted(steps, len(indices), progress), watch)  # (N, …)
         start = next(following, None)  # drawn while the GPU still descends
         yield [Finished(*each) for each in zip(indices, x, [steps] * len(indices), watch.read(), strict=False)]

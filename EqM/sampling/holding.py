@@ -119,7 +119,7 @@ def check_whole(flag: str, frames: int, possible: Sequence[int], config: Config)
     if frames in possible:
         return
     if not possible:
-        raise UserError(f"{flag} {frames}: all frames of a clip are one token here: nothing would be left to make")
+        raise UserError(f"{flag} {frames}: all frames of a clip are one token, of which no part can be held")
     near = sorted(sorted(possible, key=lambda each: abs(each - frames))[:2])
     tokens = f"tokens of {config.network.temporal_patch} frames" + (" of latents" if config.space else "")
     clip = f"clips of {config.form.clip_len} frames are cut into {tokens}"

@@ -131,6 +131,8 @@ class SampleLog:
 class Writer:
     """Reads samples from the device and writes them, in threads, while the next samples descend."""
 
+    at_once = GROUPS_WRITTEN  # groups that may be written while another one begins
+
     def __init__(self, output: Output):
         self.output, self.log, self.pool = output, SampleLog(), ThreadPoolExecutor(WRITERS)
         self.reading: deque[tuple[list[Finished], Callable[[], Tensor], Callable[[], Tensor]]] = deque()
@@ -166,10 +168,24 @@ class Writer:
             group, finite, clips = self.reading.popleft()
             if not finite():
                 raise UserError("samples are not finite: lower --stepsize or --cfg-scale, or sample in fp32")
-            indices, frames = [sample.index for sample in group], clips().numpy()
+            frames = clips().numpy()
+            self.wait(self.at_once)
             for sample, shown in zip(group, frames, strict=True):
-                self.log.add(sample, shown)
-            self.writing.append(self.pool.map(self.output.write, indices, frames))
+                self.note(sample, shown)
+            places = [(sample.index, sample.window) for sample in group]
+            self.writing.append(self.pool.map(self.write, places, frames))
+        self.wait(writing)
+
+    def note(self, sample: Finished, frames: np.ndarray) -> None:
+        """Takes down what is known of a sample."""
+        self.log.add(sample, frames)
+
+    def write(self, place: tuple[int, int], frames: np.ndarray) -> None:
+        """Writes a sample, (T, H, W, 3) uint8, by its index and its window."""
+        self.output.write(place[0], frames)
+
+    def wait(self, writing: int) -> None:
+        """Waits until at most so many groups are still to be written. Raises UserError as `take`."""
         while len(self.writing) > writing:
             try:
                 list(self.writing.popleft())
@@ -191,6 +207,8 @@ def write_table(output: Output, plan: Plan, method: Method, log: SampleLog, prec
         "init_noise": plan.starts.noise,
         "keep_frames": kept.frames if kept else "",
         "keep_mask": kept.picture if kept else "",
+        "frames": plan.windows.total if plan.windows else "",
+        "overlap": plan.windows.overlap if plan.windows else "",
         "precision": precision,
         "frames_per_second": output.frames_per_second,
         "checkpoint": checkpoint,

@@ -14,6 +14,7 @@ from runs.config import Config
 from runtime.errors import UserError
 from sampling.method import Method
 from sampling.starts import StartRequest, Starts, add_start_args, check_start_args, choose_starts, start_request_of
+from sampling.windows import Windows, add_window_args, check_window_args, choose_windows
 
 NO_CLASS = "none"  # asks for the null class, unless a class has this name
 
@@ -26,11 +27,15 @@ class PlanRequest:
         start: where samples start.
         classes: names or indices, or NO_CLASS. Empty: the classes of the files that samples start from, or all classes.
         compose: a sum of classes, as parse_sum reads it.
+        frames: of a long video; None: as many as the network sees at once.
+        overlap: of its windows, in frames; None: the default.
     """
 
     start: StartRequest
     classes: tuple[str, ...] = ()
     compose: str | None = None
+    frames: int | None = None
+    overlap: int | None = None
 
 
 def add_plan_args(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +50,7 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compose", metavar="SUM", help='adds the fields of classes, as "A + 0.5*B - 0.3*C"')
     add_start_args(parser)
+    add_window_args(parser.add_argument_group("long videos"))
 
 
 def check_plan_args(args: argparse.Namespace) -> None:
@@ -52,11 +58,12 @@ def check_plan_args(args: argparse.Namespace) -> None:
     if args.classes and args.compose is not None:
         raise UserError("--class and --compose both say what samples show: give one of them")
     check_start_args(args)
+    check_window_args(args)
 
 
 def plan_request_of(args: argparse.Namespace) -> PlanRequest:
     """What the flags ask for."""
-    return PlanRequest(start_request_of(args), tuple(args.classes or ()), args.compose)
+    return PlanRequest(start_request_of(args), tuple(args.classes or ()), args.compose, args.frames, args.overlap)
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,14 @@ class Plan:
         terms: (weight, label) of a sum.
         starts: where samples start.
         names: what people call a sample, by its label. The last is the name of the null class.
+        windows: of long videos; None: samples are as long as the network sees them.
     """
 
     classes: list[int]
     terms: list[tuple[float, int]]
     starts: Starts
     names: tuple[str, ...] = ()
+    windows: Windows | None = None
 
     def label(self, sample: int) -> int:
         return self.classes[sample % len(self.classes)]
@@ -108,7 +117,8 @@ def make_plan(request: PlanRequest, method: Method, config: Config, shape: tuple
         vae: encodes files for samples that are latents.
 
     Raises:
-        UserError: an unknown class, no sum, no file to start from, or a network that the method cannot sample.
+        UserError: an unknown class, no sum, no file to start from, no windows, or a network that the method cannot
+            sample.
     """
     if method.sampler != "euler" and not config.network.uncond:
         raise UserError(
@@ -122,7 +132,8 @@ def make_plan(request: PlanRequest, method: Method, config: Config, shape: tuple
     classes = [len(names)] if terms else asked or of_files or list(range(len(config.classes)))
     if method.cfg_scale != 1 and not terms and set(classes) == {len(names)}:
         raise UserError(f"--cfg-scale {method.cfg_scale:g} has no class to guide to: add --class, or leave it out")
-    return Plan(classes, terms, starts, (*names, request.compose or "no class"))
+    windows = choose_windows(request.frames, request.overlap, config) if request.frames else None
+    return Plan(classes, terms, starts, (*names, request.compose or "no class"), windows)
 
 
 TERM = re.compile(

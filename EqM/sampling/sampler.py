@@ -16,6 +16,8 @@ from sampling.descent import (
     Field,
     Finished,
     Measure,
+    Watch,
+    counted,
     fixed_descents,
     gradient_descent,
     integrate,
@@ -70,8 +72,10 @@ class Sampler:
         measure = self.energy_measure() if trace else norm_alone
         if self.method.threshold is not None:
             return self.adaptive(batches, measure, progress)
+        if self.plan.windows:
+            return self.long(batches, progress)
         labels, steps, traced = self.plan.labels, self.method.steps, TRACED if trace else 0
-        return fixed_descents(self.descend, self.starts, labels, batches, steps, traced, progress, measure)
+        return fixed_descents(self.descend_held, self.starts, labels, batches, steps, traced, progress, measure)
 
     def starts(self, indices: Sequence[int]) -> Tensor:
         """The starts of samples, on the device: (N, C, H, W) or (N, C, T, H, W)."""
@@ -95,16 +99,14 @@ class Sampler:
             x: where they start, in the same shape, on the device.
             steps: one element a step. Euler's steps end after the method's number.
             watch: gets each point where the field was evaluated, and the value there.
-            hold: what is held, for gradient descent; None: what the plan keeps of the files that samples start from.
+            hold: holds parts of x, in gradient descent.
         """
         y, method = self.plan.labels(indices), self.method
         if method.sampler != "euler":
-            field, hold = self.field(y), hold or self.hold_of_files(indices, x)
             planned = method.planned
             sizes, mu = (planned.sizes, planned.look_aheads) if planned else (method.stepsize, method.look_ahead)
-            if not hold:
-                return gradient_descent(field, x, sizes, steps, mu, watch)
-            return hold.end(gradient_descent(field, x, sizes, steps, mu, watch, hold))
+            descend = partial(gradient_descent, self.field(y), x, sizes, steps, mu, watch)
+            return hold.end(descend(hold)) if hold else descend()
         starts = self.plan.starts
 
         def velocity_at(gamma: float) -> Field:
@@ -114,6 +116,42 @@ class Sampler:
 
         gammas = torch.linspace(1 - starts.noise, 1, method.steps + 1).tolist()  # (K + 1,)
         return integrate(velocity_at, x, gammas, steps, watch)
+
+    def descend_held(
+        self, indices: Sequence[int], x: Tensor, steps: Iterable, watch: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        """`descend`, holding what the plan keeps of the files that samples start from."""
+        return self.descend(indices, x, steps, watch, self.hold_of_files(indices, x))
+
+    def long(self, batches: Sequence[range], progress: Callable[[int], object]) -> Iterator[list[Finished]]:
+        """The windows of long videos, batch by batch, each from the first window to the last.
+
+        A window holds the last frames of the one before. The first window holds what the plan keeps of files.
+        """
+        starts, steps = self.plan.starts, self.method.steps
+
+        for indices in batches:
+            whole = [*indices, *[indices[-1]] * (self.batch - len(indices))]
+            x = None
+            for window in range(len(self.plan.windows)):
+                noise = to_device(starts(whole, window), self.device)  # (N, C, T, H, W)
+                hold = self.hold_of_window(x, noise) if window else self.hold_of_files(whole, noise)
+                watch = Watch(norm_alone, self.plan.labels(whole), every=False)
+                x = self.descend(whole, noise, counted(steps, len(indices), progress), watch, hold)
+                made, rows = (window + 1) * steps, zip(indices, x, watch.read(), strict=False)
+                yield [Finished(index, each, made, measured, window) for index, each, measured in rows]
+
+    def hold_of_window(self, before: Tensor, noise: Tensor) -> Hold | None:
+        """Holds the last frames of the window before, (N, C, T, H, W); None if windows do not overlap.
+
+        Args:
+            noise: what this window starts from, in that shape.
+        """
+        windows = self.plan.windows
+        if not windows.overlap:
+            return None
+        mask = to_device(windows.mask(before.shape[1:]), self.device)
+        return self.hold(mask, windows.begun(before), noise, self.plan.starts.objective.by_frame > 0)
 
     def hold_of_files(self, indices: Sequence[int], noise: Tensor) -> Hold | None:
         """Holds what the plan keeps of the files that samples start from; None if it keeps nothing.

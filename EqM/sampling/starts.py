@@ -141,14 +141,17 @@ class Starts:
     objective: Objective = Objective()
     kept: Kept | None = None
 
-    def __call__(self, indices: Sequence[int]) -> Tensor:
+    def __call__(self, indices: Sequence[int], window: int = 0) -> Tensor:
         """The starts (N, *shape) of samples, float32. The noise of a sample follows from the seed and its index alone.
+
+        Args:
+            window: of a long video. It has noise of its own, and only the first one starts from files.
 
         Raises:
             UserError: a file can no longer be read.
         """
-        noise = sample_noise(self.seed, indices, self.shape)  # (N, …)
-        if not self.items or self.kept:
+        noise = sample_noise(self.seed, indices, self.shape, window)  # (N, …)
+        if not self.items or self.kept or window:
             return noise
         return self.objective.interpolate(self.shown(indices), noise, torch.full((len(noise),), 1 - self.noise))
 
