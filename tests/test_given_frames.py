@@ -172,7 +172,7 @@ def test_the_command_holds_frames_in_any_batch_and_says_so(lively_checkpoint, sh
     common = ["--init", shapes, "--keep-frames", 2, "--class", "none", "--num-fid-samples", 3, "--stepsize", 0.05]
     run = sampled(lively_checkpoint, tmp_path, *common)
     assert run.returncode == 0, run.stderr
-    assert "held: at the noise of the rest" in run.stdout
+    assert "are held at the noise of the rest" in run.stdout
     table = rows(tmp_path / "out")
     assert [(row["keep_frames"], row["keep_mask"], row["class"], row["class_name"]) for row in table] == [
         ("2", "", "", "no class")
@@ -196,7 +196,7 @@ def test_a_checkpoint_trained_for_it_is_known_by_its_config(lively_checkpoint, s
     save_checkpoint(tmp_path / "trained.pt", saved)
     run = sampled(tmp_path / "trained.pt", tmp_path, "--init", shapes, "--keep-frames", 2, "--num-fid-samples", 1)
     assert run.returncode == 0, run.stderr
-    assert "held: clean, as in the training with --gamma-per-frame" in run.stdout
+    assert "are held clean, as in the training with --gamma-per-frame" in run.stdout
 
 
 def test_a_part_of_images_is_held(image_checkpoint, tmp_path):  # noqa: F811

@@ -145,6 +145,7 @@ def test_the_command_makes_long_videos_in_any_batch_and_number_of_processes(live
     common = ["--frames", 11, "--overlap", 2, "--num-fid-samples", 3]
     run = long_sampled(lively_checkpoint, tmp_path / "one", *common)
     assert run.returncode == 0, run.stderr
+    assert "--frames: 5 windows of 4 frames, 2 of them held at the noise of the rest" in run.stdout
     folder = tmp_path / "one" / "out"
     table = rows(folder)
     assert [(row["frames"], row["overlap"], row["evaluations"]) for row in table] == [("11", "2", "15")] * 3
@@ -198,6 +199,8 @@ def test_the_overlap_is_a_quarter_of_a_window_in_whole_tokens_unless_a_flag_says
         (["--overlap", 2], "--overlap says how the windows of --frames N overlap: give that too"),
         (["--frames", 8, "--adaptive", 1], "which --adaptive does not fit: leave one out"),
         (["--frames", 8, "--sampler", "euler"], "which --sampler euler does not fit: leave one out"),
+        (["--frames", 8, "--init", "x"], "say with --keep-frames how many are given"),
+        (["--frames", 8, "--init", "x", "--keep-mask", "m"], "say with --keep-frames how many are given"),
         (["--frames", 8, "--trace"], "which --trace does not fit: leave one out"),
         (["--frames", 3], "--frames 3: the network makes 4 frames at once: give as many, or more"),
         (

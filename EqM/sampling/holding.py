@@ -67,6 +67,11 @@ class Hold:
         return torch.where(self.mask, self.given, x)
 
 
+def how_held(clean: bool) -> str:
+    """The way in words."""
+    return "clean, as in the training with --gamma-per-frame" if clean else "at the noise of the rest"
+
+
 def held_levels(path: str, shares: Sequence[float], clean: bool) -> list[tuple[float, float]]:
     """(α, σ) of the held part where so much is left of the noise, 1 − γ, on a path: one pair for each share."""
     if clean:
@@ -95,7 +100,7 @@ def choose_kept(frames: int, picture: Path | None, config: Config, shape: Sequen
         raise UserError(f"--keep-mask {picture} holds {what}: give another picture")
     # Levels by frame say nothing of two levels within a frame.
     clean = config.objective.by_frame > 0 and not picture
-    log.info("held: %s", "clean, as in the training with --gamma-per-frame" if clean else "at the noise of the rest")
+    log.info("given parts are held %s", how_held(clean))
     return Kept(mask, clean, frames, picture)
 
 

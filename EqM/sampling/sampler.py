@@ -29,6 +29,7 @@ from sampling.holding import Hold, held_levels
 from sampling.method import Method
 from sampling.plan import Plan
 from sampling.speed import EAGER, Speed
+from sampling.stepsizes import shares_of_noise
 
 
 def network_rows(method: Method, plan: Plan, batch: int) -> int:

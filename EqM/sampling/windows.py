@@ -13,7 +13,8 @@ from torch import Tensor
 from runs.config import Config
 from runtime import cli
 from runtime.errors import UserError
-from sampling.holding import check_whole
+from runtime.logs import log
+from sampling.holding import check_whole, how_held
 
 OVERLAP = 0.25  # of a window, unless --overlap says another
 
@@ -71,6 +72,8 @@ def check_window_args(args: argparse.Namespace) -> None:
     """Raises UserError if flags contradict --frames, or lack it."""
     if args.overlap is not None and not args.frames:
         raise UserError("--overlap says how the windows of --frames N overlap: give that too")
+    if args.frames and args.init and not args.keep_frames:
+        raise UserError("--frames goes on from the first frames of --init: say with --keep-frames how many are given")
     wrong = {
         "--adaptive": args.adaptive,
         "--sampler euler": args.sampler == "euler",
@@ -104,4 +107,7 @@ def choose_windows(frames: int, overlap: int | None, config: Config) -> Windows:
     if overlap is None:
         overlap = max(int(OVERLAP * length) // patch, 1) * patch
     check_whole("--overlap", overlap, range(0, length, patch), config)
-    return Windows(frames, length, overlap)
+    windows, how = Windows(frames, length, overlap), how_held(config.objective.by_frame > 0)
+    held = f", {overlap} of them held {how}" if overlap else ""
+    log.info("--frames: %d windows of %d frames%s", len(windows), length, held)
+    return windows
