@@ -89,8 +89,7 @@ def write_about(output: Output, plan: Plan, method: Method, samples: SampleLog, 
     if output.suffix == ".png":
         log.info("all images: %s", write_npz(output, len(samples.descents)))
     log.info("contact sheet: %s", write_sheet(output, plan, samples.shown))
-    kept_frames = plan.starts.kept.frames if plan.starts.kept else 0
-    log.info("page: %s", write_page(output, plan, method, samples, kept_frames))
+    log.info("page: %s", write_page(output, plan, method, samples))
     if trace:
         log.info("norms and energies by step: %s, %s, %s", *write_trace(output.folder, samples.traces))
     if method.threshold is not None:
