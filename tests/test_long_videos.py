@@ -70,6 +70,7 @@ def test_each_window_begins_with_the_last_frames_of_the_one_before(by_frame, met
         for window in range(1, 5):
             before, after = made[index, window - 1].x, made[index, window].x
             assert torch.equal(after[:, :2], before[:, 2:])
+            assert not torch.equal(after[:, 2], before[:, 0]), "no more frames are held"
             assert (after[:, 2:] - before[:, 2:]).abs().mean() > 0.1
     assert made[0, 4].evaluations == 5 * METHOD.steps
 

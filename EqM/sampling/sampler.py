@@ -29,7 +29,6 @@ from sampling.holding import Hold, held_levels
 from sampling.method import Method
 from sampling.plan import Plan
 from sampling.speed import EAGER, Speed
-from sampling.stepsizes import shares_of_noise
 
 
 def network_rows(method: Method, plan: Plan, batch: int) -> int:
@@ -130,7 +129,6 @@ class Sampler:
         A window holds the last frames of the one before. The first window holds what the plan keeps of files.
         """
         starts, steps = self.plan.starts, self.method.steps
-
         for indices in batches:
             whole = [*indices, *[indices[-1]] * (self.batch - len(indices))]
             x = None
