@@ -11,6 +11,7 @@ from objective import LEFT, SCHEDULES, Objective
 from runtime import cli
 from runtime.errors import UserError
 from sampling.descent import Field, gradient_descent
+from sampling.holding import Hold, held_levels
 from sampling.method import MU, Method, add_method_args, check_method, method_of
 from sampling.previews import add_preview_args, preview_method_of
 from sampling.starts import StartRequest
@@ -223,3 +224,24 @@ def test_a_plan_for_previews_is_refused_before_the_run_has_a_folder(shapes, tmp_
     assert run.returncode == 1
     assert "--path-type Linear alone" in run.stderr
     assert not list(tmp_path.glob("results/*"))
+
+
+def test_what_is_held_has_the_level_of_the_rest_at_every_point_of_a_plan():
+    clip, noise = torch.randn(2, 1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
+    mask, objective = torch.zeros(1, 4, 4, 4, dtype=torch.bool), Objective(schedule="linear")
+    mask[:, :2] = True
+    planned, seen = method("--num-sampling-steps", 8, objective=objective), []
+    hold = Hold(mask, clip, noise, held_levels("Linear", planned.shares(objective), clean=False))
+    sizes, ahead = planned.planned.sizes, planned.planned.look_aheads
+    gradient_descent(
+        lambda x: objective.scale * (clip - x), noise, sizes, range(8), ahead, lambda x, _: seen.append(x), hold
+    )
+    assert len(seen) == 8
+    for point in seen:
+        assert ((point - clip) / (noise - clip)).std() < 1e-3
+    constant = Method(stepsize=0.01, mu=0.2, steps=5)
+    assert constant.shares(objective) == shares_of_noise(objective, [0.01] * 5, 0.2)
+
+
+def test_held_parts_start_from_noise():
+    assert StartRequest(0, 2, Path("clips"), keep_frames=2).share == 1.0

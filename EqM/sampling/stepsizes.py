@@ -13,7 +13,7 @@ import torch
 
 from objective import LEFT, Objective
 
-# By docs/quality.md, "Fewer evaluations". Larger: more of the steps lie where little noise is left.
+# Chosen by measurement: docs/quality.md. Larger: more of the steps lie where little noise is left.
 POWER = 1.25
 # Up to so many steps are planned if no step size is given. So 250 steps are as published.
 PLANNED_STEPS = 64
@@ -42,8 +42,8 @@ class PlannedSteps:
 def plan_steps(objective: Objective, steps: int, mu: float | None = None, first: float = 1.0) -> PlannedSteps:
     """Steps that leave LEFT of the noise they start with, at evenly spaced shares^(1/POWER).
 
-    Such shares are those of the noise levels of Karras et al. 2022, arXiv 2206.00364, with their ρ = POWER. No step
-    goes past the clip that the field points to.
+    Such shares are those of the noise levels of Karras et al. 2022, arXiv 2206.00364, with their ρ = POWER. By the
+    plan, no step goes past the clip that the field points to.
 
     Args:
         objective: on the Linear path.
@@ -55,8 +55,8 @@ def plan_steps(objective: Objective, steps: int, mu: float | None = None, first:
     shares = [first * (1 - k / steps * (1 - end)) ** POWER for k in range(steps + 1)]
     falls = [before - after for before, after in pairwise(shares)]
     # Never ahead of the share where the step ends.
-    ahead = [0.0, *(fall / before * 0.5 if mu is None else min(mu, fall / before) for before, fall in pairwise(falls))]
-    points = [share - part * before for share, part, before in zip(shares, ahead, [0.0, *falls], strict=False)]
+    ahead = [0.0, *(fall / last * 0.5 if mu is None else min(mu, fall / last) for last, fall in pairwise(falls))]
+    points = [share - part * last for share, part, last in zip(shares, ahead, [0.0, *falls], strict=False)]
     sizes = [fall / magnitude(objective, point) for fall, point in zip(falls, points, strict=True)]
     return PlannedSteps(tuple(sizes), tuple(ahead), tuple(shares), mu)
 
