@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compiled import Graphed, compile_network, compiled_or_eager
+from compiled import compile_network, compiled_or_eager
+from graphs import Graphed
 from muon import MuonUpdate
 from objective import Objective, drop_labels
 from optimizer import LR_SCHEDULES, OPTIMIZERS, Rates, Share, update, update_in_one_kernel

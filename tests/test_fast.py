@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 import benchmark
-from compiled import Graphed, freeze_garbage_collector
+from compiled import freeze_garbage_collector
 from conftest import ROOT, SMALL, run_command, run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
+from graphs import Graphed
 from measuring import agreement
 from measuring.workloads import TINY, start_over
 from models import EqM
@@ -293,16 +294,16 @@ def test_a_step_that_one_rank_cannot_capture_is_replayed_on_none(tmp_path):
     script = tmp_path / "step.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'EqM')!r})\n"
-        "import torch, compiled\nfrom runtime import distributed, logs\n"
+        "import torch, graphs\nfrom runtime import distributed, logs\n"
         "distributed.start()\n"
         "logs.start_log()\n"
         "def record(self, shapes, inputs):\n"
         "    if distributed.rank() == 1:\n"
         "        raise RuntimeError('not here')\n"
         "    self.recordings[shapes] = None\n"
-        "compiled.Graphed.record = record\n"
-        "step = compiled.Graphed(lambda x: x + 1, together=True)\n"
-        "calls = [step(torch.zeros(2)).tolist() for _ in range(compiled.WARMUP_CALLS + 3)]\n"
+        "graphs.Graphed.record = record\n"
+        "step = graphs.Graphed(lambda x: x + 1, together=True)\n"
+        "calls = [step(torch.zeros(2)).tolist() for _ in range(graphs.WARMUP_CALLS + 3)]\n"
         "assert calls == [[1, 1]] * len(calls), calls\n"
         "assert not step.recordings\n"
         "distributed.stop()\n"

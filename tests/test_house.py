@@ -17,7 +17,7 @@ FLOORS = (
     {"layers"},
     {"drawing", "models", "objective", "precision"},
     {"network_settings", "compiled", "data"},
-    {"sharding", "optimizer"},
+    {"graphs", "sharding", "optimizer"},
     {"muon"},
     {"state"},
     {"runs", "step", "evaluation"},

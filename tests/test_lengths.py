@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled import VERSIONS, WARMUP_CALLS, Graphed, allow_versions
+from compiled import VERSIONS, allow_versions
 from conftest import make_pack, run_ranks, run_script
 from data.clips import Samples
 from data.form import Form
 from data.order import EpochStream, LengthStream
 from data.packs.dataset import PackedSamples, unpack
+from graphs import WARMUP_CALLS, Graphed
 from runs.checkpoint import load_checkpoint
 from runs.config import config_of
 from runtime.errors import UserError

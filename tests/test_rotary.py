@@ -137,6 +137,19 @@ def test_positions_of_a_larger_grid_begin_with_those_of_a_smaller_one() -> None:
     assert torch.equal(turns[0], turns[1][:, :4, :4, :4])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_token_is_made_from_its_own_patch_at_every_size(size: tuple[int, int, int]) -> None:
+    network, x = rotary_network(), noise(1, 3, *size)
+    changed = x.clone()
+    frame, row, column = (side - 1 for side in size)
+    changed[0, 1, frame, 0, column] += 1
+    changed[0, 1, 0, row, 0] += 1
+    moved = (network.embed(x) - network.embed(changed)).abs().sum(-1)[0]
+    frames, rows, columns = (side // 2 for side in size)
+    wanted = {(rows - 1) * columns, (frames - 1) * rows * columns + columns - 1}
+    assert set(moved.nonzero().flatten().tolist()) == wanted
+
+
 def test_a_size_that_patches_do_not_divide_is_an_error_and_no_field() -> None:
     for size in [(4, 9, 8), (3, 8, 8), (4, 8, 10 + 1)]:
         with pytest.raises(RuntimeError):

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from compiled import replayed
+from graphs import replayed
 from measuring.workloads import NUM_CLASSES, Work
 from precision import Precision
 from runtime.random_numbers import sample_noise

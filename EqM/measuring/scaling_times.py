@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from compiled import WARMUP_CALLS
+from graphs import WARMUP_CALLS
 from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 from precision import Precision
 from runtime import distributed

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compiled import compile_network, replayed
+from compiled import compile_network
+from graphs import replayed
 from models import EqM
 from runtime.transfers import to_device
 from sampling.descent import Field

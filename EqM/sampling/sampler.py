@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from compiled import replayed
+from graphs import replayed
 from models import EqM, sample_energy
 from runtime.transfers import to_device
 from sampling.adaptive import Descent, Slots
