@@ -70,9 +70,10 @@ def test_a_logit_normal_gamma_has_the_mean_and_deviation_asked_for(mean, std):
 
 
 def test_the_ends_of_the_uniform_numbers_give_a_gamma_from_0_to_1():
-    ends = torch.tensor([0.0, 2.0**-24, 1 - 2.0**-24])
+    ends = torch.tensor([[0.0, 2.0**-24], [1 - 2.0**-24, 1.0]])  # 1: a clean frame, which stays clean
     gamma = Objective(gamma_distribution=NORMAL, gamma_mean=10.0, gamma_std=10.0).drawn_gamma(ends)
     assert ((gamma >= 0) & (gamma <= 1)).all()
+    assert gamma[1, 1] == 1
     assert Objective().drawn_gamma(ends) is ends
 
 
