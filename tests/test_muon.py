@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import SMALL, run_script, spawn
-from muon import KINDS, RMS, Matrices, MuonUpdate, begin, begin_in_one_kernel, orthogonal, orthogonalise, runs_of_share
+from muon import RMS, Matrices, MuonUpdate, begin, begin_in_one_kernel, orthogonal, orthogonalise, runs_of_share
 from optimizer import Rates, update
 from precision import Precision
 from runtime import distributed
@@ -19,7 +19,8 @@ from test_train import assert_same, load, metrics
 from test_training import CPU, FP16, FP32, RECIPE, kept, new_state, one_step, same
 
 MUON = replace(RECIPE, optimizer="muon")
-MATRICES = {f"blocks.{i}.{kind}.weight": parts for i in (0, 1) for kind, parts in KINDS.items()}
+PARTS = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}  # queries, keys and values each
+MATRICES = {f"blocks.{i}.{kind}.weight": parts for i in (0, 1) for kind, parts in PARTS.items()}
 
 
 def rates_of(step: int, updated: bool = True, divisor: float = 4.0) -> Rates:
