@@ -120,8 +120,8 @@ def test_an_attempt_trains_anew_with_the_flags_of_track_recipe_and_seed_and_comp
     folder = attempt.folder
     for flags in (
         f"--data-path {attempt.data}/train-pack --eval-path {attempt.data}/test-pack",
-        "--eval-every 50 --eval-samples 32 --ckpt-every 50",
-        f"{attempt.track.form} --log-every 50 --global-seed 7 --lr 1 --max-steps 500",
+        "--eval-every 100 --eval-samples 32 --ckpt-every 100",
+        f"{attempt.track.form} --log-every 100 --global-seed 7 --lr 1 --max-steps 500",
     ):
         assert flags in train_line
     assert f"--num-fid-samples {attempt.track.samples} --global-seed 1007 {attempt.track.sampling}" in sample_line
@@ -135,7 +135,7 @@ def test_an_attempt_trains_anew_with_the_flags_of_track_recipe_and_seed_and_comp
 def test_the_target_is_measured_after_its_own_steps_and_is_a_mean(attempt, run):
     commands = run({100: (0.06, GOOD), 200: (0.04, BAD)})
     found = attempt.measure()
-    assert commands.lines[0][-2:] == ["--max-steps", "200"]
+    assert commands.lines[0][-2:] == ["--max-steps", "400"]
     assert found == Qualities(0.04, 0.95, 0.9, 0.4)
     assert records.means([found, replace(found, clip_error=0.06, recall=0.6)]) == Qualities(
         0.05, 0.95, 0.9, pytest.approx(0.5)

@@ -100,7 +100,7 @@ SHAPES = Recipe(
 )
 # Small enough for a test: 4 tokens, wider than the network, so that it has to put out the clip.
 SHAPES_CPU = Recipe(
-    "--model EqM-Ti/4 --temporal-patch 4 --global-batch-size 16 --lr 1e-3 --ema-decay 0.97 --max-steps 800"
+    "--model EqM-Ti/4 --temporal-patch 4 --global-batch-size 16 --lr 1e-3 --ema-decay 0.97 --max-steps 500"
     " --path-type Linear --c-schedule linear --c-lambda 4 --predict clip --ebm none --uncond"
     " --optimizer adamw --lr-schedule constant --warmup-steps 20 --grad-clip 1",
     "--sampler ngd --mu 0.3 --stepsize 0.07 --cfg-scale 2",
