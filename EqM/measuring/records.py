@@ -167,6 +167,8 @@ TRACKS = {
             samples=96,
             sampling="--num-sampling-steps 16 --global-batch-size 96",
             recipes={"adamw": SHAPES_CPU},
+            # Easy, and no mean: it shows that the command works. Seed 1 had 0.0404, 99%, 1.14 and 24% after its steps.
+            target=Qualities(clip_error=0.05, right=0.8, frechet=2.0, recall=0.1),
         ),
     )
 }
