@@ -185,13 +185,16 @@ def test_the_flags_of_every_recipe_are_flags_of_the_commands_and_leave_the_task_
 
 
 @pytest.mark.parametrize("name", ["output", "optimizer", "evaluations"])
-def test_the_trainings_of_a_study_are_flags_of_train(name, monkeypatch):
+def test_the_variants_of_a_study_are_flags_of_the_commands(name, monkeypatch):
     study = STUDIES[name]
     assert study.trainings.keys() == study.samplings.keys()
     for training, flags in study.trainings.items():
         assert "/" not in training, "it names a folder"
         monkeypatch.setattr(sys, "argv", ["train.py", "--data-path", "data", *flags.split()])
         train.parse_args()
+        for sampling in study.samplings[training].values():
+            monkeypatch.setattr(sys, "argv", ["sample_gd.py", "--ckpt", "x.pt", *sampling.split()])
+            sample_gd.parse_args()
 
 
 def test_both_optimizers_have_the_same_search_of_rates():

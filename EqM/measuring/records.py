@@ -88,9 +88,10 @@ class Track:
         return next(iter(self.recipes))
 
 
+ADAMW = "--ebm none --uncond --loss-weight field --gamma-distribution uniform --positions fixed --optimizer adamw"
 FIELD = (
-    "--path-type Linear --c-schedule truncated --c-a 0.8 --c-lambda 4 --predict field --ebm none --uncond"
-    " --optimizer adamw --lr-schedule constant --warmup-steps 100 --grad-clip 1"
+    f"--path-type Linear --c-schedule truncated --c-a 0.8 --c-lambda 4 --predict field {ADAMW}"
+    " --lr-schedule constant --warmup-steps 100 --grad-clip 1"
 )
 # Twice as long as the target's steps: at a constant rate about half of the seeds reach their own mean by then.
 SHAPES = Recipe(
@@ -101,8 +102,8 @@ SHAPES = Recipe(
 # Small enough for a test: 4 tokens, wider than the network, so that it has to put out the clip.
 SHAPES_CPU = Recipe(
     "--model EqM-Ti/4 --temporal-patch 4 --global-batch-size 16 --lr 1e-3 --ema-decay 0.97 --max-steps 500"
-    " --path-type Linear --c-schedule linear --c-lambda 4 --predict clip --ebm none --uncond"
-    " --optimizer adamw --lr-schedule constant --warmup-steps 20 --grad-clip 1",
+    f" --path-type Linear --c-schedule linear --c-lambda 4 --predict clip {ADAMW}"
+    " --lr-schedule constant --warmup-steps 20 --grad-clip 1",
     "--sampler ngd --mu 0.3 --stepsize 0.07 --cfg-scale 2",
 )
 CLIP_ART = Recipe(
