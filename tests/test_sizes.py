@@ -198,10 +198,9 @@ def test_rows_and_columns_of_a_network_are_those_of_its_input():
     assert network.input_shape == (3, 16, 24)
     assert torch.equal(network.pos_embed[0], sincos_positions(32, 2, 3))
     x = torch.randn(1, 3, 16, 24)
-    network.patch = (1, 8)
     patches = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(1, 6, 8 * 8, 3)  # row by row
     doubled = torch.cat([patches, patches], dim=-1)
-    assert torch.equal(network.unpatchify(doubled)[:, :, 0], x)
+    assert torch.equal(network.unpatchify(doubled, network.grid)[:, :, 0], x)
     assert network(x, torch.zeros(1), torch.zeros(1).long()).shape == x.shape
 
 
