@@ -137,10 +137,10 @@ def learnable_classes(classes: Sequence[str]) -> list[str]:
     """
     counts = Counter(classes)
     if len(counts) < 2 or not all(counts):
-        raise UserError("--judge learns the classes of REAL: give a REAL with two or more class folders")
+        raise UserError("a judge learns the classes of REAL: give a REAL with two or more class folders")
     few = min(counts, key=counts.get)
     if counts[few] < LEAST_CLIPS:
-        raise UserError(f"--judge needs {LEAST_CLIPS} or more samples of each class, and {few} has {counts[few]}")
+        raise UserError(f"a judge needs {LEAST_CLIPS} or more samples of each class, and {few} has {counts[few]}")
     return sorted(counts)
 
 
