@@ -1,6 +1,7 @@
 """Step sizes that are planned ahead, and those of other descents."""
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -75,13 +76,15 @@ def test_each_step_of_a_descent_takes_its_own_step_size_and_look_ahead():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("mu", [None, 0.0, 0.3, 0.95])
-def test_a_perfect_field_is_descended_as_planned_to_half_a_percent_of_the_noise(schedule, steps, mu):
+def test_a_perfect_field_is_descended_as_planned_until_no_noise_is_left(schedule, steps, mu):
     objective = objective_of_schedule(schedule)
     for first in (1.0, 0.4):
         planned = plan_steps(objective, steps, mu, first)
         assert len(planned.sizes) == len(planned.look_aheads) == steps == len(planned.shares) - 1
         assert planned.shares[0] == first
-        assert planned.shares[-1] == pytest.approx(LEFT * first)
+        assert planned.shares[-1] == 0 <= LEFT
+        assert all(0 < size < math.inf for size in planned.sizes)
+        assert all(0 <= ahead < 0.5 for ahead in planned.look_aheads)
         assert descended(objective, planned, first) == pytest.approx(planned.shares[1:], abs=1e-9)
 
 
@@ -91,7 +94,7 @@ def test_no_step_goes_past_the_clip(schedule, steps):
     objective = objective_of_schedule(schedule)
     planned = plan_steps(objective, steps, 0.0)
     shares = torch.tensor(planned.shares[:-1], dtype=torch.float64)
-    assert (torch.tensor(planned.sizes) * objective.c(1 - shares) / shares <= 1).all()
+    assert (torch.tensor(planned.sizes) * objective.c(1 - shares) / shares <= 1 + 1e-6).all()
 
 
 def test_without_a_look_ahead_the_steps_are_those_of_plain_descent():

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from objective import LEFT, Objective
+from objective import Objective
 
 # Chosen by measurement: docs/quality.md. Larger: more of the steps lie where little noise is left.
 POWER = 1.25
@@ -40,22 +40,21 @@ class PlannedSteps:
 
 
 def plan_steps(objective: Objective, steps: int, mu: float | None = None, first: float = 1.0) -> PlannedSteps:
-    """Steps that leave LEFT of the noise they start with, at evenly spaced shares^(1/POWER).
+    """Steps that end without noise, at evenly spaced shares^(1/POWER).
 
     Such shares are those of the noise levels of Karras et al. 2022, arXiv 2206.00364, with their ρ = POWER. By the
-    plan, no step goes past the clip that the field points to.
+    plan, the last step ends at the clip that the field points to, and no step goes past it.
 
     Args:
         objective: on the Linear path.
-        mu: look-ahead. None: each step evaluates the field at about its middle, half a step ahead, as the midpoint
-            rule does. That costs no evaluation, because the step before gives the direction.
+        mu: look-ahead, at most half a step. None: each step evaluates the field half a step ahead, as the midpoint rule
+            does. That costs no evaluation, because the step before gives the direction.
         first: the share of noise in the start.
     """
-    end = LEFT ** (1 / POWER)
-    shares = [first * (1 - k / steps * (1 - end)) ** POWER for k in range(steps + 1)]
+    shares = [first * (1 - k / steps) ** POWER for k in range(steps + 1)]
     falls = [before - after for before, after in pairwise(shares)]
-    # Never ahead of the share where the step ends.
-    ahead = [0.0, *(fall / last * 0.5 if mu is None else min(mu, fall / last) for last, fall in pairwise(falls))]
+    half = [0.0, *(fall / last / 2 for last, fall in pairwise(falls))]
+    ahead = half if mu is None else [min(mu, each) for each in half]
     points = [share - part * last for share, part, last in zip(shares, ahead, [0.0, *falls], strict=False)]
     sizes = [fall / magnitude(objective, point) for fall, point in zip(falls, points, strict=True)]
     return PlannedSteps(tuple(sizes), tuple(ahead), tuple(shares), mu)
