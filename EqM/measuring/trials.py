@@ -98,9 +98,14 @@ STUDIES = {
     "output": Variants(
         {
             "field, patch 4": "--model EqM-S/4 --predict field --c-schedule truncated",
-            "clip, patch 8": "--model EqM-S/8 --predict clip --c-schedule linear",
+            "clip, patch 8": "--model EqM-S/8 --predict clip --c-schedule truncated",
+            "clip, linear, patch 8": "--model EqM-S/8 --predict clip --c-schedule linear",
         },
-        {"field, patch 4": {"descent": "--stepsize 0.015"}, "clip, patch 8": {"descent": "--stepsize 0.03"}},
+        {
+            "field, patch 4": {"descent": "--stepsize 0.015"},
+            "clip, patch 8": {"descent": "--stepsize 0.015"},
+            "clip, linear, patch 8": {"descent": "--stepsize 0.03"},
+        },
     ),
     "optimizer": Variants(optimizers(), dict.fromkeys(optimizers(), {"descent": ""})),
     "evaluations": Variants(
