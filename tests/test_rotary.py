@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compiled import compile_network
 from conftest import make_pack, run_script
-from layers import Block
+from layers import Attention, Block
 from measuring import position_times, workloads
 from models import EqM
 from network_settings import NetworkSettings
@@ -84,6 +84,16 @@ def test_scores_depend_on_distances_alone_in_time_rows_and_columns() -> None:
     torch.testing.assert_close(near, far, atol=1e-4, rtol=0)
     for other in (score[0, 1, 2, 4, 4, 1], score[0, 1, 2, 3, 5, 1], score[0, 1, 2, 3, 4, 0]):
         assert (other - near).abs() > 1e-2
+
+
+def test_attention_is_the_same_wherever_its_tokens_stand() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(32, 2), noise(1, 12, 32)
+    places = rotations(16, (4, 5, 6), 1, torch.tensor([0.1])).view(2, 1, 1, 4, 5, 6, 8)
+    corners = ((0, 0, 0), (2, 3, 1))
+    here, there = (places[..., t : t + 2, r : r + 2, c : c + 3, :].flatten(3, 5) for t, r, c in corners)
+    torch.testing.assert_close(attention(x, here), attention(x, there), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(attention(x, here), attention(x), atol=1e-3)
 
 
 def test_time_is_counted_in_seconds_and_each_sample_has_its_own() -> None:
