@@ -1,5 +1,6 @@
 """The networks by name, the settings that a network is built from, and its weights."""
 
+import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,17 @@ EqM_models = {
     for patch in (2, 4, 8, 16, 32)
 }
 Side = Annotated[int, cli.side]
+
+
+def add_model_args(group: argparse._ActionsContainer) -> None:
+    """Adds the flags of the network's size, classes and positions."""
+    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8,16,32}: size and patch"
+    cli.add_kept(group, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
+    cli.add_kept(group, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
+    frames = "frames of a token; default 2 if that divides the clip, else 1"
+    cli.add_kept(group, "--temporal-patch", type=cli.side, help=frames)
+    rotary = "rotary: in every attention, so that one network takes clips and images of any length and size"
+    cli.add_kept(group, "--positions", "fixed", choices=POSITIONS, help=rotary)
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,13 @@ from data.latent_space import LatentSpace
 from data.packs.pack import Pack
 from data.source import Source, add_data_args, find_pack, form_of, open_source, open_space, packed_flags
 from evaluation.held_out import HeldOut, add_held_out_args, held_out_of
-from network_settings import EqM_models
+from network_settings import add_model_args
 from objective import Objective, add_objective_args
-from positions import POSITIONS
 from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
-from runs.load_network import start_from
+from runs.init_weights import start_from
 from runs.new_config import network_frames, network_of, new_config_of
 from runs.record import Metrics, lowest_held_out
 from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
@@ -48,21 +47,14 @@ from runtime.errors import UserError
 from runtime.logs import device_name, log, start_log
 from sampling.previews import Previews, add_preview_args, preview_method_of
 from state import TrainingState
-from step import add_recipe_args, check_decay, recipe_of, training_step
+from step import SeededStep, add_recipe_args, check_decay, recipe_of, training_step
 
 
 def parse_args() -> tuple[argparse.Namespace, dict]:
     """The flags as they were given, and what a new run takes for those that checkpoints keep."""
     parser = cli.ArgumentParser("Trains an Equilibrium Matching model on images or videos.")
     add_data_args(parser)
-    model = parser.add_argument_group("model")
-    sizes = "EqM-{Ti,S,B,L,XL}/{2,4,8,16,32}: size and patch"
-    cli.add_kept(model, "--model", "EqM-XL/2", choices=EqM_models, metavar="NAME", help=sizes)
-    cli.add_kept(model, "--num-classes", type=cli.count, help="at least the data's count, which is the default")
-    frames = "frames of a token; default 2 if that divides the clip, else 1"
-    cli.add_kept(model, "--temporal-patch", type=cli.side, help=frames)
-    rotary = "rotary: in every attention, so that one network takes clips and images of any length and size"
-    cli.add_kept(model, "--positions", "fixed", choices=POSITIONS, help=rotary)
+    add_model_args(parser.add_argument_group("model"))
     add_objective_args(parser)
     training = parser.add_argument_group("training")
     add_recipe_args(training)
@@ -239,6 +231,23 @@ def make_state(
     return state
 
 
+def make_step(
+    args: argparse.Namespace, config: Config, state: TrainingState, source: Source, at_once: int, last_step: float
+) -> SeededStep:
+    """The training step that the flags ask for, compiled if it is to be.
+
+    Args:
+        at_once: samples of one pass on a rank.
+        last_step: the end of the run.
+    """
+    fast, recipe = fast_of(args, state.device.type), recipe_of(args, config.objective, last_step)
+    frames = network_frames(source.form, source.space) if source.form.lengths else []
+    step = training_step(state, recipe, at_once, args.global_seed, fast, frames)
+    if fast:
+        freeze_garbage_collector()
+    return step
+
+
 def report_finished(folder: Path | None, step: int) -> None:
     """Says that there is nothing left to do.
 
@@ -310,13 +319,8 @@ def main() -> None:
         at_once = args.micro_batch_size or batch // distributed.world_size()
         vae = source.decoder(device, precision) if method else None
         previews = Previews(method, at_once, state, config, vae, folder, trackers)
-        fast = fast_of(args, device.type)
-        recipe = recipe_of(args, config.objective, options.last_step)
         began = time.perf_counter()
-        frames = network_frames(source.form, source.space) if source.form.lengths else []
-        step = training_step(state, recipe, at_once, args.global_seed, fast, frames)
-        if fast:
-            freeze_garbage_collector()
+        step = make_step(args, config, state, source, at_once, options.last_step)
         metrics = Metrics(folder, device, state.samples, state.step, trackers.log, began)
         writer = CheckpointWriter(folder, options.keep, start.checkpoint, state.assemble)
         if options.keep_best and (lowest := distributed.on_main(lambda: lowest_held_out(folder))):

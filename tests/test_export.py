@@ -29,7 +29,8 @@ from objective import Objective
 from runs.checkpoint import save_checkpoint
 from runs.config import Config
 from runs.exchange import CARD, CONFIG, PICTURE, WEIGHTS, find_place
-from runs.load_network import LoadedNetwork, load_network, start_from
+from runs.init_weights import start_from
+from runs.load_network import LoadedNetwork, load_network
 from runtime.errors import UserError
 from sampling.method import Method
 from sampling.plan import Plan

@@ -16,7 +16,7 @@ from models import EqM
 from network_settings import EqM_models, NetworkSettings
 from runs.checkpoint import save_checkpoint
 from runs.config import Config, check_resumable
-from runs.load_network import start_from
+from runs.init_weights import start_from
 from runs.resume import log_changes
 from runtime.errors import UserError
 from test_old_files import checkpoint  # noqa: F401

@@ -20,7 +20,8 @@ from positions import SPACE_BASE, TIME_PERIODS_S, head_pairs, rotated, rotations
 from precision import Precision
 from runs.checkpoint import load_checkpoint
 from runs.config import config_of
-from runs.load_network import load_network, start_from
+from runs.init_weights import start_from
+from runs.load_network import load_network
 from test_models import randomised
 
 TINY = {"patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}

@@ -31,7 +31,8 @@ from positions import sincos_positions
 from precision import Precision
 from runs.checkpoint import save_checkpoint
 from runs.config import Config
-from runs.load_network import load_network, start_from
+from runs.init_weights import start_from
+from runs.load_network import load_network
 from runs.resume import Asked, has_settings
 from runtime.errors import UserError
 from runtime.size import Size, covering, parse_size, plain, read_size, sides

@@ -25,20 +25,19 @@ from data.latent_space import LatentSpace
 from data.latents import DEFAULT_VAE_SIZE, VAE, load_vae
 from energy import ENERGIES
 from models import EqM
-from network_settings import EqM_models, NetworkSettings, check_weights, load_weights
+from network_settings import EqM_models, NetworkSettings, check_weights
 from objective import Objective
 from precision import Precision, resolve_precision
 from runs.checkpoint import check_written_here, is_ours, load_file, network_weights
 from runs.config import Config, config_of
 from runs.exchange import find_place, is_exchanged, read_exchanged
-from runs.resume import TELLING
 from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import shape_of
 from runtime.size import SIZE_HELP, ImageSize
 
 KNOWN = ("model", "video", "clip_len", "image_size", "num_classes", "ebm")
-TABLE, PLACES = "y_embedder.embedding_table.weight", "pos_embed"
+TABLE = "y_embedder.embedding_table.weight"
 # What published image checkpoints were trained for. All have the same names of weights. Whether the network sees γ, and
 # its objective. SiT learns the velocity of the Linear path from noise at 0 to data at 1 (arXiv 2401.08740): c(γ) = 1.
 PUBLISHED = {"eqm": (True, Objective()), "sit": (False, Objective(schedule="constant", scale=1.0))}
@@ -195,49 +194,6 @@ def read_stored(path: Path) -> tuple[dict[str, Tensor], Config | None, dict]:
     weights = network_weights({"ema": contents["ema"]}, place)
     check_written_here(contents, place)
     return weights, config_of(contents["config"], place), contents
-
-
-def start_from(network: EqM, config: Config, path: Path) -> list[str]:
-    """Gives a new network the averaged weights of a checkpoint, ours or a published one.
-
-    The table of labels begins anew, unless the checkpoint names the same classes. Positions stay those of the new
-    network, whose pictures may have another size, or whose positions another kind.
-
-    Returns:
-        What was loaded and what was not, for the log.
-
-    Raises:
-        UserError: there is no such checkpoint, or its network has another output, width, depth or patch.
-    """
-    (weights, before, _), fresh = read_stored(path), network.state_dict()
-    if before and before.network.energy != config.network.energy:
-        energies = f"{before.network.energy}, and this run has {config.network.energy}"
-        raise UserError(f"--init-weights {path} was trained with --ebm {energies}: give the same")
-    theirs, ours = ("clip" if each and each.network.clip_gain else "field" for each in (before, config))
-    if theirs != ours:
-        outputs = f"{theirs}, and this run has {ours}"
-        raise UserError(f"--init-weights {path} was trained with --predict {outputs}: give the same")
-    same_classes = before and before.class_names == config.class_names
-    anew = [] if same_classes else [TABLE]
-    # Pictures of another size may have as many patches. Published ones are square.
-    same_size = before.network.size == config.network.size if before else isinstance(config.network.size, int)
-    before_and_now = [shape_of(each[PLACES]) if PLACES in each else None for each in (weights, fresh)]
-    same_places = before_and_now[0] == before_and_now[1] and (same_size or PLACES not in fresh)
-    anew += [] if same_places else [PLACES]
-    loaded = {name: tensor for name, tensor in weights.items() if name not in anew}
-    try:
-        load_weights(network, loaded | {name: fresh[name] for name in anew if name in fresh}, f"--init-weights {path}")
-    except UserError as error:
-        raise UserError(f"{error} (size, patches, temporal patch and output must be the same)") from None
-    notes = [f"--init-weights: started from the averaged weights of {path}"]
-    if not same_classes:
-        notes.append("--init-weights: the table of labels was not loaded, and begins anew: other or unknown classes")
-    if PLACES in anew:
-        why = "pictures or clips have another size" if all(before_and_now) else "they are rotary in one of the networks"
-        notes.append(f"--init-weights: the positions were not loaded: {why}")
-    theirs, ours = before.kept_flags() if before else {}, config.kept_flags()
-    differ = [name for name in TELLING if name in theirs and theirs[name] != ours[name] and name != "init_weights"]
-    return notes + [f"--{name.replace('_', '-')} was {theirs[name]} there and is {ours[name]} here" for name in differ]
 
 
 def check_described(request: CheckpointRequest, contents: dict) -> None:
