@@ -69,6 +69,13 @@ def test_the_field_rests_where_the_clip_is_x_and_its_gradient_there_is_finite(ob
     torch.testing.assert_close(gradient, (1 / objective.reach(torch.ones(()))).expand_as(x))
 
 
+@ALL
+def test_a_clip_of_16_bits_is_computed_with_in_float32(objective):
+    clip, x = torch.randn(2, 2, 3, 4, 8, 8)
+    of_half, of_whole = (objective.clip_output.field(each, x, 2) for each in (clip.half(), clip.half().float()))
+    assert torch.equal(of_half, of_whole)
+
+
 def test_a_gain_alone_means_the_linear_schedule_to_the_last_bit():
     clip, x = torch.randn(2, 2, 3, 4, 8, 8)
     assert torch.equal(ClipOutput(4.0).field(clip.bfloat16(), x, 2), 4.0 * (clip.bfloat16().float() - x))
