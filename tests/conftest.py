@@ -34,6 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 CACHE = tempfile.TemporaryDirectory(prefix="eqm-cache-")
 os.environ["EQM_CACHE"] = CACHE.name
 ENVIRONMENT = dict(os.environ)
+PATIENCE_S = 300  # for a command that hangs; a machine with other work takes several times as long as an idle one
 
 
 def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
@@ -43,7 +44,7 @@ def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
 
 
 def run_command(
-    *arguments: object, cwd: Path, threads: int = 1, timeout_s: float = 120, gpu: str = ""
+    *arguments: object, cwd: Path, threads: int = 1, timeout_s: float = PATIENCE_S, gpu: str = ""
 ) -> subprocess.CompletedProcess:
     """Runs a command to its end, without the launcher's variables of an outer run, on a CPU unless a GPU is named."""
     return subprocess.run(
@@ -66,7 +67,7 @@ def run_script(script: str | Path, *arguments: object, cwd: Path) -> subprocess.
     environment = environment_of()
     if not WARM.fits(environment):
         return run_python(script, *arguments, cwd=cwd)
-    return WARM.run(ROOT / "EqM" / script, *arguments, cwd=cwd, environment=environment, timeout_s=120)
+    return WARM.run(ROOT / "EqM" / script, *arguments, cwd=cwd, environment=environment, timeout_s=PATIENCE_S)
 
 
 def run_torchrun(processes: int, script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -81,7 +82,7 @@ def run_ranks(processes: int, script: str | Path, *arguments: object, cwd: Path)
     if not WARM.fits(environment):
         return run_torchrun(processes, script, *arguments, cwd=cwd)
     path = ROOT / "EqM" / script
-    return WARM.run_ranks(processes, path, *arguments, cwd=cwd, environment=environment, timeout_s=120)
+    return WARM.run_ranks(processes, path, *arguments, cwd=cwd, environment=environment, timeout_s=PATIENCE_S)
 
 
 def spawn(function: Callable[..., object], arguments: tuple, processes: int, folder: Path) -> None:
