@@ -137,7 +137,8 @@ def main() -> None:
     # Sample
     start = time.perf_counter()
     size = max(map(len, batches), default=1)
-    evaluations = method.steps * math.ceil(args.num_fid_samples / args.global_batch_size)
+    passes = len(plan.windows) if plan.windows else 1
+    evaluations = method.steps * passes * math.ceil(args.num_fid_samples / args.global_batch_size)
     speed = choose_speed(args.compile, device.type, network, network_rows(method, plan, size), evaluations)
     sampler = Sampler(method, network, plan, config.seconds_at(frames_per_second), size, speed)
     if speed.fast:
