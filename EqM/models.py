@@ -91,8 +91,8 @@ class EqM(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.pos_embed = None
         if positions == "fixed":
-            fixed = sincos_positions(hidden_size, *self.grid[1:])[None]  # (1, hw, D)
-            self.pos_embed = nn.Parameter(fixed, requires_grad=False)
+            places = torch.empty(1, math.prod(self.grid[1:]), hidden_size)  # (1, hw, D)
+            self.pos_embed = nn.Parameter(places, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, temporal_patch * patch_size**2 * self.out_channels)
         self.initialize_weights()
@@ -116,7 +116,12 @@ class EqM(nn.Module):
         return self.final_layer.linear.weight.device
 
     def initialize_weights(self) -> None:
-        """Xavier for linear layers and patches, normal with 0.02 for embeddings, zeros for adaLN and the output."""
+        """Xavier for linear layers and patches, normal with 0.02 for embeddings, zeros for adaLN and the output.
+
+        Fixed positions get their values here too.
+        """
+        if self.pos_embed is not None and self.device.type != "meta":  # arithmetic there imports torch's compiler
+            self.pos_embed.copy_(sincos_positions(self.pos_embed.shape[-1], *self.grid[1:]))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -1,6 +1,8 @@
 """The networks by name, the settings that a network is built from, and its weights."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from energy import ENERGIES
 from models import EqM
@@ -43,6 +46,19 @@ def add_model_args(group: argparse._ActionsContainer) -> None:
     cli.add_kept(group, "--positions", "fixed", choices=POSITIONS, help=rotary)
 
 
+class UndrawnWeights(TorchFunctionMode):
+    """Within it weights are not drawn: they stay as memory has them.
+
+    Values that are replaced at once need not be drawn. On the meta device that would also import torch's compiler.
+    """
+
+    def __torch_function__(self, func: Callable, types: Sequence, args: Sequence = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        if func.__name__.endswith(("uniform_", "normal_")):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class NetworkSettings:
     """The settings that a network is built from, as checkpoints keep them: `model` names the size, EqM has the rest.
@@ -76,20 +92,24 @@ class NetworkSettings:
         """Height and width of the input, in pixels or latents."""
         return self.input_size if isinstance(self.input_size, int) else size_of(*self.input_size[-2:])
 
-    def build(self) -> EqM:
+    def build(self, drawn: bool = True) -> EqM:
         """The network, with new weights.
+
+        Args:
+            drawn: False: weights have no values yet. Those of a checkpoint are to be loaded.
 
         Raises:
             UserError: sizes do not divide.
         """
         settings = asdict(self)
         try:
-            return EqM_models[settings.pop("model")](**settings)
+            with nullcontext() if drawn else UndrawnWeights():
+                return EqM_models[settings.pop("model")](**settings)
         except ValueError as error:
             raise UserError(f"{self.model}: {error}") from None
 
     def check(self, source: str | Path = "") -> EqM:
-        """The network on the meta device, where it takes no memory.
+        """The network on the meta device, where it takes no memory. Its weights have no values.
 
         Raises:
             UserError: sizes do not divide, or are too large for any tensor. The text names the file `source`.
@@ -97,7 +117,7 @@ class NetworkSettings:
         start = f"{source}: " if source else ""
         try:
             with torch.device("meta"):
-                return self.build()
+                return self.build(drawn=False)
         except UserError as error:
             raise UserError(f"{start}{error}") from None
         except (RuntimeError, OverflowError) as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import run_python, run_ranks, run_script, run_torchrun
+from conftest import ROOT, run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from models import EqM
 from network_settings import NetworkSettings
@@ -453,3 +453,19 @@ def test_a_threshold_that_is_no_number_above_0_is_refused(checkpoint, tmp_path, 
     assert f"error: argument --adaptive: '{threshold}' is not a number above 0" in run.stderr
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "samples").exists()
+
+
+def test_opening_a_checkpoint_draws_no_weights_and_leaves_torchs_compiler_alone(checkpoint, tmp_path):
+    script = tmp_path / "open.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'EqM')!r})\n"
+        "import torch\n"
+        "from runs.load_network import load_network\n"
+        "state = torch.get_rng_state()\n"
+        f"load_network({str(checkpoint)!r})\n"
+        "print(torch.equal(torch.get_rng_state(), state))\n"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
+    )
+    run = run_python(script, cwd=tmp_path)
+    assert run.stdout == "True\n[]\n", run.stderr

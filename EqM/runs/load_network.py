@@ -117,7 +117,7 @@ def open_network(
     config = of_asked_size(request.known, config)
     check_known(request.known, config)
     check_weights(config.network.check(request.path), weights, request.path)
-    network = config.network.build()
+    network = config.network.build(drawn=False)
     network.load_state_dict(weights)
     return network.requires_grad_(False).eval().to(device, precision.dtype), config, vae
 
