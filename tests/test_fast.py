@@ -24,6 +24,7 @@ from measuring.workloads import TINY, start_over
 from models import EqM
 from precision import Precision
 from runtime.random_numbers import sample_noise
+from runtime.transfers import to_device
 from sampling.adaptive import Descent, Slots
 from sampling.descent import gradient_descent
 from sampling.fields import Composition, conditioned_field
@@ -385,6 +386,12 @@ def test_captured_sampling_is_the_eager_one_for_every_batch_shape(gpu_stream, ca
                 ours, right = (guided.field(conditioned, y)(x).clone() for conditioned in (fast, eager))
                 torch.testing.assert_close(ours, right, atol=1e-5 if precision == "fp32" else 5e-2, rtol=0)
     assert not caplog.records
+
+
+@on_gpu
+def test_a_tensor_whose_elements_share_memory_reaches_the_gpu(gpu_stream):
+    shared = torch.arange(3.0)[:, None].expand(3, 4)
+    assert torch.equal(to_device(shared, gpu_stream).cpu(), shared)
 
 
 @on_gpu

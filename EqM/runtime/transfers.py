@@ -16,7 +16,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
         return values.to(device)
     beside, current = copy_stream(device, "to it"), torch.cuda.current_stream(device)
     with torch.cuda.stream(beside):
-        copied = values.pin_memory().to(device, non_blocking=True)
+        copied = values.contiguous().pin_memory().to(device, non_blocking=True)  # an expanded tensor cannot be pinned
     current.wait_stream(beside)
     copied.record_stream(current)
     return copied
