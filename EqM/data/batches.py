@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.clips import MAX_TRIES
 from data.file_list import Found
 from data.loading import LoadedBatches
-from data.order import EpochStream, LengthStream
+from data.order import EpochStream, MixedStream
 from data.scan import too_many
 from data.source import Source
 from runtime import cli, distributed
@@ -74,8 +74,9 @@ class TrainingBatches:
         self.source, self.seed, self.first, self.batch = source, seed, first, batch
         rank, ranks = distributed.rank(), distributed.world_size()
         stream = EpochStream(len(source.found), batch, -(-(last - first) // batch), seed, first, rank, ranks)
-        if source.form.lengths:
-            stream = LengthStream(stream, source.form.lengths)
+        form = source.form
+        if form.is_mixed:
+            stream = MixedStream(stream, form.lengths or (form.clip_len,), form.intervals or (form.frame_interval,))
         if workers is None:
             # On a CPU, loading processes would take cores from the step. Sending a pack's batch between processes
             # takes longer than gathering it.

@@ -20,7 +20,7 @@ MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 
 
 class Samples(Dataset):
-    """Samples as dicts, by key (epoch, index), or (epoch, index, clip length). A key gives one sample in any process.
+    """Samples as dicts, by key (epoch, index), or (epoch, index, clip length, interval), in any process the same.
 
     `x` is uint8, (3, T, H, W) for videos and (3, H, W) for images. `label` is an int.
     `seconds_per_frame` is a float, 0 for images. `unreadable` lists (path, reason) of what could not be read.
@@ -31,7 +31,7 @@ class Samples(Dataset):
         self.found, self.form, self.seed = found, form, seed
 
     def __getitem__(self, key: tuple[int, ...]) -> dict:
-        key, form = key[:2], self.form.of_length(*key[2:]) if key[2:] else self.form
+        key, form = key[:2], self.form.of_batch(*key[2:]) if key[2:] else self.form
         start, mirror = keyed_uniforms(self.seed, [key])[0]
         index = key[1]
         unreadable = []

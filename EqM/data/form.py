@@ -18,6 +18,8 @@ class Form:
         flip: mirror half of the samples.
         lengths: the clip lengths that training mixes, ascending, one for each batch; clip_len is the last. Empty: all
             clips have clip_len.
+        intervals: the frame intervals that training mixes, in the same way; frame_interval is the first. Empty: all
+            clips have frame_interval.
     """
 
     video: bool
@@ -26,20 +28,32 @@ class Form:
     frame_interval: int = 1
     flip: bool = False
     lengths: tuple[int, ...] = ()
+    intervals: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
         """The word for samples in messages."""
         return "clips" if self.video else "images"
 
-    def of_length(self, clip_len: int) -> "Form":
-        """The form of clips of one length."""
-        return replace(self, clip_len=clip_len, lengths=())
+    def of_batch(self, clip_len: int, frame_interval: int) -> "Form":
+        """The form of clips of one length and one interval."""
+        return replace(self, clip_len=clip_len, frame_interval=frame_interval, lengths=(), intervals=())
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether batches have different forms."""
+        return bool(self.lengths or self.intervals)
 
     @property
     def forms(self) -> list["Form"]:
-        """The forms that batches have, one for each length."""
-        return [self.of_length(length) for length in self.lengths] or [self]
+        """One form for each length."""
+        return [self.of_batch(length, self.frame_interval) for length in self.lengths] or [self]
+
+    @property
+    def batch_forms(self) -> list["Form"]:
+        """The forms that batches have, one for each length and interval."""
+        intervals = self.intervals or (self.frame_interval,)
+        return [self.of_batch(form.clip_len, interval) for form in self.forms for interval in intervals]
 
     @property
     def window(self) -> int:

@@ -1,4 +1,4 @@
-"""The order in which training sees samples, and how long the clips of a batch are."""
+"""The order in which training sees samples, and the form of the clips of a batch."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
-LENGTH = 5  # in a seed: keeps the draws of clip lengths apart from others
+FORM = 5  # in a seed: keeps the draws of lengths and intervals apart from others
 
 
 class EpochStream(Sampler[list[tuple[int, int]]]):
@@ -39,24 +39,24 @@ class EpochStream(Sampler[list[tuple[int, int]]]):
         return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
 
 
-class LengthStream(Sampler[list[tuple[int, int, int]]]):
-    """The batches of a stream, with one clip length each: keys (epoch, index, clip length).
+class MixedStream(Sampler[list[tuple[int, int, int, int]]]):
+    """The batches of a stream, with one clip length and one interval each: keys (epoch, index, clip length, interval).
 
-    (seed, samples drawn before) alone decides the length. So it is the same on all ranks, and in a run that goes on.
+    (seed, samples drawn before) alone decides both. So they are the same on all ranks, and in a run that goes on.
     """
 
-    def __init__(self, stream: EpochStream, lengths: Sequence[int]):
-        self.stream, self.lengths = stream, lengths
+    def __init__(self, stream: EpochStream, lengths: Sequence[int], intervals: Sequence[int]):
+        self.stream, self.lengths, self.intervals = stream, lengths, intervals
 
     def __len__(self) -> int:
         return len(self.stream)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
         for number, keys in enumerate(self.stream):
-            length = self.length_at(self.stream.first + number * self.stream.global_batch)
-            yield [(*key, length) for key in keys]
+            drawn = self.drawn_at(self.stream.first + number * self.stream.global_batch)
+            yield [(*key, *drawn) for key in keys]
 
-    def length_at(self, drawn_before: int) -> int:
-        """The length of the batch that begins after so many samples. All lengths are equally likely."""
-        place = np.random.default_rng((self.stream.seed, drawn_before, LENGTH)).integers(len(self.lengths))
-        return self.lengths[place]
+    def drawn_at(self, drawn_before: int) -> tuple[int, int]:
+        """Length and interval of the batch that begins after so many samples. All are equally likely."""
+        rng = np.random.default_rng((self.stream.seed, drawn_before, FORM))
+        return self.lengths[rng.integers(len(self.lengths))], self.intervals[rng.integers(len(self.intervals))]

@@ -92,7 +92,7 @@ class Source:
         for path, reason in found.unreadable:
             log.warning("skipped unreadable %s: %s", shown(path), shown(reason))
         if form.video:
-            for each in form.forms:
+            for each in form.batch_forms:
                 self.announce_clips(each)
 
     def announce_clips(self, form: Form) -> None:
@@ -120,7 +120,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     cli.add_kept(data, "--vae", type=cli.given, metavar="NAME", help=vae)
     length = "frames of a clip; of several lengths each batch has one, by chance: for --positions rotary"
     cli.add_kept(data, "--clip-len", 16, type=cli.side, nargs="+", action=cli.OneOrMore, metavar="N", help=length)
-    cli.add_kept(data, "--frame-interval", 3, type=cli.positive_int, help="video frames from one of a clip to the next")
+    interval = "video frames from one of a clip to the next; of several intervals each batch has one, by chance"
+    several = {"type": cli.positive_int, "nargs": "+", "action": cli.OneOrMore, "metavar": "N"}
+    cli.add_kept(data, "--frame-interval", 3, **several, help=interval)
     flip = "never mirror samples: for classes that a mirror would swap"
     cli.add_kept(data, "--no-flip", False, action="store_true", help=flip)
     workers = "loading processes a rank; default 4; 0 on a CPU and for a pack"
@@ -141,8 +143,9 @@ def form_of(args: argparse.Namespace, pack: Pack | None) -> Form:
     default = DEFAULT_VAE_SIZE if args.vae not in (None, "none") else DEFAULT_SIZE
     size = args.image_size or (pack.settings.image_size if pack else default)
     clip_len, interval = (args.clip_len, args.frame_interval) if args.video else (1, 1)
-    lengths = clip_len if isinstance(clip_len, tuple) else ()
-    return Form(bool(args.video), size, max(lengths, default=clip_len), interval, not args.no_flip, lengths)
+    lengths, intervals = (value if isinstance(value, tuple) else () for value in (clip_len, interval))
+    clip_len, interval = max(lengths, default=clip_len), min(intervals, default=interval)
+    return Form(bool(args.video), size, clip_len, interval, not args.no_flip, lengths, intervals)
 
 
 def open_space(

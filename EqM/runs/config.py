@@ -24,7 +24,7 @@ class KeptFlags:
     These values must never change. The default of a new run stands where a flag is defined.
     """
 
-    frame_interval: Annotated[int, cli.positive_int] = 1
+    frame_interval: Annotated[int, cli.positive_int] | tuple[Annotated[int, cli.positive_int], ...] = 1
     no_flip: bool = False
     optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adamw"
     lr: Annotated[float, cli.positive_float] = 1e-4
@@ -88,6 +88,7 @@ class Config:
         """The form of the data that the network was trained on, without mirrored samples."""
         pixels = self.space.downsampling if self.space else 1
         interval = self.flags.get("frame_interval", OLD_MEANINGS["frame_interval"]) if self.network.is_video else 1
+        interval = min(interval) if isinstance(interval, tuple) else interval
         clip_len = self.space.clip_len(self.network.frames) if self.space else self.network.frames
         height, width = sides(self.network.size)
         return Form(self.network.is_video, size_of(height * pixels, width * pixels), clip_len, interval)
@@ -194,6 +195,9 @@ def check_together(config: Config) -> None:
     """Raises ValueError if values of a config contradict one another."""
     network, names = config.network, {each.name for each in fields(KeptFlags)}
     read_as(KeptFlags, {name: value for name, value in config.flags.items() if name in names}, "args")
+    intervals = config.flags.get("frame_interval")
+    if isinstance(intervals, tuple) and (len(intervals) < 2 or sorted(set(intervals)) != list(intervals)):
+        raise ValueError(f"args.frame_interval is {intervals}, which is not several numbers in ascending order")
     if network.is_video != (config.frames_per_second is not None):
         raise ValueError(
             f"frames_per_second is {config.frames_per_second}, which does not fit input_size {network.input_size}"

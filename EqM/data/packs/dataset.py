@@ -28,15 +28,13 @@ class PackedSamples(Dataset):
         return len(self.pack)
 
     def __getitems__(self, keys: list[tuple[int, ...]]) -> dict:
-        """The samples of many keys, as one batch. All keys have the same clip length, if they have any."""
-        form = self.form.of_length(*keys[0][2:]) if keys[0][2:] else self.form
+        """The samples of many keys, as one batch. All keys have the same clip length and interval, if any."""
+        form = self.form.of_batch(*keys[0][2:]) if keys[0][2:] else self.form
         indices = np.array([key[1] for key in keys])  # (N,)
         uniforms = keyed_uniforms(self.seed, [key[:2] for key in keys])  # (N, 2)
         places = self.places(indices, uniforms[:, 0], form)  # (N, T)
         flips = self.form.flip & (uniforms[:, 1] < 0.5)  # (N,)
-        seconds = (
-            self.form.frame_interval / self.pack.rates[indices] if self.form.video else np.zeros(len(keys))
-        )  # (N,)
+        seconds = form.frame_interval / self.pack.rates[indices] if form.video else np.zeros(len(keys))  # (N,)
         try:
             x = self.gather(indices, places, flips)
         except LostPack as error:
