@@ -20,7 +20,7 @@ from runtime import cli
 from runtime.errors import UserError
 from runtime.plain_data import one_of
 
-LABEL_DROPOUT = 0.1
+CLASS_DROPOUT = 0.1
 LEFT = 0.005  # of the noise, at the end of a descent
 SCHEDULES = ("truncated", "linear", "piecewise", "constant")
 LOSS_WEIGHTS = ("field", "clip", "min-snr")
@@ -200,9 +200,9 @@ def broadcast_over(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-def drop_labels(y: Tensor, uniform: Tensor, null_class: int) -> Tensor:
-    """Replaces labels by the null class where the uniform draw is below LABEL_DROPOUT: y, uniform (N,)."""
-    return torch.where(uniform < LABEL_DROPOUT, null_class, y)
+def drop_labels(y: Tensor, uniform: Tensor, null_class: int, share: float = CLASS_DROPOUT) -> Tensor:
+    """Replaces labels by the null class where the uniform draw is below the share: y, uniform (N,)."""
+    return torch.where(uniform < share, null_class, y)
 
 
 def add_objective_args(parser: argparse.ArgumentParser) -> None:

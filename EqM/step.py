@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compiled import compile_network, compiled_or_eager
 from graphs import Graphed
 from muon import MuonUpdate
-from objective import Objective, drop_labels
+from objective import CLASS_DROPOUT, Objective, drop_labels
 from optimizer import LR_SCHEDULES, OPTIMIZERS, Rates, Share, update, update_in_one_kernel
 from runtime import cli, distributed
 from runtime.errors import UserError
@@ -39,6 +39,7 @@ class Recipe:
         ema_decay: of the averaged weights, after its own warm-up.
         micro_batch: samples of one forward and backward pass; None: the rank's whole batch.
         optimizer: one of OPTIMIZERS, for the matrices of the blocks. The other weights have AdamW.
+        class_dropout: share of the samples whose label is replaced by the null class.
     """
 
     lr: float
@@ -51,6 +52,7 @@ class Recipe:
     decay_from: float = 0.0
     decay_to: float = 1.0
     optimizer: str = "adamw"
+    class_dropout: float = CLASS_DROPOUT
 
     def lr_at(self, step: Tensor) -> Tensor:
         """The learning rate of update `step` (the first is 0): linear warm-up, constant, then a decay."""
@@ -93,6 +95,8 @@ def add_recipe_args(group: argparse._ActionsContainer) -> None:
     cli.add_kept(group, "--decay-steps", type=cli.positive_int, help=decay)
     cli.add_kept(group, "--grad-clip", 0.0, type=cli.non_negative_float, help="largest gradient norm; 0: no limit")
     cli.add_kept(group, "--ema-decay", 0.9999, type=cli.fraction, help="of the averaged weights")
+    dropped = "share of samples that are shown under the null class, for guidance and --class none"
+    cli.add_kept(group, "--class-dropout", CLASS_DROPOUT, type=cli.fraction, help=dropped)
 
 
 def check_decay(args: argparse.Namespace, last_step: float) -> None:
@@ -112,7 +116,8 @@ def recipe_of(args: argparse.Namespace, objective: Objective, last_step: float) 
     check_decay(args, last_step)
     decay = args.decay_steps or max(1, round(DECAY_SHARE * last_step))
     numbers = args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size
-    return Recipe(*numbers, objective, args.lr_schedule, last_step - decay, last_step, args.optimizer)
+    decays = args.lr_schedule, last_step - decay, last_step
+    return Recipe(*numbers, objective, *decays, args.optimizer, args.class_dropout)
 
 
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +219,7 @@ def train_step(
         This rank's loss, and the norm of the gradients before clipping, (2,).
     """
     noise, gamma, label_uniform = draw_random_numbers(x, state.generator)
-    y = drop_labels(y, label_uniform, state.working.num_classes)  # (N,)
+    y = drop_labels(y, label_uniform, state.working.num_classes, recipe.class_dropout)  # (N,)
     if recipe.objective.by_frame:
         gamma = draw_frame_levels(
             gamma, x.shape[2], state.working.patch[0], recipe.objective.by_frame, state.generator
