@@ -52,11 +52,11 @@ class UndrawnWeights(TorchFunctionMode):
     Values that are replaced at once need not be drawn. On the meta device that would also import torch's compiler.
     """
 
-    def __torch_function__(self, func: Callable, types: Sequence, args: Sequence = (), kwargs: dict | None = None):
-        kwargs = kwargs or {}
+    def __torch_function__(self, func: Callable, types: Sequence, given: Sequence = (), named: dict | None = None):
+        named = named or {}
         if func.__name__.endswith(("uniform_", "normal_")):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+            return given[0] if given else named["tensor"]
+        return func(*given, **named)
 
 
 @dataclass(frozen=True)
