@@ -146,7 +146,13 @@ class EqM(nn.Module):
         return super().train(mode)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, seconds_per_frame: Tensor | float = 0.1, with_tokens: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        seconds_per_frame: Tensor | float = 0.1,
+        with_tokens: bool = False,
+        spacing: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The field at x.
 
@@ -156,11 +162,12 @@ class EqM(nn.Module):
             y: class labels, (N,). `num_classes` is the null class.
             seconds_per_frame: seconds from one frame of a clip to the next, (N,) or one number. Images ignore it.
             with_tokens: also return the tokens of the last block.
+            spacing: of rows and of columns, as `positions.rotations` takes it, for rotary positions; None: 1.
 
         Returns:
             The field, in the shape of x. With `with_tokens`, also the tokens (N, T'h'w', D).
         """
-        field, tokens = self.field_and_tokens(x, *self.modulations(t, y), seconds_per_frame)
+        field, tokens = self.field_and_tokens(x, *self.modulations(t, y), seconds_per_frame, spacing)
         return (field, tokens) if with_tokens else field
 
     def modulations(self, t: Tensor, y: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -180,16 +187,27 @@ class EqM(nn.Module):
         return self.field_and_tokens(x, blocks, final, seconds_per_frame)[0]
 
     def field_and_tokens(
-        self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
+        self,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        final: Tensor,
+        seconds_per_frame: Tensor | float,
+        spacing: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The field at x, in its shape, and the tokens of the last block, (N, T'h'w', D)."""
         if self.energy == "none":
-            return self.output(x, blocks, final, seconds_per_frame)
-        output = partial(self.output, blocks=blocks, final=final, seconds_per_frame=seconds_per_frame)
+            return self.output(x, blocks, final, seconds_per_frame, spacing)
+        places = {"seconds_per_frame": seconds_per_frame, "spacing": spacing}
+        output = partial(self.output, blocks=blocks, final=final, **places)
         return energy_gradient(self.energy, output, x)
 
     def output(
-        self, x: Tensor, blocks: Sequence[Tensor], final: Tensor, seconds_per_frame: Tensor | float
+        self,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        final: Tensor,
+        seconds_per_frame: Tensor | float,
+        spacing: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output of the network, in the shape of x, and the tokens of the last block, (N, T'h'w', D)."""
         grid, tokens = self.grid_of(x), self.embed(x)  # (N, T'h'w', D)
@@ -198,7 +216,7 @@ class EqM(nn.Module):
         seconds = seconds_per_frame if given else torch.full((1,), seconds_per_frame, device=x.device)  # (N,) or (1,)
         rotation = None
         if self.positions == "rotary":
-            rotation = self.rotation(grid, seconds)  # (2, N or 1, 1, T'h'w', d/2)
+            rotation = self.rotation(grid, seconds, spacing)  # (2, N or 1, 1, T'h'w', d/2)
         elif self.is_video:
             times = time_positions(tokens.shape[-1], grid[0], self.patch[0], seconds.expand(len(x)))  # (N, T', D)
             tokens = tokens + times.repeat_interleave(grid[1] * grid[2], dim=1).to(tokens.dtype)
@@ -216,9 +234,9 @@ class EqM(nn.Module):
         pt, p = self.patch
         return (x.shape[2] if self.is_video else 1) // pt, x.shape[-2] // p, x.shape[-1] // p
 
-    def rotation(self, grid: tuple[int, int, int], seconds_per_frame: Tensor) -> Tensor:
+    def rotation(self, grid: tuple[int, int, int], seconds_per_frame: Tensor, spacing: Tensor | None = None) -> Tensor:
         """The rotary positions on a grid, for seconds_per_frame (N,) or (1,): (2, N or 1, 1, T'h'w', d/2)."""
-        return rotations(self.head_width, grid, self.patch[0], seconds_per_frame)
+        return rotations(self.head_width, grid, self.patch[0], seconds_per_frame, spacing)
 
     def embed(self, x: Tensor) -> Tensor:
         """Cuts x into patches, embeds them, and adds their fixed places in the picture: → (N, T'h'w', D)."""

@@ -67,25 +67,36 @@ def head_pairs(head_width: int) -> tuple[int, int, int]:
     return pairs - 2 * space, space, space
 
 
-def rotations(head_width: int, grid: tuple[int, int, int], temporal_patch: int, seconds_per_frame: Tensor) -> Tensor:
+def rotations(
+    head_width: int,
+    grid: tuple[int, int, int],
+    temporal_patch: int,
+    seconds_per_frame: Tensor,
+    spacing: Tensor | None = None,
+) -> Tensor:
     """How far each token turns the pairs of a head, as cosines and sines: (2, N, 1, T'h'w', d/2), float32.
 
     Args:
         head_width: d.
         grid: tokens in time, rows and columns, (T', h', w').
         seconds_per_frame: (N,). N may be 1 for all samples of a batch.
+        spacing: from one row to the next and from one column to the next, in patches, (N, 2); None: 1.
     """
     device = seconds_per_frame.device
     of_time, *of_space = head_pairs(head_width)
+    rows, columns = spacing[:, :, None, None].unbind(1) if spacing is not None else (1.0, 1.0)  # (N, 1, 1)
 
     def place_angles(places: int, count: int) -> Tensor:
         frequencies = SPACE_BASE ** -(torch.arange(count, device=device) / count)  # (count,) in radians a patch
         return torch.arange(places, device=device)[:, None] * frequencies  # (places, count)
 
     time = time_angles(of_time, grid[0], temporal_patch, seconds_per_frame)[:, :, None, None]  # (N, T', 1, 1, ·)
-    row = place_angles(grid[1], of_space[0])[:, None]  # (h', 1, ·)
-    column = place_angles(grid[2], of_space[1])  # (w', ·)
-    whole = [part.expand(len(time), *grid, -1) for part in (time, row, column)]
+    row = (rows * place_angles(grid[1], of_space[0]))[..., None, :]  # ([N,] h', 1, ·)
+    column = (columns * place_angles(grid[2], of_space[1]))[..., None, :, :]  # ([N,] 1, w', ·)
+    if spacing is not None:
+        row, column = row[:, None], column[:, None]  # (N, 1, h', 1, ·), (N, 1, 1, w', ·)
+    count = len(time) if spacing is None else max(len(time), len(spacing))
+    whole = [part.expand(count, *grid, -1) for part in (time, row, column)]
     angles = torch.cat(whole, dim=-1).flatten(1, 3)[:, None]  # (N, 1, T'h'w', d/2)
     return torch.stack([angles.cos(), angles.sin()])
 

@@ -40,6 +40,7 @@ class Recipe:
         micro_batch: samples of one forward and backward pass; None: the rank's whole batch.
         optimizer: one of OPTIMIZERS, for the matrices of the blocks. The other weights have AdamW.
         class_dropout: share of the samples whose label is replaced by the null class.
+        stretch: rows and columns are up to so many times as far apart, as `draw_spacing` says.
     """
 
     lr: float
@@ -53,6 +54,7 @@ class Recipe:
     decay_to: float = 1.0
     optimizer: str = "adamw"
     class_dropout: float = CLASS_DROPOUT
+    stretch: float = 1.0
 
     def lr_at(self, step: Tensor) -> Tensor:
         """The learning rate of update `step` (the first is 0): linear warm-up, constant, then a decay."""
@@ -97,6 +99,8 @@ def add_recipe_args(group: argparse._ActionsContainer) -> None:
     cli.add_kept(group, "--ema-decay", 0.9999, type=cli.fraction, help="of the averaged weights")
     dropped = "share of samples that are shown under the null class, for guidance and --class none"
     cli.add_kept(group, "--class-dropout", CLASS_DROPOUT, type=cli.fraction, help=dropped)
+    stretch = "rows and columns of half the samples are up to S times as far apart, by chance: for larger samples later"
+    cli.add_kept(group, "--position-stretch", 1.0, type=cli.stretch, metavar="S", help=f"{stretch} (rotary positions)")
 
 
 def check_decay(args: argparse.Namespace, last_step: float) -> None:
@@ -117,7 +121,7 @@ def recipe_of(args: argparse.Namespace, objective: Objective, last_step: float) 
     decay = args.decay_steps or max(1, round(DECAY_SHARE * last_step))
     numbers = args.lr, args.warmup_steps, args.grad_clip, args.ema_decay, args.micro_batch_size
     decays = args.lr_schedule, last_step - decay, last_step
-    return Recipe(*numbers, objective, *decays, args.optimizer, args.class_dropout)
+    return Recipe(*numbers, objective, *decays, args.optimizer, args.class_dropout, args.position_stretch)
 
 
 def draw_random_numbers(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +154,17 @@ def draw_frame_levels(
     return torch.where(own < share, levels, gamma[:, None]).repeat_interleave(temporal_patch, dim=1)
 
 
+def draw_spacing(x: Tensor, stretch: float, generator: torch.Generator) -> Tensor:
+    """The spacing of the rows and of the columns of samples x, in patches, (N, 2).
+
+    In half of the cases it is 1, in the others up to `stretch`, evenly in its logarithm. So a network sees places as
+    far apart as those of a larger picture, as in Ruoss et al. 2023 (arXiv 2305.16843), who draw positions from a
+    longer range than any training text has.
+    """
+    uniform = torch.rand(len(x), 2, device=x.device, generator=generator)
+    return stretch ** (2 * uniform - 1).clamp(min=0)
+
+
 def network_loss(
     network: nn.Module,
     objective: Objective,
@@ -158,11 +173,12 @@ def network_loss(
     gamma: Tensor,
     y: Tensor,
     seconds_per_frame: Tensor,
+    spacing: Tensor | None = None,
 ) -> Tensor:
     """The loss of a network on x, a float32 scalar."""
 
     def field(x_gamma: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        return network(x_gamma, gamma, y, seconds_per_frame, with_tokens=True)
+        return network(x_gamma, gamma, y, seconds_per_frame, with_tokens=True, spacing=spacing)
 
     return objective.loss(field, x, noise, gamma)
 
@@ -225,9 +241,12 @@ def train_step(
             gamma, x.shape[2], state.working.patch[0], recipe.objective.by_frame, state.generator
         )  # (N, T)
     gamma = recipe.objective.drawn_gamma(gamma)  # (N,) or (N, T): clean frames, γ = 1, stay clean
+    drawn = [x, noise, gamma, y, seconds_per_frame]
+    if recipe.stretch > 1:
+        drawn.append(draw_spacing(x, recipe.stretch, state.generator))  # (N, 2)
     micro_batch, ranks = recipe.micro_batch or len(x), distributed.world_size()
     loss, gradients = torch.zeros_like(state.lr), None
-    for part in zip(*(values.split(micro_batch) for values in (x, noise, gamma, y, seconds_per_frame)), strict=True):
+    for part in zip(*(values.split(micro_batch) for values in drawn), strict=True):
         part_loss = network_loss(state.working, recipe.objective, *part) * (micro_batch / len(x))
         # The exchange adds up the ranks' gradients: divided before, they overflow in fp16 no sooner than one rank's.
         (state.scaler.scale(part_loss) / ranks).backward()

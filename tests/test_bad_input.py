@@ -95,6 +95,7 @@ def assert_refused_once_by_ranks(result: subprocess.CompletedProcess, script: st
         ("--grad-clip", ["-1", "nan"]),
         ("--ema-decay", ["1", "-0.5", "1.5"]),
         ("--class-dropout", ["1", "-0.5", "some"]),
+        ("--position-stretch", ["0.9", "17", "nan"]),
         ("--global-seed", ["-1", str(2**63), "x"]),
         ("--num-workers", ["-1"]),
         ("--log-every", ["0"]),

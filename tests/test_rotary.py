@@ -22,6 +22,7 @@ from runs.checkpoint import load_checkpoint
 from runs.config import config_of
 from runs.init_weights import start_from
 from runs.load_network import load_network
+from step import draw_spacing
 from test_models import randomised
 
 TINY = {"patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -146,6 +147,21 @@ def test_positions_of_a_larger_grid_begin_with_those_of_a_smaller_one() -> None:
     small, large = ((4, 4, 4), (8, 5, 6))
     turns = [rotations(16, grid, 2, torch.tensor([0.1])).view(2, *grid, 8) for grid in (small, large)]
     assert torch.equal(turns[0], turns[1][:, :4, :4, :4])
+
+
+def test_stretched_rows_and_columns_stand_where_those_of_a_larger_grid_do() -> None:
+    seconds, spacing = torch.tensor([0.1]), torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 1.0]])
+    ours = rotations(64, (2, 3, 4), 2, seconds, spacing).unflatten(3, (2, 3, 4))
+    for each, (rows, columns) in enumerate(((2, 1), (1, 3), (1, 1))):
+        larger = rotations(64, (2, 3 * rows, 4 * columns), 2, seconds).unflatten(3, (2, 3 * rows, 4 * columns))
+        torch.testing.assert_close(ours[:, each], larger[:, 0, :, :, ::rows, ::columns])
+
+
+def test_half_of_the_spacings_are_1_and_the_others_reach_the_stretch() -> None:
+    drawn = draw_spacing(torch.zeros(20_000, 3, 4, 4), 1.5, torch.Generator().manual_seed(0))  # (N, 2)
+    assert (drawn == 1).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert 1 <= drawn.min() <= drawn.max() <= 1.5
+    assert drawn[drawn > 1].log().mean().item() == pytest.approx(math.log(1.5) / 2, abs=0.01)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -326,6 +342,18 @@ def test_a_run_keeps_its_positions_and_another_kind_is_another_run(run: Path, tm
     assert went_on["network"]["positions"] == "rotary"
     refused = run_script("train.py", *command, "--positions", "fixed", cwd=tmp_path)
     assert "was trained with positions rotary, and this run has fixed" in refused.stderr
+
+
+def test_a_run_keeps_its_stretch_and_trains_with_it(run: Path, tmp_path: Path) -> None:
+    command = ["train.py", "--data-path", run / "pack", *TRAIN, "--max-steps", 3, "--position-stretch"]
+    result = run_script(*command, 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_checkpoint(folder / CHECKPOINTS / "0000003.pt") for folder in (run, tmp_path))
+    assert [config_of(each["config"], "it").kept_flags()["position_stretch"] for each in (one, two)] == [1.0, 2.0]
+    assert any(not torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    refused = run_script(*command, 2, "--positions", "fixed", cwd=tmp_path)
+    assert refused.returncode != 0
+    assert refused.stderr == "train.py: error: --position-stretch 2 needs --positions rotary: add it\n"
 
 
 def test_a_checkpoint_without_the_key_has_fixed_positions() -> None:

@@ -32,6 +32,7 @@ class KeptFlags:
     grad_clip: Annotated[float, cli.non_negative_float] = 0.0
     ema_decay: Annotated[float, cli.fraction] = 0.9999
     class_dropout: Annotated[float, cli.fraction] = 0.1
+    position_stretch: Annotated[float, cli.stretch] = 1.0
     lr_schedule: Annotated[str, one_of(LR_SCHEDULES)] = "constant"
     decay_steps: Annotated[int, cli.positive_int] | None = None
     micro_batch_size: Annotated[int, cli.positive_int] | None = None

@@ -27,6 +27,8 @@ def settled_of(
     if settled.video and isinstance(settled.clip_len, tuple) and settled.positions != "rotary":
         lengths = " ".join(map(str, settled.clip_len))
         raise UserError(f"--clip-len {lengths} needs --positions rotary: add it, or give one length")
+    if settled.position_stretch > 1 and settled.positions != "rotary":
+        raise UserError(f"--position-stretch {settled.position_stretch:g} needs --positions rotary: add it")
     objective_of(settled)
     return settled
 
