@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -19,10 +18,10 @@ import av
 import numpy as np
 import PIL
 
-from data.file_list import AT_ONCE, VIDEO, Names, Videos
+from data.disk_calls import DiskCalls
+from data.file_list import VIDEO, Names, Videos
 from data.opening import READABLE, UNREADABLE, Results, open_files
 from data.untrusted import MAX_FRAMES
-from data.walk import THREADS
 from runtime.errors import shown
 from runtime.files import leftovers, open_regular, write_whole
 from runtime.logs import log
@@ -36,6 +35,7 @@ SAVE_SHARE = 0.05  # of a scan's time goes into saving it, at most
 ABANDONED_S = 3600.0  # age of a temporary file that no process still writes
 ARRAYS = {"about": "u1", "names": "u1", "ends": "i8", "stats": "i8", "codes": "i4", "rows": VIDEO, "times": "i8"}
 NO_STAT = (-1, -1)  # of a file that is not there
+TOGETHER = 128  # files in one call, after which a network disk of a millisecond each is known to be slow
 
 
 class WrongIndex(ValueError):
@@ -94,13 +94,12 @@ def stats_of(paths: Names) -> np.ndarray:
         return np.array([look(path) for path in some], np.int64)
 
     encoded = paths.encoded()
-    parts = iter(lambda: list(islice(encoded, AT_ONCE)), [])
+    parts = iter(lambda: list(islice(encoded, TOGETHER)), [])
     stats, first = np.empty((len(paths), 2), np.int64), 0
-    with ThreadPoolExecutor(THREADS) as pool:
-        while some := list(islice(parts, THREADS)):
-            for part in pool.map(look_at_some, some):
-                stats[first : first + len(part)] = part
-                first += len(part)
+    with DiskCalls() as calls:
+        for part in calls.map(look_at_some, parts):
+            stats[first : first + len(part)] = part
+            first += len(part)
     return stats
 
 

@@ -4,10 +4,10 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.disk_calls import DiskCalls
 from data.images import IMAGE_FORMATS
 from runtime.errors import shown
 
@@ -18,7 +18,6 @@ VIDEO_EXTENSIONS += (".asf", ".flv", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
 IMAGE_EXTENSIONS += (".tif", ".tiff", ".webp", ".gif") + (".avif",) * ("AVIF" in IMAGE_FORMATS)
 MAX_NAMED = 3  # examples in a line
-THREADS = 16  # that ask for names and times: a network disk answers each late, and many at once
 MISTAKE = "looks like a mistake: "
 
 
@@ -125,11 +124,11 @@ def walk(root: Path, extensions: tuple[str, ...]) -> Walk:
     def look(place: tuple[str, str]) -> Looked | None:
         return look_into(*place, wanted, seen)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with DiskCalls() as calls:
         while waiting or links:
             # Links wait until all folders that are reached without them are found.
             places, waiting = waiting or [heapq.heappop(links)], []
-            for (folder, name), looked in zip(places, pool.map(look, places), strict=True):
+            for (folder, name), looked in zip(places, calls.map(look, places), strict=True):
                 if looked is None:
                     found.closed.append(folder)
                     continue
