@@ -1,16 +1,22 @@
 """A loading process or a pack that is lost ends a training in one line, on every rank, with the state saved."""
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import time
+import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from torch.utils.data import Dataset
 
 from conftest import ROOT, SMALL, make_pack, run_script
+from data.batches import make_loader
+from data.loading import LoadedBatches
 from runs.checkpoint_writer import checkpoints
 from runtime.files import lock
 from test_survive import NAME, TORCHRUN, start_python, start_script, wait_for_step
@@ -146,3 +152,65 @@ def test_loading_processes_end_with_a_trainer_that_is_killed(shapes, tmp_path):
         while any(map(is_running, workers)):
             assert time.monotonic() < end, "loading processes outlive the trainer"
             time.sleep(0.05)
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux alone tells what is shared")
+
+
+def private_mb(pid: int | str) -> float:
+    """The memory that a process shares with no other."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+COPIED_MB = 10  # more than anything but a collection lets a process copy meanwhile
+
+
+class Collecting(Dataset):
+    """Batches that say by how much a full collection raises the private memory of their loading process."""
+
+    def __getitems__(self, keys: list[int]) -> dict:
+        before = private_mb("self")
+        gc.collect()
+        return {"grown_mb": private_mb("self") - before}
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """Objects of other tests are not frozen, and those of this test do not stay so. Only the test itself collects."""
+    gc.unfreeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@on_linux
+def test_a_collection_in_a_loading_process_or_in_the_trainer_copies_no_shared_memory(unfrozen):
+    kept = [[] for _ in range(300_000)]  # 20 MB of objects, beside those of torch
+    loaded = LoadedBatches(make_loader(Collecting(), [[0]] * 8, num_workers=1, pin_memory=False), lambda batch: None)
+    batches = iter(loaded)
+    assert next(batches)["grown_mb"] < COPIED_MB
+    (process,) = loaded.processes
+    before = private_mb(process.pid)
+    gc.collect()
+    assert private_mb(process.pid) - before < COPIED_MB
+    assert len(list(batches)) == 7
+    assert len(kept) == 300_000
+
+
+@on_linux
+def test_what_is_garbage_when_loading_processes_start_is_not_kept_for_ever(unfrozen):
+    garbage = Collecting()
+    garbage.itself, gone = garbage, weakref.ref(garbage)
+    del garbage
+    loaded = LoadedBatches(make_loader(Collecting(), [[0]], num_workers=1, pin_memory=False), lambda batch: None)
+    assert len(list(loaded)) == 1
+    assert not gone()
+
+
+@on_linux
+def test_without_loading_processes_nothing_is_frozen(unfrozen):
+    loaded = LoadedBatches(make_loader(Collecting(), [[0]], num_workers=0, pin_memory=False), lambda batch: None)
+    assert len(list(loaded)) == 1
+    assert gc.get_freeze_count() == 0
