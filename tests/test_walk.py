@@ -17,6 +17,7 @@ from data.clips import Samples, read_sample
 from data.form import Form
 from data.packs.packing import plan_pack
 from data.scan import find_loose_files, scan
+from data.walk import in_order
 from runtime.errors import UserError
 
 # A container, and a codec that it holds, for each ending of a video. Those of ".ogv" and ".webm" are of VP8.
@@ -154,6 +155,18 @@ def test_what_several_links_lead_to_is_counted_once(put, links):
     assert classes(folder) == {"cat": 1 + elsewhere, "dog": 1}
     (line,) = [line for line in listing(folder) if "left out" in line]
     assert f"{len(links) - elsewhere} links to what is counted already" in line
+
+
+def test_a_folder_of_many_links_is_put_in_order_once(put, monkeypatch):
+    names = [f"{i:03}.png" for i in range(100)]
+    folder, sorted_lists = put("cat/0.png", *(f"../other/{name}" for name in names)), []
+    for name in names:
+        link(folder / "cat" / name, f"../../other/{name}")
+    monkeypatch.setattr("data.walk.in_order", lambda names: sorted_lists.append(names) or in_order(names))
+    found = [Path(path).name for path, _ in find_loose_files(folder, video=False)]
+    assert found == sorted(["0.png", *names])
+    # Once when a folder is found, and once with its links.
+    assert len(sorted_lists) == len(["data", "cat", "cat with links"])
 
 
 def test_a_link_to_a_class_folder_elsewhere_is_followed_once(put):

@@ -143,9 +143,12 @@ def walk(root: Path, extensions: tuple[str, ...]) -> Walk:
                 found.others += looked.others
                 found.hidden += looked.hidden
                 files[name, folder] = looked.files
+    linked: dict[tuple[str, str], list[str]] = {}  # by class and folder
     for path, name in links_to_new_files(file_links, [folder for _, folder in files], wanted, found.again):
         folder, each = os.path.split(path)
-        files[name, folder] = in_order([*filter(None, os.fsdecode(files[name, folder]).split("\0")), each])
+        linked.setdefault((name, folder), []).append(each)
+    for place, names in linked.items():
+        files[place] = in_order([*filter(None, os.fsdecode(files[place]).split("\0")), *names])
     found.folders = {name: set() for name, _ in files}
     found.files = [Folder(name, folder, files[name, folder]) for name, folder in sorted(files) if files[name, folder]]
     for each in found.files:
