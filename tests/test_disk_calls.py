@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from data import disk_calls
-from data.disk_calls import AHEAD, DiskCalls
+from data.disk_calls import AHEAD, TOGETHER, DiskCalls
 from data.index import stats_of
 from data.scan import find_files
 
@@ -83,6 +83,17 @@ def test_calls_that_wait_take_much_less_than_one_after_another_and_keep_their_or
     assert time.perf_counter() - start < 1.6, "one after another takes 3.2 s"
 
 
+def test_short_calls_are_made_together_and_give_one_result_each(take):
+    def call(item: int) -> tuple[int, bool]:
+        take(0, WAIT_S)
+        return -item, in_callers_thread()
+
+    with DiskCalls() as calls:
+        results, callers = zip(*calls.map_short(call, range(1000)), strict=True)
+    assert results == tuple(-item for item in range(1000))
+    assert list(callers) == [True] * TOGETHER + [False] * (1000 - TOGETHER)
+
+
 @pytest.mark.parametrize(
     ("waited", "count"),
     [
@@ -119,31 +130,52 @@ def test_items_are_taken_only_a_little_ahead_of_results(take):
     assert threading.active_count() == before
 
 
+@pytest.fixture
+def late(monkeypatch) -> Callable[[str, float], list[bool]]:
+    """Lets a function of `os` answer so many seconds late. Returns which of its calls the main thread makes."""
+
+    def patch(name: str, seconds: float) -> list[bool]:
+        function, callers = getattr(os, name), []
+
+        def call(*path: object, **more: object) -> object:
+            callers.append(in_callers_thread())
+            time.sleep(seconds)
+            return function(*path, **more)
+
+        monkeypatch.setattr(os, name, call)
+        return callers
+
+    return patch
+
+
 def look(root: Path) -> tuple:
     """What a start asks of a disk."""
     listing = find_files(root, video=False)
     return listing.classes, listing.samples, stats_of(listing.paths).tolist()
 
 
-def test_a_slow_disk_is_asked_in_threads_and_the_same_is_found(tmp_path, monkeypatch):
+def test_a_slow_disk_is_asked_in_threads_and_the_same_is_found(tmp_path, late):
     for name in map(str, range(1000)):
-        (tmp_path / name[0]).mkdir(exist_ok=True)
-        (tmp_path / name[0] / name[-2:]).mkdir(exist_ok=True)
-        (tmp_path / name[0] / name[-2:] / f"{name}.jpg").write_bytes(b"x" * int(name))
-    once, asked = look(tmp_path), {}
+        folder = tmp_path / name[-1] / name[-2:]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jpg").write_bytes(b"x" * int(name))
+    at_once = look(tmp_path)
+    for callers in (late("scandir", 0.005), late("stat", 0.001)):
+        assert look(tmp_path) == at_once
+        assert 0 < sum(callers) < len(callers) / 4
 
-    def late(name: str, seconds: float) -> None:
-        function = getattr(os, name)
 
-        def call(*path: object, **more: object) -> object:
-            asked.setdefault(name, []).append(in_callers_thread())
-            time.sleep(seconds)
-            return function(*path, **more)
-
-        monkeypatch.setattr(os, name, call)
-
-    late("scandir", 0.005)
-    late("stat", 0.001)
-    assert look(tmp_path) == once
-    for name, callers in asked.items():
-        assert 0 < sum(callers) < len(callers) / 4, f"{name}: {sum(callers)} of {len(callers)} calls in one thread"
+def test_a_slow_disk_is_asked_in_threads_where_links_lead(tmp_path, late):
+    folder, elsewhere = tmp_path / "data" / "cat", tmp_path / "elsewhere"
+    for path in (folder, elsewhere):
+        path.mkdir(parents=True)
+    for i in range(800):
+        (elsewhere / f"{i}.jpg").touch()
+        (folder / f"{i}.jpg").symlink_to(elsewhere / f"{i % 700}.jpg" if i > 1 else "nowhere")
+    at_once = find_files(folder.parent, video=False)
+    callers = late("stat", 0.001)
+    found = find_files(folder.parent, video=False)
+    assert found.samples == at_once.samples
+    assert found.notes == at_once.notes
+    assert len(found.samples) == 700 + 2  # links that lead nowhere are found too
+    assert 0 < sum(callers) < len(callers) / 4

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from types import TracebackType
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 THREADS = 16
 AHEAD = 4 * THREADS  # calls that begin before the first of them has to end: one of them may take long
+TOGETHER = 128  # short calls that are made as one: after them a network disk of a millisecond each is known to be slow
 PATIENCE_S = 0.1  # seconds of waiting before threads start
 
 
@@ -50,6 +52,13 @@ class DiskCalls:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
+
+    def map_short(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """As `map`, for calls that take microseconds if they need not wait: TOGETHER of them are made as one."""
+        rest = iter(items)
+        parts = iter(lambda: list(islice(rest, TOGETHER)), [])
+        for results in self.map(lambda part: [function(item) for item in part], parts):
+            yield from results
 
     def timed(self, function: Callable[[T], R], item: T) -> R:
         """Calls the function, and starts threads if the calls so far have waited for most of their time."""

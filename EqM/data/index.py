@@ -9,7 +9,6 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 from zipfile import ZIP_STORED
@@ -35,7 +34,6 @@ SAVE_SHARE = 0.05  # of a scan's time goes into saving it, at most
 ABANDONED_S = 3600.0  # age of a temporary file that no process still writes
 ARRAYS = {"about": "u1", "names": "u1", "ends": "i8", "stats": "i8", "codes": "i4", "rows": VIDEO, "times": "i8"}
 NO_STAT = (-1, -1)  # of a file that is not there
-TOGETHER = 128  # files in one call, after which a network disk of a millisecond each is known to be slow
 
 
 class WrongIndex(ValueError):
@@ -90,17 +88,8 @@ def stats_of(paths: Names) -> np.ndarray:
             return NO_STAT
         return status.st_size, status.st_mtime_ns
 
-    def look_at_some(some: list[bytes]) -> np.ndarray:
-        return np.array([look(path) for path in some], np.int64)
-
-    encoded = paths.encoded()
-    parts = iter(lambda: list(islice(encoded, TOGETHER)), [])
-    stats, first = np.empty((len(paths), 2), np.int64), 0
     with DiskCalls() as calls:
-        for part in calls.map(look_at_some, parts):
-            stats[first : first + len(part)] = part
-            first += len(part)
-    return stats
+        return np.fromiter(calls.map_short(look, paths.encoded()), np.dtype((np.int64, 2)), len(paths))
 
 
 def cache_folder() -> Path:

@@ -143,10 +143,10 @@ def walk(root: Path, extensions: tuple[str, ...]) -> Walk:
                 found.others += looked.others
                 found.hidden += looked.hidden
                 files[name, folder] = looked.files
-    linked: dict[tuple[str, str], list[str]] = {}  # by class and folder
-    for path, name in links_to_new_files(file_links, [folder for _, folder in files], wanted, found.again):
-        folder, each = os.path.split(path)
-        linked.setdefault((name, folder), []).append(each)
+        linked: dict[tuple[str, str], list[str]] = {}  # by class and folder
+        for path, name in links_to_new_files(file_links, [folder for _, folder in files], wanted, found.again, calls):
+            folder, each = os.path.split(path)
+            linked.setdefault((name, folder), []).append(each)
     for place, names in linked.items():
         files[place] = in_order([*filter(None, os.fsdecode(files[place]).split("\0")), *names])
     found.folders = {name: set() for name, _ in files}
@@ -212,15 +212,24 @@ def leads_to_folder(link: os.DirEntry) -> bool:
 
 
 def links_to_new_files(
-    links: Iterable[tuple[str, str]], folders: Iterable[str], wanted: frozenset[str], again: list[str]
+    links: Iterable[tuple[str, str]],
+    folders: Iterable[str],
+    wanted: frozenset[str],
+    again: list[str],
+    calls: DiskCalls,
 ) -> list[tuple[str, str]]:
     """Those (path, class) whose file is neither in the folders nor behind an earlier link. Adds others to `again`."""
-    first: dict[tuple[int, int], tuple[str, str]] = {}
-    new = []
-    for link in sorted(links):
+
+    def key_behind(link: tuple[str, str]) -> tuple[int, int] | None:
         try:
-            key = key_of(link[0])
-        except OSError:  # it leads nowhere: reading it says so
+            return key_of(link[0])
+        except OSError:
+            return None
+
+    first: dict[tuple[int, int], tuple[str, str]] = {}
+    new, links = [], sorted(links)
+    for link, key in zip(links, calls.map_short(key_behind, links), strict=True):
+        if key is None:  # it leads nowhere: reading it says so
             new.append(link)
             continue
         if key in first:
