@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,14 @@ CACHE = tempfile.TemporaryDirectory(prefix="eqm-cache-")
 os.environ["EQM_CACHE"] = CACHE.name
 ENVIRONMENT = dict(os.environ)
 PATIENCE_S = 300  # for a command that hangs; a machine with other work takes several times as long as an idle one
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escapes what is no text in a test's output, such as odd bytes of a name: reports go between processes."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
