@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A file's tests share what they made, so they stay together.
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow lint clean
 
@@ -18,10 +20,10 @@ demo: $(VENV)/installed
 	PYTHON=$(RUN) bash datasets/demo.sh
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -204,7 +204,7 @@ def test_a_step_takes_its_recipes_objective():
 def test_training_hands_the_network_its_gamma():
     seen = []
 
-    def network(x: torch.Tensor, t: torch.Tensor, *_: object, with_tokens: bool) -> tuple[torch.Tensor, None]:
+    def network(x: torch.Tensor, t: torch.Tensor, *_: object, **given: object) -> tuple[torch.Tensor, None]:
         seen.append(t)
         return torch.zeros_like(x), None
 
