@@ -184,6 +184,13 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     assert load(tmp_path, 3)["opt"]["step"] == 3
 
 
+@pytest.mark.parametrize(("share", "learnt"), [(0, False), (0.9, True)])
+def test_class_dropout_decides_whether_the_null_class_is_learnt(shapes, tmp_path, share, learnt):
+    run = trained(tmp_path, shapes, "--class-dropout", share, "--lr", 1e-3, "--max-steps", 8, "--ckpt-every", 7)
+    first, last = (load(run, step)["model"]["y_embedder.embedding_table.weight"][-1] for step in (7, 8))
+    assert torch.equal(first, last) != learnt
+
+
 def test_max_minutes_end_a_run_with_a_checkpoint(shapes, tmp_path):
     run = trained(tmp_path, shapes, "--max-minutes", 0.0001, "--log-every", 1, processes=2)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["0000001.pt"]
