@@ -197,8 +197,7 @@ class EqM(nn.Module):
         """The field at x, in its shape, and the tokens of the last block, (N, T'h'w', D)."""
         if self.energy == "none":
             return self.output(x, blocks, final, seconds_per_frame, spacing)
-        places = {"seconds_per_frame": seconds_per_frame, "spacing": spacing}
-        output = partial(self.output, blocks=blocks, final=final, **places)
+        output = partial(self.output, blocks=blocks, final=final, seconds_per_frame=seconds_per_frame, spacing=spacing)
         return energy_gradient(self.energy, output, x)
 
     def output(

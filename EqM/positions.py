@@ -84,19 +84,17 @@ def rotations(
     """
     device = seconds_per_frame.device
     of_time, *of_space = head_pairs(head_width)
-    rows, columns = spacing[:, :, None, None].unbind(1) if spacing is not None else (1.0, 1.0)  # (N, 1, 1)
+    spacing = torch.ones(1, 2, device=device) if spacing is None else spacing
+    rows, columns = spacing[:, :, None, None].unbind(1)  # (N or 1, 1, 1)
 
     def place_angles(places: int, count: int) -> Tensor:
         frequencies = SPACE_BASE ** -(torch.arange(count, device=device) / count)  # (count,) in radians a patch
         return torch.arange(places, device=device)[:, None] * frequencies  # (places, count)
 
     time = time_angles(of_time, grid[0], temporal_patch, seconds_per_frame)[:, :, None, None]  # (N, T', 1, 1, ·)
-    row = (rows * place_angles(grid[1], of_space[0]))[..., None, :]  # ([N,] h', 1, ·)
-    column = (columns * place_angles(grid[2], of_space[1]))[..., None, :, :]  # ([N,] 1, w', ·)
-    if spacing is not None:
-        row, column = row[:, None], column[:, None]  # (N, 1, h', 1, ·), (N, 1, 1, w', ·)
-    count = len(time) if spacing is None else max(len(time), len(spacing))
-    whole = [part.expand(count, *grid, -1) for part in (time, row, column)]
+    row = (rows * place_angles(grid[1], of_space[0]))[:, None, :, None]  # (N or 1, 1, h', 1, ·)
+    column = (columns * place_angles(grid[2], of_space[1]))[:, None, None]  # (N or 1, 1, 1, w', ·)
+    whole = [part.expand(max(len(time), len(spacing)), *grid, -1) for part in (time, row, column)]
     angles = torch.cat(whole, dim=-1).flatten(1, 3)[:, None]  # (N, 1, T'h'w', d/2)
     return torch.stack([angles.cos(), angles.sin()])
 

@@ -95,16 +95,11 @@ FIELD = (
 )
 
 
-def shapes_recipe(steps: int) -> Recipe:
-    """AdamW at a constant rate, for moving shapes.
-
-    Args:
-        steps: about twice those of the target, since about half of the seeds reach their own mean only later.
-    """
+def adamw(network: str, steps: int, guidance: float) -> Recipe:
+    """AdamW at a constant rate, for twice the steps of the target: half of the seeds reach their mean only later."""
     return Recipe(
-        f"--model EqM-S/4 --temporal-patch 2 --global-batch-size 32 --lr 5e-4 --ema-decay 0.998 --max-steps {steps}"
-        f" --use-bf16 {FIELD}",
-        "--sampler ngd --mu 0.3 --stepsize 0.015 --cfg-scale 2 --use-bf16",
+        f"--model EqM-S/4 {network} --lr 5e-4 --ema-decay 0.998 --max-steps {steps} --use-bf16 {FIELD}",
+        f"--sampler ngd --mu 0.3 --stepsize 0.015 --cfg-scale {guidance} --use-bf16",
     )
 
 
@@ -114,10 +109,6 @@ SHAPES_CPU = Recipe(
     f" --path-type Linear --c-schedule linear --c-lambda 4 --predict clip {ADAMW}"
     " --lr-schedule constant --warmup-steps 20 --grad-clip 1",
     "--sampler ngd --mu 0.3 --stepsize 0.07 --cfg-scale 2",
-)
-CLIP_ART = Recipe(
-    f"--model EqM-S/4 --global-batch-size 64 --lr 5e-4 --ema-decay 0.998 --max-steps 10000 --use-bf16 {FIELD}",
-    "--sampler ngd --mu 0.3 --stepsize 0.015 --cfg-scale 1.5 --use-bf16",
 )
 
 
@@ -140,7 +131,7 @@ TRACKS = {
             held_out=480,
             samples=960,
             sampling="--num-sampling-steps 40 --global-batch-size 120",
-            recipes={"adamw": shapes_recipe(16000)},
+            recipes={"adamw": adamw("--temporal-patch 2 --global-batch-size 32", 16000, 2)},
             target=Qualities(clip_error=0.008245, right=0.99931, frechet=0.19784, recall=0.90778),
         ),
         Track(
@@ -152,7 +143,7 @@ TRACKS = {
             held_out=480,
             samples=960,
             sampling="--num-sampling-steps 40 --global-batch-size 60",
-            recipes={"adamw": shapes_recipe(6000)},
+            recipes={"adamw": adamw("--temporal-patch 2 --global-batch-size 32", 6000, 2)},
         ),
         Track(
             name="clip-art-64",
@@ -166,7 +157,7 @@ TRACKS = {
             held_out=279,
             samples=1100,
             sampling="--num-sampling-steps 40 --global-batch-size 220",
-            recipes={"adamw": CLIP_ART},
+            recipes={"adamw": adamw("--global-batch-size 64", 10000, 1.5)},
         ),
         Track(
             name="cpu",
