@@ -22,7 +22,9 @@ MAX_TRIES = 20  # files in a row that may be unreadable before a sample gives up
 class Samples(Dataset):
     """Samples as dicts, by key: (epoch, index), or (epoch, index, clip length, interval).
 
-    A key gives one sample, in any process. `x` is uint8, (3, T, H, W) for videos and (3, H, W) for images. `label` is an int.
+    A key gives one sample, in any process.
+
+    `x` is uint8, (3, T, H, W) for videos and (3, H, W) for images. `label` is an int.
     `seconds_per_frame` is a float, 0 for images. `unreadable` lists (path, reason) of what could not be read.
     Another file of the set stands in for it.
     """
