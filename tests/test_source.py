@@ -112,5 +112,5 @@ def test_waiting_for_data_is_told_from_work():
         seen += batch["x"].tolist()
         time.sleep(0.1)
     assert seen == list(range(8))
-    assert loader.take_idle_seconds() == pytest.approx(4 * 0.05, abs=0.05)
+    assert 4 * 0.05 <= loader.take_idle_seconds() < 0.5  # with the work it would be 0.6
     assert loader.take_idle_seconds() == 0
