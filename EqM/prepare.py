@@ -25,7 +25,8 @@ from data.latent_space import LatentSpace
 from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, load_vae
 from data.packs.format import Windows
 from data.packs.pack import read_pack
-from data.packs.packing import PackPlan, begin_pack, finish, lock_pack, missing_shards, plan_pack, read_shard_records
+from data.packs.packing import begin_pack, finish, lock_pack, missing_shards, read_shard_records
+from data.packs.plan import PackPlan, plan_pack
 from data.packs.workers import pack_shards
 from runtime import cli, distributed, environment
 from runtime.errors import UserError, shown

@@ -18,7 +18,8 @@ from data.latent_space import LatentSpace
 from data.packs.dataset import PackedSamples
 from data.packs.format import Windows
 from data.packs.pack import Pack, open_pack
-from data.packs.packing import PackPlan, begin_pack, finish, missing_shards, plan_pack
+from data.packs.packing import begin_pack, finish, missing_shards
+from data.packs.plan import PackPlan, plan_pack
 from data.packs.writer import pack_shard
 from warm_python import FREE, WarmPython
 

@@ -19,7 +19,8 @@ from conftest import make_pack, run_ranks, run_script
 from data.form import Form
 from data.inputs.forms import Reading, expanded, find_archives, find_entries
 from data.packs.pack import Pack, is_pack, open_pack
-from data.packs.packing import begin_pack, finish, missing_shards, plan_pack
+from data.packs.packing import begin_pack, finish, missing_shards
+from data.packs.plan import plan_pack
 from data.packs.writer import pack_shard
 from data.video import write_video
 from make_moving_shapes import write_avi

@@ -15,7 +15,7 @@ from conftest import make_pack, run_script
 from data.batches import UnreadableLog
 from data.clips import Samples, read_sample
 from data.form import Form
-from data.packs.packing import plan_pack
+from data.packs.plan import plan_pack
 from data.scan import find_loose_files, scan
 from data.walk import in_order
 from runtime.errors import UserError

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.packs.packing import PackPlan
+from data.packs.plan import PackPlan
 from data.packs.writer import Encode, pack_shard
 from runtime.errors import UserError
 

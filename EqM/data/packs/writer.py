@@ -16,7 +16,8 @@ from data.frames import Crops
 from data.inputs.entries import Frames
 from data.packs.format import Settings, Windows, shard_path
 from data.packs.latent_sums import LatentSums
-from data.packs.packing import PackPlan, disk_errors
+from data.packs.packing import disk_errors
+from data.packs.plan import PackPlan
 from data.untrusted import File, Unreadable
 from data.video import iterate_frames, probe_video
 from runtime.errors import UserError
