@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -93,14 +93,27 @@ def losses(run: Path | None, step: int) -> Iterator[tuple[str, str]]:
             return
 
 
+def clips_of(config: Config) -> str:
+    """The form of the clips that a network was trained on, in words."""
+    form, mixed = config.form, {name: value for name, value in config.flags.items() if isinstance(value, tuple)}
+    lengths, intervals = mixed.get("clip_len", (form.clip_len,)), mixed.get("frame_interval", (form.frame_interval,))
+    rates = [config.frames_per_second * form.frame_interval / interval for interval in intervals]
+    every = f"one frame in {either(intervals)}, {either(f'{rate:.3g}' for rate in rates)} a second"
+    return f"clips of {either(lengths)} frames of {spelt(form.image_size)} pixels, {every}"
+
+
+def either(values: Iterable[object]) -> str:
+    """Values, such as 4, 8 or 16, in words."""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def about(config: Config, steps: int, samples: int, weights: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Rows of the card: what the config says, for people."""
     network, form, objective, space = config.network, config.form, config.objective, config.space
     parameters = sum(tensor.numel() for name, tensor in weights.items() if name != "pos_embed")
     yield "network", f"{network.model}, {parameters:,} parameters, energy: {network.energy}"
-    size = f"{spelt(form.image_size)} pixels"
-    every = f", one frame in {form.frame_interval}, {config.frames_per_second:.3g} a second" if form.video else ""
-    yield "samples", f"clips of {form.clip_len} frames of {size}{every}" if form.video else f"images of {size}"
+    yield "samples", clips_of(config) if form.video else f"images of {spelt(form.image_size)} pixels"
     yield "seen as", f"latents of the VAE {brief(Path(space.name).name)}" if space else "pixels in [−1, 1]"
     source = Path(str(config.flags.get("data_path") or "not known")).name
     files = f", {sum(config.class_counts):,} files" if config.class_counts else ""

@@ -22,7 +22,7 @@ import sample_gd
 from conftest import run_script
 from data.latents import LatentSpace
 from drawing.pictures import write_png
-from export import export
+from export import clips_of, export
 from models import EqM
 from network_settings import EqM_models, NetworkSettings
 from objective import Objective
@@ -364,6 +364,13 @@ def test_the_card_says_what_is_known(tmp_path):
         with pytest.raises(UserError, match="no report of EqM/evaluate.py"):
             export(checkpoint, tmp_path / "net", tmp_path / "evaluation.json")
     assert (tmp_path / "net" / CARD).read_text() == card
+
+
+def test_the_card_names_every_length_and_interval_of_the_training():
+    assert clips_of(CONFIG_OF_RUN) == "clips of 4 frames of 16×16 pixels, one frame in 2, 12.5 a second"
+    flags = CONFIG_OF_RUN.flags | {"clip_len": (4, 8, 16), "frame_interval": (2, 4)}
+    mixed = clips_of(replace(CONFIG_OF_RUN, flags=flags))
+    assert mixed == "clips of 4, 8 or 16 frames of 16×16 pixels, one frame in 2 or 4, 12.5 or 6.25 a second"
 
 
 @pytest.mark.parametrize("name", [CONFIG, CARD, "notes.txt", ".git"])
