@@ -9,6 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -27,15 +28,45 @@ MEMORY_BUDGET = 0.8
 VERSIONS = 8  # of a compiled function, as torch allows by itself
 
 
-def add_compile_arg(parser: argparse._ActionsContainer, default: str = "on a GPU") -> None:
-    """Adds --compile and --no-compile, whose help says what the default is."""
+@dataclass(frozen=True)
+class Speed:
+    """How a network is run.
+
+    Attributes:
+        fast: its work is for one batch size. A GPU replays it as CUDA graphs.
+        compiled: torch.compile makes its kernels. Only with `fast`.
+    """
+
+    fast: bool = False
+    compiled: bool = False
+
+
+EAGER, GRAPHS, COMPILED = Speed(), Speed(fast=True), Speed(fast=True, compiled=True)
+
+
+def add_speed_args(parser: argparse._ActionsContainer, default: str = "on a GPU") -> None:
+    """Adds --compile, --no-compile and --graphs. The help says what the default is."""
+    group = parser.add_mutually_exclusive_group()
     text = f"compile the network, and replay CUDA graphs; default: {default}"
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
+    group.add_argument("--graphs", action="store_true", help="CUDA graphs without compiling: no wait, slower steps")
 
 
-def fast_of(args: argparse.Namespace, device_type: str) -> bool:
-    """What --compile says. The default on a CPU is no: a minute's wait gains 1.1 to 1.3 times the speed."""
-    return device_type == "cuda" if args.compile is None else args.compile
+def asked_speed_of(args: argparse.Namespace) -> Speed | None:
+    """What --compile, --no-compile and --graphs say; None without them."""
+    if args.graphs:
+        return GRAPHS
+    return None if args.compile is None else COMPILED if args.compile else EAGER
+
+
+def speed_of(args: argparse.Namespace, device_type: str) -> Speed:
+    """What the flags say, or the default."""
+    return asked_speed_of(args) or default_speed(device_type)
+
+
+def default_speed(device_type: str) -> Speed:
+    """The speed of many steps. On a CPU it is eager: a minute's wait gains 1.1 to 1.3 times the speed."""
+    return COMPILED if device_type == "cuda" else EAGER
 
 
 def compile_network(

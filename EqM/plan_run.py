@@ -17,7 +17,7 @@ import logging
 
 import torch
 
-from compiled import add_compile_arg, fast_of
+from compiled import add_speed_args, speed_of
 from data.batches import DEFAULT_BATCH
 from data.form import Form
 from data.latents import DEFAULT_SIZE, DEFAULT_VAE_SIZE, LatentSpace, load_vae
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gpus", type=cli.processes, help="GPUs that share a step; default: those of this machine")
     parser.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time")
     add_precision_args(parser)
-    add_compile_arg(parser)
+    add_speed_args(parser)
     return parser.parse_args()
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     space = load_vae(args.vae, device).space if args.vae not in (None, "none") else None
     work = work_of(args, form, space, batch // devices)
     data = look_at(args.data_path, form, space)
-    step = time_steps(work, precision, fast_of(args, device.type), device)
+    step = time_steps(work, precision, speed_of(args, device.type), device)
     costs = Costs(data, step, this_machine(device, devices, args.data_path))
     rows = list(costs.rows())
     width = max(len(name) for name, _ in rows)

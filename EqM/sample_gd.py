@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from compiled import add_compile_arg, freeze_garbage_collector
+from compiled import add_speed_args, asked_speed_of, freeze_garbage_collector
 from data.latents import VAE
 from drawing.plots import INSTALL, can_plot, check_plots
 from precision import add_precision_args, agree_on_precision, log_precision, requested_of
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--global-batch-size", type=cli.count, default=32, help="samples at once, on all ranks")
     parser.add_argument("--global-seed", type=cli.seed, default=0, help="seed of the noise")
     add_precision_args(parser)
-    add_compile_arg(parser, "on a GPU CUDA graphs, and a compiled network if the samples are enough for it to pay")
+    add_speed_args(parser, "on a GPU CUDA graphs, and a compiled network if the samples are enough for it to pay")
     add_method_args(parser)
     add_plan_args(parser)
     add_checkpoint_args(parser)
@@ -139,7 +139,7 @@ def main() -> None:
     size = max(map(len, batches), default=1)
     passes = len(plan.windows) if plan.windows else 1
     evaluations = method.steps * passes * math.ceil(args.num_fid_samples / args.global_batch_size)
-    speed = choose_speed(args.compile, device.type, network, network_rows(method, plan, size), evaluations)
+    speed = choose_speed(asked_speed_of(args), device.type, network, network_rows(method, plan, size), evaluations)
     sampler = Sampler(method, network, plan, config.seconds_at(frames_per_second), size, speed)
     if speed.fast:
         freeze_garbage_collector()

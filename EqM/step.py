@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from compiled import compile_network, compiled_or_eager
+from compiled import Speed, compile_network, compiled_or_eager
 from graphs import Graphed
 from muon import MuonUpdate
 from objective import CLASS_DROPOUT, Objective, drop_labels
@@ -281,17 +281,18 @@ class SeededStep:
 
 
 def training_step(
-    state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool, frames: Sequence[int] = ()
+    state: TrainingState, recipe: Recipe, batch: int, seed: int, speed: Speed, frames: Sequence[int] = ()
 ) -> SeededStep:
-    """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph if it is `fast`.
+    """`train_step` for batches of one size on each rank, compiled and replayed as a CUDA graph as `speed` says.
 
     Args:
         frames: of the clips, if the network sees several lengths. Each has a graph; all share one memory.
     """
-    compiles = fast and compile_network(state.working, recipe.micro_batch or batch, training=True, frames=frames)
+    size = recipe.micro_batch or batch
+    compiles = speed.compiled and compile_network(state.working, size, training=True, frames=frames)
     on_gpu = state.device.type == "cuda"
     # On a CPU torch's kernels serve: they need no wait for the compiler.
     step = partial(train_step, state, recipe, update=Update.of(recipe.optimizer, state, compiles and on_gpu))
-    if fast and on_gpu:
+    if speed.fast and on_gpu:
         step = Graphed(step, state.generator, state.drop_half_step, together=True, kinds=len(frames) or 1)
     return SeededStep(step, state, seed)

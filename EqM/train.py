@@ -15,27 +15,25 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from compiled import add_compile_arg, fast_of, freeze_garbage_collector
+from compiled import add_speed_args, freeze_garbage_collector, speed_of
 from data.batches import TrainingBatches, add_batch_args, batch_of, sample_limit
-from data.latent_space import LatentSpace
-from data.packs.pack import Pack
-from data.source import Source, add_data_args, find_pack, form_of, open_source, open_space, packed_flags
+from data.source import Source, add_data_args, find_pack, packed_flags
 from evaluation.held_out import HeldOut, add_held_out_args, held_out_of
 from network_settings import add_model_args
 from objective import Objective, add_objective_args
-from precision import Precision, add_precision_args, agree_on_precision, log_precision, make_deterministic, requested_of
+from precision import Precision, add_precision_args, agree_on_precision, make_deterministic, requested_of
+from runs.announcement import announce, report_finished
 from runs.checkpoint import load_checkpoint
 from runs.checkpoint_writer import CheckpointWriter
 from runs.config import Config, check_resumable, config_of
 from runs.init_weights import start_from
-from runs.new_config import network_frames, network_of, new_config_of
+from runs.new_config import network_frames, new_config_of, source_of
 from runs.record import Metrics, lowest_held_out
 from runs.resume import add_resume_args, asked_of, claim_folder, find_start, is_finished, log_changes
 from runs.schedule import RunOptions, add_run_args, run_options_of
@@ -43,8 +41,7 @@ from runs.settled import settled_of
 from runs.signals import EXIT_STATUS, StopSignals
 from runs.trackers import add_tracker_args, start_trackers, trackers_of
 from runtime import cli, distributed
-from runtime.errors import UserError
-from runtime.logs import device_name, log, start_log
+from runtime.logs import log, start_log
 from sampling.previews import Previews, add_preview_args, preview_method_of
 from state import TrainingState
 from step import SeededStep, add_recipe_args, check_decay, recipe_of, training_step
@@ -61,7 +58,7 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     add_batch_args(training)
     add_precision_args(parser)
     speed = parser.add_argument_group("speed and memory")
-    add_compile_arg(speed)
+    add_speed_args(speed)
     speed.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU too")
     speed.add_argument("--grad-checkpoint", action="store_true", help="less memory for more time: for long clips")
     run = parser.add_argument_group("run")
@@ -74,21 +71,6 @@ def parse_args() -> tuple[argparse.Namespace, dict]:
     if args.ckpt and args.init_weights:
         parser.error("argument --init-weights: not allowed with argument --ckpt")
     return args, parser.new_run_defaults()
-
-
-def announce(config: Config, state: TrainingState, source: Source, batch: int, by_default: bool) -> None:
-    """Writes the log's first lines."""
-    where = device_name(state.device)
-    log.info("device: %s, %d process(es), torch %s", where, distributed.world_size(), torch.__version__)
-    log_precision(state.precision)
-    parameters = sum(p.numel() for p in state.working.parameters())
-    log.info("model: %s, %s parameters", config.network.model, f"{parameters:,}")
-    source.announce()
-    frames = network_frames(source.form, source.space)
-    tokens = [state.working.num_tokens * count // config.network.frames for count in frames]
-    log.info("tokens per sample: %s", ", ".join(map(str, tokens)))
-    note = " (the default on a CPU; on a GPU 256)" if by_default and state.device.type == "cpu" else ""
-    log.info("batch: %d%s, %d per rank", batch, note, batch // distributed.world_size())
 
 
 def evaluate(state: TrainingState, held_out: HeldOut, objective: Objective, metrics: Metrics) -> dict[str, float]:
@@ -186,27 +168,6 @@ def train(
     return not stopped
 
 
-def open_data(
-    args: argparse.Namespace,
-    pack: Pack | None,
-    before: LatentSpace | None,
-    device: torch.device,
-    precision: Precision,
-) -> Source:
-    """What --data-path names, in the form that the flags ask for. Every rank must call it.
-
-    Args:
-        before: the space of the latents of the run that goes on.
-
-    Raises:
-        UserError: there is nothing in this form, or no network fits it.
-    """
-    form = form_of(args, pack)
-    space, vae = open_space(pack, args.vae, device, precision, before)
-    network_of(args, form, space, num_classes=1)  # a wrong size ends the run before a long scan
-    return open_source(args.data_path, form, pack, space, vae)
-
-
 def make_state(
     args: argparse.Namespace,
     config: Config,
@@ -234,31 +195,29 @@ def make_state(
 def make_step(
     args: argparse.Namespace, config: Config, state: TrainingState, source: Source, at_once: int, last_step: float
 ) -> SeededStep:
-    """The training step that the flags ask for, compiled if it is to be.
+    """The training step that the flags ask for, as fast as they ask.
 
     Args:
         at_once: samples of one pass on a rank.
         last_step: the end of the run.
     """
-    fast, recipe = fast_of(args, state.device.type), recipe_of(args, config.objective, last_step)
+    speed, recipe = speed_of(args, state.device.type), recipe_of(args, config.objective, last_step)
     frames = network_frames(source.form, source.space) if source.form.lengths else []
-    step = training_step(state, recipe, at_once, args.global_seed, fast, frames)
-    if fast:
+    step = training_step(state, recipe, at_once, args.global_seed, speed, frames)
+    if speed.fast:
         freeze_garbage_collector()
     return step
 
 
-def report_finished(folder: Path | None, step: int) -> None:
-    """Says that there is nothing left to do.
-
-    Raises:
-        UserError: --ckpt asked to train on.
-    """
-    if not folder:
-        raise UserError(f"--ckpt is at step {step}, the end of --max-steps or --epochs: raise them to train on")
-    start_log()
-    log.info("finished: %s is at step %d, the end of --max-steps or --epochs", folder, step)
-    distributed.stop()
+def start_process(args: argparse.Namespace) -> tuple[torch.device, Precision]:
+    """Meets the other ranks, and chooses the device and the precision with them."""
+    device = distributed.start()
+    distributed.check_same_flags(vars(args))
+    if args.deterministic:
+        make_deterministic()
+    precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
+    precision.set_fp32_mode()
+    return device, precision
 
 
 def main() -> None:
@@ -266,12 +225,7 @@ def main() -> None:
     tracker_names = trackers_of(args)
 
     # Process: ranks, device, precision
-    device = distributed.start()
-    distributed.check_same_flags(vars(args))
-    if args.deterministic:
-        make_deterministic()
-    precision = agree_on_precision(requested_of(args), device.type, tf32=args.tf32)
-    precision.set_fp32_mode()
+    device, precision = start_process(args)
 
     # Start: a new run, or one that goes on with its own settings
     pack = distributed.together(lambda: find_pack(args.data_path))
@@ -286,7 +240,7 @@ def main() -> None:
 
     # Data, and the network for them
     batch = batch_of(args, device.type)
-    source = open_data(args, pack, before.space if before else None, device, precision)
+    source = source_of(args, pack, before.space if before else None, device, precision)
     config = new_config_of(args, source, precision, batch, before.network.num_classes if saved else 0)
     last_sample = sample_limit(args.epochs, args.max_steps, len(source.found))
     if saved:

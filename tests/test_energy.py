@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from compiled import compile_network
+from compiled import COMPILED, EAGER, compile_network
 from conftest import SMALL, make_pack, run_script, spawn
 from energy import energy
 from measuring import throughput
@@ -165,7 +165,7 @@ class Trained:
     def __init__(self, network: EqM, precision: Precision, steps: int, **recipe: object):
         self.state = TrainingState(network, precision, CPU)
         recipe = Recipe(lr=3e-3, warmup_steps=0, grad_clip=1.0, ema_decay=0.999, **recipe)
-        step = training_step(self.state, recipe, 6, seed=0, fast=False)
+        step = training_step(self.state, recipe, 6, seed=0, speed=EAGER)
         x = torch.rand(6, *network.input_shape, generator=torch.Generator().manual_seed(2)) * 2 - 1
         self.losses = []
         for _ in range(steps):
@@ -237,7 +237,7 @@ def shard_step(rank: int, folder: Path, ranks: int, kind: str, fast: bool) -> No
     state = TrainingState(initialised(kind, 8, depth=1), PRECISIONS[0], CPU)
     x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(rank)) * 2 - 1
     recipe = Recipe(1e-3, 0, 0.0, 0.999, objective=Objective(dispersion=0.5))
-    step = training_step(state, recipe, 4, 0, fast)
+    step = training_step(state, recipe, 4, 0, COMPILED if fast else EAGER)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert (compiled == 1) == fast
     for number in range(2):  # a weight without a gradient would stop the second
@@ -394,7 +394,7 @@ def test_a_checkpoint_from_before_these_flags_means_their_defaults(checkpoint, s
 
 def test_the_benchmark_trains_an_energy_and_counts_its_products():
     work = replace(TINY, batch=2, energy="dot")
-    step = Training(work, PRECISIONS[0], False, CPU)
+    step = Training(work, PRECISIONS[0], EAGER, CPU)
     assert step.state.working.energy == "dot"
     assert step()[0].isfinite()
     # An inner gradient takes as many products as the forward pass.

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import benchmark
-from compiled import freeze_garbage_collector
+from compiled import COMPILED, EAGER, GRAPHS, Speed, freeze_garbage_collector
 from conftest import ROOT, SMALL, run_command, run_python, run_ranks, run_script, run_torchrun
 from drawing.pictures import read_png
 from graphs import Graphed
@@ -59,7 +59,7 @@ class Trained:
 
     def __init__(
         self,
-        fast: bool,
+        speed: Speed,
         precision: str = "fp32",
         device: torch.device = CPU,
         grad_checkpoint: bool = False,
@@ -73,7 +73,7 @@ class Trained:
         x = torch.rand(8, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device) * 2 - 1
         y, seconds = torch.arange(8, device=device) % 4, torch.full((8,), 0.1, device=device)
 
-        self.step, self.inputs = training_step(self.state, recipe, 8, 0, fast), (x, y, seconds)
+        self.step, self.inputs = training_step(self.state, recipe, 8, 0, speed), (x, y, seconds)
         losses = []
         for _ in range(20):
             losses.append(self.advance()[0].clone())
@@ -98,16 +98,16 @@ def assert_same(ours: Trained, reference: Trained, loss: float, weights: float) 
 
 @pytest.fixture(scope="module")
 def eager() -> Trained:
-    return Trained(fast=False)
+    return Trained(EAGER)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_gradients_added_up_over_micro_batches_are_those_of_the_whole_batch(eager, micro_batch):
-    assert_same(Trained(fast=False, micro_batch=micro_batch), eager, loss=1e-4, weights=1e-3)
+    assert_same(Trained(EAGER, micro_batch=micro_batch), eager, loss=1e-4, weights=1e-3)
 
 
 def test_blocks_computed_again_give_the_same_weights(eager):
-    again = Trained(fast=False, grad_checkpoint=True)
+    again = Trained(EAGER, grad_checkpoint=True)
     assert torch.equal(again.state.share.weights, eager.state.share.weights)
 
 
@@ -125,21 +125,21 @@ def test_blocks_computed_again_give_the_same_weights(eager):
 )
 def test_compiled_and_eager_give_the_same_losses_and_weights_over_20_steps(options):
     torch._dynamo.utils.counters.clear()
-    ours = Trained(fast=True, **options)
+    ours = Trained(COMPILED, **options)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert_same(ours, Trained(fast=False, **options), **TOLERANCES["fp32"])
+    assert_same(ours, Trained(EAGER, **options), **TOLERANCES["fp32"])
 
 
 @pytest.mark.slow
 def test_one_compilation_serves_all_blocks():
     torch._dynamo.utils.counters.clear()
-    Trained(fast=True)
+    Trained(COMPILED)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.slow
 def test_no_collection_looks_through_what_compiling_left_behind_and_starting_over_frees_it():
-    trained = Trained(fast=True)
+    trained = Trained(COMPILED)
     freeze_garbage_collector()
     assert gc.get_freeze_count() > 10 * len(gc.get_objects())
     network, trained.myself = weakref.ref(trained.state.working), trained
@@ -210,10 +210,11 @@ def test_a_micro_batch_that_does_not_divide_the_batch_is_an_error(shapes, tmp_pa
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4, "grad_checkpoint": True}], ids=["plain", "all"])
-def test_captured_and_eager_steps_are_the_same_on_a_gpu(gpu_stream, precision, options):
-    fast = Trained(True, precision, gpu_stream, **options)
+@pytest.mark.parametrize("speed", [COMPILED, GRAPHS], ids=["compiled", "graphs"])
+def test_captured_and_eager_steps_are_the_same_on_a_gpu(gpu_stream, precision, options, speed):
+    fast = Trained(speed, precision, gpu_stream, **options)
     assert len(fast.step.launch.recordings) == 1
-    assert_same(fast, Trained(False, precision, gpu_stream, **options), **TOLERANCES[precision])
+    assert_same(fast, Trained(EAGER, precision, gpu_stream, **options), **TOLERANCES[precision])
     # The warm-up's last learning rate, which a frozen number would not have reached.
     assert fast.state.lr.item() == pytest.approx(1e-3)
     assert fast.state.step == 20
@@ -221,9 +222,9 @@ def test_captured_and_eager_steps_are_the_same_on_a_gpu(gpu_stream, precision, o
 
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_no_step_waits_for_the_gpu(gpu_stream, precision, fast):
-    run = Trained(fast, precision, gpu_stream)
+@pytest.mark.parametrize("speed", [EAGER, GRAPHS, COMPILED], ids=["eager", "graphs", "compiled"])
+def test_no_step_waits_for_the_gpu(gpu_stream, precision, speed):
+    run = Trained(speed, precision, gpu_stream)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
@@ -234,7 +235,7 @@ def test_no_step_waits_for_the_gpu(gpu_stream, precision, fast):
 
 @on_gpu
 def test_a_replayed_step_skips_an_overflow_on_the_gpu(gpu_stream):
-    run = Trained(True, "fp16", gpu_stream)
+    run = Trained(COMPILED, "fp16", gpu_stream)
     run.state.scaler._scale.fill_(2.0**100)
     before = run.state.share.weights.clone(), run.state.share.average.clone(), run.state.sums.clone()
     run.advance()
@@ -262,7 +263,7 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
     gpu_stream, caplog, monkeypatch
 ):
     caplog.set_level(logging.WARNING, logger="EqM")
-    right = Trained(False, "fp16", gpu_stream)
+    right = Trained(EAGER, "fp16", gpu_stream)
     unscaled = TrainingState.unscaled
 
     def waiting(state: TrainingState, norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +272,7 @@ def test_training_goes_on_eagerly_with_the_same_random_numbers_where_it_cannot_b
         return norm, scale
 
     monkeypatch.setattr(TrainingState, "unscaled", waiting)
-    ours = Trained(True, "fp16", gpu_stream)
+    ours = Trained(COMPILED, "fp16", gpu_stream)
     assert not ours.step.launch.recordings
     assert len(caplog.records) == 1
     assert_same(ours, right, **TOLERANCES["fp16"])
@@ -287,7 +288,7 @@ def test_a_step_that_broke_off_does_not_disturb_the_next(precision):
     ours.drop_half_step()
     recipe, x = Recipe(1e-3, 0, 0, 0.999), torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     for state in (right, ours):
-        training_step(state, recipe, 2, seed=0, fast=False)(x, torch.arange(2), torch.full((2,), 0.1))
+        training_step(state, recipe, 2, seed=0, speed=EAGER)(x, torch.arange(2), torch.full((2,), 0.1))
     assert torch.equal(ours.share.weights, right.share.weights)
 
 
@@ -407,10 +408,10 @@ def test_each_set_of_shapes_has_a_graph_of_its_own(gpu_stream):
 @on_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_exchange_is_captured(gpu_stream, tmp_path, precision):
-    alone = Trained(True, precision, gpu_stream, micro_batch=1)
+    alone = Trained(COMPILED, precision, gpu_stream, micro_batch=1)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1, device_id=gpu_stream)
     try:
-        ours = Trained(True, precision, gpu_stream, micro_batch=1)
+        ours = Trained(COMPILED, precision, gpu_stream, micro_batch=1)
         assert len(ours.step.launch.recordings) == 1
     finally:
         dist.destroy_process_group()
@@ -435,11 +436,11 @@ def test_the_benchmark_finds_that_fast_and_eager_agree(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["nothing", "training", "sampling"])
 def test_the_benchmark_finds_a_fast_path_that_differs_and_exits_with_1(monkeypatch, tmp_path, capsys, wrong):
-    def step(state: TrainingState, recipe: Recipe, batch: int, seed: int, fast: bool) -> object:
-        recipe = replace(recipe, lr=recipe.lr * 100) if fast and wrong == "training" else recipe
-        return training_step(state, recipe, batch, seed, fast=False)
+    def step(state: TrainingState, recipe: Recipe, batch: int, seed: int, speed: Speed) -> object:
+        recipe = replace(recipe, lr=recipe.lr * 100) if speed.fast and wrong == "training" else recipe
+        return training_step(state, recipe, batch, seed, EAGER)
 
-    def field(network: EqM, batch: int, seconds_per_frame: float, fast: bool) -> object:
+    def field(network: EqM, batch: int, seconds_per_frame: float, fast: bool, compiled: bool) -> object:
         seconds_per_frame = 0.5 if fast and wrong == "sampling" else seconds_per_frame
         return conditioned_field(network, batch, seconds_per_frame, fast=False)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compiled import EAGER
 from conftest import SMALL, run_script
 from data.form import Form
 from evaluation.held_out import HeldOut
@@ -81,7 +82,7 @@ def after_a_step(objective: Objective) -> tuple[float, torch.Tensor]:
     """The loss of a step, and the state of the generator after it."""
     torch.manual_seed(0)
     state = TrainingState(EqM(8, 4, 3, 32, 1, 2, 4), Precision("fp32", "fp32", torch.float32), CPU)
-    step = training_step(state, Recipe(1e-3, 0, 0.0, 0.9, objective=objective), 4, 0, fast=False)
+    step = training_step(state, Recipe(1e-3, 0, 0.0, 0.9, objective=objective), 4, 0, EAGER)
     loss, _ = step(torch.ones(4, 3, 8, 8), torch.arange(4), torch.ones(4))
     return loss.item(), state.generator.get_state()
 

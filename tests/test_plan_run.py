@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from compiled import EAGER
 from conftest import make_pack, run_python, run_script
 from measuring import costs
 from measuring.costs import Costs, DataCosts, Machine, StepCosts, duration, time_steps
@@ -86,7 +87,7 @@ def test_the_figures_follow_from_what_was_measured():
 def test_a_step_that_would_take_minutes_is_computed_and_not_timed(monkeypatch):
     monkeypatch.setattr(costs, "product_speed", lambda: 1e6)
     monkeypatch.setattr(costs, "Training", None)
-    found = time_steps(Work("", "train", "EqM-Ti/8", 16, 8), FP32, False, CPU)
+    found = time_steps(Work("", "train", "EqM-Ti/8", 16, 8), FP32, EAGER, CPU)
     assert found.timed == 0
     assert found.seconds > 8 * 10
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from compiled import EAGER
 from conftest import ROOT, SMALL, environment_of, run_ranks, run_script, spawn
 from measuring.agreement import GivenDraws
 from models import EqM
@@ -83,7 +84,7 @@ def trained(way: str, micro_batch: int | None = None, own_draws: bool = False, o
     state.working.grad_checkpoint = micro_batch is not None
     objective = Objective() if own_draws else GivenDraws(noise=noise[mine], gamma=gamma[mine])
     recipe = Recipe(1e-3, 0, 0.5, 0.99, micro_batch, objective, optimizer=optimizer)
-    step, losses = training_step(state, recipe, share, 0, fast=False), []
+    step, losses = training_step(state, recipe, share, 0, EAGER), []
     for _ in range(5):
         losses.append(distributed.mean(step(x[mine], torch.full((share,), 4), torch.full((share,), 0.1))[0]))
         state.advance(BATCH)

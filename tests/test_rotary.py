@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled import compile_network
+from compiled import EAGER, compile_network
 from conftest import make_pack, run_script
 from layers import Attention, Block
 from measuring import position_times, workloads
@@ -241,7 +241,7 @@ def test_steps_with_fixed_and_rotary_positions_are_timed_in_turns(monkeypatch: p
     monkeypatch.setattr(position_times, "ROUNDS", 1)
     monkeypatch.setattr(workloads, "GROUP_SECONDS", 0)
     work, precision = replace(workloads.TINY, batch=1), Precision("fp32", "fp32", torch.float32)
-    times = position_times.position_times(work, precision, False, torch.device("cpu"))
+    times = position_times.position_times(work, precision, EAGER, torch.device("cpu"))
     assert times["ratio"] == pytest.approx(times["rotary"] / times["fixed"])
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import benchmark
+from compiled import EAGER
 from conftest import run_python, spawn
 from measuring import agreement
 from measuring.launches import RECORD, launch
@@ -65,7 +66,7 @@ def gradient(step: Training) -> torch.Tensor:
 
 def findings() -> dict:
     """What a rank sees of the others, trains on, and has for its gradient and losses, at last without an exchange."""
-    step = Training(WORK, FP32, False, CPU)
+    step = Training(WORK, FP32, EAGER, CPU)
     found = {"place": place(), "x": step.x.clone(), "gradient": gradient(step)}
     agreement.RANK_STEPS = SHORT
     found["losses"], found["same weights"] = agreement.rank_losses(SHARED, FP32, CPU, 0)
@@ -85,11 +86,11 @@ def test_each_rank_knows_its_place_and_gets_what_the_others_give(two_ranks):
 
 def test_two_ranks_share_one_batch_and_the_mean_of_their_gradients(two_ranks, monkeypatch):
     first, second = two_ranks
-    whole = Training(SHARED, FP32, False, CPU).x  # (4, …)
+    whole = Training(SHARED, FP32, EAGER, CPU).x  # (4, …)
     assert torch.equal(torch.cat([first["x"], second["x"]]), whole)
     apart = []
     for rank, found in enumerate(two_ranks):
-        step = Training(WORK, FP32, False, CPU)
+        step = Training(WORK, FP32, EAGER, CPU)
         step.x = found["x"]
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "rank", lambda rank=rank: rank)  # draws as this rank does

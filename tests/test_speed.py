@@ -5,13 +5,14 @@ import logging
 import pytest
 import torch
 
+from compiled import COMPILED, EAGER, GRAPHS
 from models import EqM
 from sampling import fields, speed
 from sampling.fields import conditioned_field
 from sampling.method import Method
 from sampling.plan import Plan
 from sampling.sampler import Sampler, network_rows
-from sampling.speed import EAGER, Speed, choose_speed, seconds_saved
+from sampling.speed import choose_speed, seconds_saved
 from sampling.starts import Starts
 
 
@@ -27,8 +28,8 @@ def new_plan(network: EqM, terms: list[tuple[float, int]] | None = None) -> Plan
 def test_one_clip_is_not_compiled_for_and_many_are(caplog):
     caplog.set_level(logging.INFO, logger="EqM")
     network = new_network(depth=12, hidden_size=384, num_heads=6)
-    assert choose_speed(None, "cuda", network, 1, 250) == Speed(fast=True, compiled=False)
-    assert choose_speed(None, "cuda", network, 64, 10**6) == Speed(fast=True, compiled=True)
+    assert choose_speed(None, "cuda", network, 1, 250) == GRAPHS
+    assert choose_speed(None, "cuda", network, 64, 10**6) == COMPILED
     few, many = (record.getMessage() for record in caplog.records)
     assert few.startswith("CUDA graphs without compiling, because it would save about 0.08")
     assert few.endswith(" s of 250 evaluations, and take about 6 s (--compile: compile)")
@@ -55,8 +56,8 @@ def test_what_is_asked_wins_and_a_cpu_runs_eagerly(caplog, evaluations):
     caplog.set_level(logging.INFO, logger="EqM")
     network = new_network()
     for device in ("cuda", "cpu"):
-        assert choose_speed(True, device, network, 8, evaluations) == Speed(fast=True, compiled=True)
-        assert choose_speed(False, device, network, 8, evaluations) == EAGER
+        for asked in (COMPILED, GRAPHS, EAGER):
+            assert choose_speed(asked, device, network, 8, evaluations) == asked
     assert choose_speed(None, "cpu", network, 8, evaluations) == EAGER
     assert not caplog.records
 
@@ -75,7 +76,7 @@ def test_a_network_for_graphs_alone_is_not_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled.append(2))
     for threshold in (None, 1e-9):  # an adaptive step compiles parts of its own
         method = Method(stepsize=0.01, steps=2, threshold=threshold)
-        sampler = Sampler(method, network, new_plan(network), 0.1, 2, Speed(fast=True))
+        sampler = Sampler(method, network, new_plan(network), 0.1, 2, GRAPHS)
         groups = list(sampler.samples([range(2)], trace=False, progress=lambda evaluations: None))
         assert sum(map(len, groups)) == 2
     assert not compiled

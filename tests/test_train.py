@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
+from compiled import EAGER
 from conftest import ROOT, SMALL, run_command, run_ranks, run_script, run_torchrun
 from data.batches import TrainingBatches, sample_limit
 from data.clips import Samples
@@ -168,7 +169,7 @@ def test_steps_are_updates_and_batches_that_the_scaler_skips_are_not_counted(sha
     batches = TrainingBatches(Source(form, found, None, None, None), 0, 0, 10**9, 4, 0, cpu)
     config = Config(network, found.classes, 25 / 3, fp16.as_dict(), global_batch_size=4)
     options = RunOptions(2, 3, None, None, math.inf, 20, last_step=5)
-    step = training_step(state, Recipe(1e-4, 0, 0, 0.9999), 4, seed=0, fast=False)
+    step = training_step(state, Recipe(1e-4, 0, 0, 0.9999), 4, seed=0, speed=EAGER)
     previews = Previews(None, 4, state, config, None, tmp_path, Trackers())
     writer, record = CheckpointWriter(tmp_path, None, None, state.assemble), Metrics(tmp_path, cpu, 0, 0)
     signals = StopSignals()

@@ -15,6 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from compiled import Speed
 from graphs import replayed
 from measuring.workloads import NUM_CLASSES, Work
 from precision import Precision
@@ -36,14 +37,14 @@ class Descents:
         number: how many samples, a multiple of the work's batch.
     """
 
-    def __init__(self, work: Work, precision: Precision, fast: bool, device: torch.device, number: int):
+    def __init__(self, work: Work, precision: Precision, speed: Speed, device: torch.device, number: int):
         self.network = work.build(device).requires_grad_(False).eval().to(precision.dtype)
-        self.batch, self.fast, self.device, self.number = work.batch, fast, device, number
+        self.batch, self.fast, self.device, self.number = work.batch, speed.fast, device, number
         self.shape = self.network.input_shape
         self.classes = torch.randint(NUM_CLASSES, (number,), generator=torch.Generator().manual_seed(0))  # (samples,)
         self.minima = known_minima(len(self.shape)).to(device)  # (classes, 1, …)
         self.fixed_field = self.field(recorded=True)
-        recorded = partial(replayed, fast=fast, device=device)
+        recorded = partial(replayed, fast=speed.fast, device=device)
         self.slots = Slots(
             self.field(recorded=False),
             self.starts,
@@ -53,8 +54,8 @@ class Descents:
             DESCENT,
             device,
             recorded=recorded,
-            compiled=fast,
-            shrinks=not fast,
+            compiled=speed.compiled,
+            shrinks=not speed.fast,
         )
 
     def field(self, recorded: bool) -> Callable[[Tensor], Field]:
@@ -100,7 +101,7 @@ class Descents:
 
 
 def adaptive_times(
-    work: Work, precision: Precision, fast: bool, device: torch.device, samples_a_slot: int, rounds: int
+    work: Work, precision: Precision, speed: Speed, device: torch.device, samples_a_slot: int, rounds: int
 ) -> dict[str, float]:
     """Seconds for the same samples with fixed steps and adaptively, medians over rounds, and the share of time saved.
 
@@ -108,7 +109,7 @@ def adaptive_times(
     each slot bring the time saved closer to the ideal.
     """
     number = samples_a_slot * work.batch
-    descents = Descents(work, precision, fast, device, number)
+    descents = Descents(work, precision, speed, device, number)
     descents.warm_up()
     times, evaluations = {descents.fixed: [], descents.adaptive: []}, 0
     for _ in range(rounds):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compiled import COMPILED, EAGER, Speed, default_speed
 from measuring.workloads import NUM_CLASSES, RECIPE, Sampling, Training, Work, part_of_rank, start_over
 from models import EqM
 from objective import Objective
@@ -64,34 +65,34 @@ def trainings(work: Work, device: torch.device) -> Iterator[tuple[str, list[floa
     The first one is eager in fp32. The second one differs from it only in its random numbers.
     """
     choices = precisions_of(device)
-    ways = [(precision, fast, 0) for precision in choices for fast in (False, True)]
-    ways.insert(1, (choices[0], False, 1))
-    for precision, fast, seed in ways:
-        name = f"{precision} {'fast' if fast else 'eager'}" + (", other random numbers" if seed else "")
-        yield name, *train_windows(work, precision, fast, device, seed)
+    ways = [(precision, speed, 0) for precision in choices for speed in (EAGER, COMPILED)]
+    ways.insert(1, (choices[0], EAGER, 1))
+    for precision, speed, seed in ways:
+        name = f"{precision} {'fast' if speed.fast else 'eager'}" + (", other random numbers" if seed else "")
+        yield name, *train_windows(work, precision, speed, device, seed)
 
 
 def train_windows(
-    work: Work, precision: Precision, fast: bool, device: torch.device, seed: int
+    work: Work, precision: Precision, speed: Speed, device: torch.device, seed: int
 ) -> tuple[list[float], EqM]:
     """Window losses (WINDOWS,) of one training, and the averaged network."""
     start_over(device)
-    step = Training(work, precision, fast, device, seed, replace(RECIPE, lr=LR))
+    step = Training(work, precision, speed, device, seed, replace(RECIPE, lr=LR))
     return window_losses(step, STEPS[device.type]), step.state.averaged_network()
 
 
 def sample_difference(work: Work, network: EqM, precision: Precision, device: torch.device) -> float:
     """‖fast − eager‖ / ‖eager − start‖ of samples of one network from the same noise."""
 
-    def moved(fast: bool) -> Tensor:
+    def moved(speed: Speed) -> Tensor:
         start_over(device)
-        step = Sampling(work, precision, fast, device, network)
+        step = Sampling(work, precision, speed, device, network)
         start = step.x  # (N, …)
         for _ in range(SAMPLING_STEPS[device.type]):
             step()
         return step.x - start  # (N, …)
 
-    eager, fast = moved(False), moved(True)
+    eager, fast = moved(EAGER), moved(COMPILED)
     return ((fast - eager).norm() / eager.norm()).item()
 
 
@@ -122,7 +123,7 @@ def rank_losses(work: Work, precision: Precision, device: torch.device, seed: in
     gamma = torch.rand(work.batch, generator=generator)  # (N,)
     objective = GivenDraws(noise=noise[mine].to(device), gamma=gamma[mine].to(device))
     recipe = replace(RECIPE, lr=LR, objective=objective)
-    step = Training(share, precision, device.type == "cuda", device, recipe=recipe)
+    step = Training(share, precision, default_speed(device.type), device, recipe=recipe)
     step.y.fill_(NUM_CLASSES)  # the null class: no label can be dropped at random
     losses = window_losses(step, RANK_STEPS[device.type])
     weights = hashlib.sha256(step.state.working_weights.float().cpu().numpy()).hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compiled import Speed
 from data.clips import read_sample
 from data.file_list import Item
 from data.form import Form
@@ -180,7 +181,7 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:,.3g} ms"
 
 
-def time_steps(work: Work, precision: Precision, fast: bool, device: torch.device) -> StepCosts:
+def time_steps(work: Work, precision: Precision, speed: Speed, device: torch.device) -> StepCosts:
     """Times steps on random inputs.
 
     On a CPU a step is timed with as few samples as the speed of products says, and not at all if one sample would take
@@ -195,10 +196,10 @@ def time_steps(work: Work, precision: Precision, fast: bool, device: torch.devic
         host_gb = process_memory_gb() + STATE_BYTES * parameters / 1e9
         return StepCosts(least_s * work.batch, work.batch, 0, parameters, None, host_gb)
     start_over(device)
-    step = Training(replace(work, batch=timed), precision, fast, device)
-    for _ in range(5 if fast else 0):  # a graph is recorded at the fourth
+    step = Training(replace(work, batch=timed), precision, speed, device)
+    for _ in range(5 if speed.fast else 0):  # a graph is recorded at the fourth
         step()
-    if timed > 1 or fast:
+    if timed > 1 or speed.fast:
         seconds = seconds_a_call(step, device)
     else:
         start = time.perf_counter()

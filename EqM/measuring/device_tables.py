@@ -6,6 +6,7 @@ from datetime import date
 
 import torch
 
+from compiled import Speed, default_speed
 from measuring import agreement, throughput
 from measuring.adaptive_times import adaptive_times
 from measuring.agreement import LOSS_COLUMNS, loss_cells
@@ -34,10 +35,11 @@ from runtime.errors import UserError
 from runtime.logs import device_name
 
 
-def small_work(device: torch.device, quick: bool) -> tuple[Work, str, bool]:
-    """A small network for single measurements, its precision, and whether it runs fast."""
-    fast = device.type == "cuda"
-    return (SMALL, "bf16", fast) if fast and not quick else (TINY, "fp32", fast)
+def small_work(device: torch.device, quick: bool) -> tuple[Work, str, Speed]:
+    """A small network for single measurements, its precision, and how it runs."""
+    on_gpu = device.type == "cuda"
+    speed = default_speed(device.type)
+    return (SMALL, "bf16", speed) if on_gpu and not quick else (TINY, "fp32", speed)
 
 
 def measure_speed(results: Results, device: torch.device, works: list[Work], precisions: Sequence[str]) -> None:
@@ -75,12 +77,12 @@ def measure_largest(results: Results, device: torch.device) -> None:
 
 
 def measure_optimizers(results: Results, device: torch.device, quick: bool) -> None:
-    _, precision, fast = small_work(device, quick)
+    _, precision, speed = small_work(device, quick)
     choice = set_precision(precision, device)
     results.print()
     results.print_heading(("work", "batch", "precision", *(f"ms a step, {name}" for name in OPTIMIZERS), "ratio"))
     for work in [TINY] if quick or device.type == "cpu" else OPTIMIZED:
-        results.content["optimizers"][work.name] = times = throughput.optimizer_times(work, choice, fast, device)
+        results.content["optimizers"][work.name] = times = throughput.optimizer_times(work, choice, speed, device)
         results.print_row((work.name, str(work.batch), str(choice), *(f"{value:.2f}" for value in times.values())))
         results.save()
 
@@ -97,22 +99,22 @@ def measure_loader(results: Results) -> None:
 
 def measure_saving(results: Results, device: torch.device, quick: bool) -> None:
     start_over(device)
-    work, precision, fast = small_work(device, quick)
+    work, precision, speed = small_work(device, quick)
     choice = set_precision(precision, device)
-    results.content["saving"] = times = saving_times(work, choice, fast, device, results.path.parent)
+    results.content["saving"] = times = saving_times(work, choice, speed, device, results.path.parent)
     results.print(f"\nwriting checkpoints of {work.name}, batch {work.batch}, {choice}, while training:")
     results.print(", ".join(f"{name} {value:.2f}" for name, value in times.items()))
     results.save()
 
 
 def measure_adaptive(results: Results, device: torch.device, quick: bool) -> None:
-    small, precision, fast = small_work(device, quick)
+    small, precision, speed = small_work(device, quick)
     choice = set_precision(precision, device)
     # Each is (work, samples a slot, rounds).
     measured = [(replace(small, batch=4), 4, 1)] if small is TINY else [(small, 64, GROUPS), (MIDDLE, 32, 1)]
     for work, samples_a_slot, rounds in measured:
         start_over(device)
-        times = adaptive_times(work, choice, fast, device, samples_a_slot, rounds)
+        times = adaptive_times(work, choice, speed, device, samples_a_slot, rounds)
         results.content["adaptive"][work.name] = times
         results.print(f"\nsampling {work.name}, batch {work.batch}, {choice}, with fixed steps and adaptive:")
         results.print(", ".join(f"{name} {value:.4g}" for name, value in times.items()))
@@ -120,12 +122,12 @@ def measure_adaptive(results: Results, device: torch.device, quick: bool) -> Non
 
 
 def measure_positions(results: Results, device: torch.device, quick: bool) -> None:
-    small, precision, fast = small_work(device, quick)
+    small, precision, speed = small_work(device, quick)
     choice = set_precision(precision, device)
     results.print(f"\ntraining steps with fixed and with rotary positions, {choice}:\n")
     results.print_heading(("work", "batch", "fixed, ms", "rotary, ms", "rotary over fixed"))
     for work in [small] if small is TINY else [CLIPS[-1], BASE]:
-        times = position_times(work, choice, fast, device)
+        times = position_times(work, choice, speed, device)
         results.content["positions"][work.name] = times
         cells = [f"{times['fixed']:.2f}", f"{times['rotary']:.2f}", f"{times['ratio']:.3f}"]
         results.print_row([work.name, str(work.batch), *cells])

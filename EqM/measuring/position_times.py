@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from compiled import Speed
 from measuring.workloads import Training, Work, seconds_a_call, start_over
 from positions import POSITIONS
 from precision import Precision
@@ -13,14 +14,14 @@ ROUNDS = 3
 RECORDED = 5  # calls until a graph is recorded
 
 
-def position_times(work: Work, precision: Precision, fast: bool, device: torch.device) -> dict[str, float]:
+def position_times(work: Work, precision: Precision, speed: Speed, device: torch.device) -> dict[str, float]:
     """Milliseconds a step with positions of each kind, by name, and the `ratio`, rotary over fixed.
 
     The two kinds take turns, so that a clock that changes changes both.
     """
     start_over(device)
     works = {kind: replace(work, positions=kind) for kind in POSITIONS}
-    steps = {kind: Training(each, precision, fast, device) for kind, each in works.items()}
+    steps = {kind: Training(each, precision, speed, device) for kind, each in works.items()}
     for step in steps.values():
         for _ in range(RECORDED):
             step()

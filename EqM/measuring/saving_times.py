@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from compiled import Speed
 from measuring.workloads import Training, Work, synchronize
 from precision import Precision
 from runs.checkpoint_writer import CheckpointWriter, checkpoints
@@ -26,9 +27,11 @@ def seconds_a_step(step: Training, goes_on: Callable[[], bool]) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def saving_times(work: Work, precision: Precision, fast: bool, device: torch.device, folder: Path) -> dict[str, float]:
+def saving_times(
+    work: Work, precision: Precision, speed: Speed, device: torch.device, folder: Path
+) -> dict[str, float]:
     """Milliseconds a step, usually and while a checkpoint is written to `folder`; seconds and megabytes of that."""
-    step = Training(work, precision, fast, device)
+    step = Training(work, precision, speed, device)
     for _ in range(5):  # the graph is recorded at the fourth
         step()
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from compiled import default_speed
 from graphs import WARMUP_CALLS
 from measuring.workloads import BASE, LARGE, RECIPE, SMALL, TINY, Training, Work, seconds_a_call, start_over
 from precision import Precision
@@ -123,11 +124,11 @@ def measure_share(work: Work, share: Share, precision: Precision, device: torch.
     All ranks must call it together. Each rank trains on a share of this size.
     """
     start_over(device)
-    fast = device.type == "cuda"
+    on_gpu = device.type == "cuda"
     recipe = replace(RECIPE, micro_batch=share.micro_batch)
-    step = Training(replace(work, batch=share.batch), precision, fast, device, recipe=recipe)
+    step = Training(replace(work, batch=share.batch), precision, default_speed(device.type), device, recipe=recipe)
     # On a GPU the step is recorded in these calls.
-    for _ in range(WARMUP_CALLS + 2 if fast else 1):
+    for _ in range(WARMUP_CALLS + 2 if on_gpu else 1):
         step()
     seconds = max(distributed.gather(seconds_a_call(step, device)))
-    return seconds, max(distributed.gather(torch.cuda.max_memory_allocated(device))) / 1e9 if fast else None
+    return seconds, max(distributed.gather(torch.cuda.max_memory_allocated(device))) / 1e9 if on_gpu else None

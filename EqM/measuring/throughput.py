@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from measuring.workloads import RECIPE, Sampling, Training, Work, seconds_a_call, start_over, synchronize
+from compiled import COMPILED, Speed
+from measuring.workloads import MODES, RECIPE, Sampling, Training, Work, seconds_a_call, start_over, synchronize
 from optimizer import OPTIMIZERS
 from precision import Precision, agree_on_precision
 from runtime.errors import is_out_of_memory
@@ -75,8 +76,8 @@ def set_precision(name: str, device: torch.device) -> Precision:
 
 def measure_work(work: Work, precision: str, mode: str, device: torch.device, product: float) -> Row:
     start_over(device)
-    choice, fast = set_precision(precision, device), mode == "fast"
-    call = (Training if work.kind == "train" else Sampling)(work, choice, fast, device)
+    choice = set_precision(precision, device)
+    call = (Training if work.kind == "train" else Sampling)(work, choice, MODES[mode], device)
     for _ in range(5):  # the graph is recorded at the fourth
         call()
     seconds = seconds_a_call(call, device)
@@ -96,12 +97,12 @@ def measure_work(work: Work, precision: str, mode: str, device: torch.device, pr
     )
 
 
-def optimizer_times(work: Work, precision: Precision, fast: bool, device: torch.device) -> dict[str, float]:
+def optimizer_times(work: Work, precision: Precision, speed: Speed, device: torch.device) -> dict[str, float]:
     """Milliseconds of a training step with each optimizer, by its name, and Muon's time over AdamW's as "ratio"."""
     times = {}
     for optimizer in OPTIMIZERS:
         start_over(device)
-        call = Training(work, precision, fast, device, recipe=replace(RECIPE, optimizer=optimizer))
+        call = Training(work, precision, speed, device, recipe=replace(RECIPE, optimizer=optimizer))
         for _ in range(5):  # the graph is recorded at the fourth
             call()
         times[optimizer] = seconds_a_call(call, device) * 1e3
@@ -112,7 +113,7 @@ def fits(work: Work, precision: str, device: torch.device) -> float | None:
     """The memory that fast steps reserve, in 10⁹ bytes; None if they do not fit."""
     start_over(device)
     try:
-        call = Training(work, set_precision(precision, device), True, device)
+        call = Training(work, set_precision(precision, device), COMPILED, device)
         for _ in range(5):
             call()
         synchronize(device)

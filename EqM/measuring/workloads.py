@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compiled import forget_compiled, freeze_garbage_collector
+from compiled import COMPILED, EAGER, GRAPHS, Speed, forget_compiled, freeze_garbage_collector
 from models import EqM
 from network_settings import NetworkSettings
 from precision import Precision
@@ -23,8 +23,9 @@ NUM_CLASSES = 101
 GUIDANCE, STEPSIZE = 1.5, 0.0017
 RECIPE = Recipe(lr=1e-4, warmup_steps=0, grad_clip=0, ema_decay=0.9999)
 
+MODES = {"fast": COMPILED, "graphs": GRAPHS, "eager": EAGER}
 FAST = (("fp32", "fast"), ("tf32", "fast"), ("bf16", "fast"), ("fp16", "fast"))
-FAST_AND_EAGER = (("fp32", "eager"), ("bf16", "eager"), *FAST)
+FAST_AND_EAGER = (("fp32", "eager"), ("bf16", "eager"), ("bf16", "graphs"), *FAST)
 FP32_AND_BF16 = (("fp32", "fast"), ("bf16", "fast"))
 ON_CPU = (("fp32", "eager"), ("fp32", "fast"))
 
@@ -98,7 +99,7 @@ class Training:
         self,
         work: Work,
         precision: Precision,
-        fast: bool,
+        speed: Speed,
         device: torch.device,
         seed: int = 0,
         recipe: Recipe = RECIPE,
@@ -110,8 +111,8 @@ class Training:
         self.x = torch.randn(samples, *self.state.working.input_shape, device=device)[mine].clone()
         self.y = torch.arange(samples, device=device)[mine] % NUM_CLASSES
         self.seconds_per_frame = torch.full((work.batch,), 0.1, device=device)
-        self.step = training_step(self.state, recipe, work.batch, seed, fast)
-        if fast:
+        self.step = training_step(self.state, recipe, work.batch, seed, speed)
+        if speed.fast:
             freeze_garbage_collector()
 
     def __call__(self) -> Tensor:
@@ -123,12 +124,14 @@ class Training:
 class Sampling:
     """Guided gradient descent of x from random noise. A call is a step."""
 
-    def __init__(self, work: Work, precision: Precision, fast: bool, device: torch.device, network: EqM | None = None):
+    def __init__(
+        self, work: Work, precision: Precision, speed: Speed, device: torch.device, network: EqM | None = None
+    ):
         network = copy.deepcopy(network) if network else work.build(device)
         network = network.requires_grad_(False).eval().to(precision.dtype)
 
-        conditioned = conditioned_field(network, 2 * work.batch, 0.1, fast)
-        if fast:
+        conditioned = conditioned_field(network, 2 * work.batch, 0.1, speed.fast, compiled=speed.compiled)
+        if speed.fast:
             freeze_garbage_collector()
         y = torch.arange(work.batch) % NUM_CLASSES  # (N,)
         self.field = Composition([1.0], network.num_classes, GUIDANCE, device).field(conditioned, y[None])

@@ -1,11 +1,14 @@
-"""The config of a run, from the flags and the data."""
+"""The data, the network and the config of a run, from the flags."""
 
 import argparse
 from dataclasses import asdict
 
+import torch
+
 from data.form import Form
 from data.latent_space import LatentSpace
-from data.source import Source, class_count
+from data.packs.pack import Pack
+from data.source import Source, class_count, form_of, open_source, open_space
 from network_settings import NetworkSettings
 from objective import objective_of
 from precision import Precision
@@ -44,6 +47,27 @@ def network_frames(form: Form, space: LatentSpace | None) -> list[int]:
         UserError: the VAE takes no clip of a length.
     """
     return [each.input_size(space)[0] for each in form.forms] if form.video else [1]
+
+
+def source_of(
+    args: argparse.Namespace,
+    pack: Pack | None,
+    before: LatentSpace | None,
+    device: torch.device,
+    precision: Precision,
+) -> Source:
+    """What --data-path names, in the form that the flags ask for. Every rank must call it.
+
+    Args:
+        before: the space of the latents of the run that goes on.
+
+    Raises:
+        UserError: there is nothing in this form, or no network fits it.
+    """
+    form = form_of(args, pack)
+    space, vae = open_space(pack, args.vae, device, precision, before)
+    network_of(args, form, space, num_classes=1)  # a wrong size ends the run before a long scan
+    return open_source(args.data_path, form, pack, space, vae)
 
 
 def new_config_of(

@@ -6,8 +6,7 @@ The constants here are estimates, counted from the code of a block or rounded fr
 long sampling takes.
 """
 
-from dataclasses import dataclass
-
+from compiled import COMPILED, EAGER, GRAPHS, Speed
 from models import EqM
 from runtime.logs import log
 
@@ -21,22 +20,6 @@ KERNEL_S = 3e-6  # an estimate: seconds of a small kernel in a graph
 BYTES_A_SECOND = 2e12  # an estimate: what a GPU reads and writes
 
 
-@dataclass(frozen=True)
-class Speed:
-    """How a network is run.
-
-    Attributes:
-        fast: its work is for one batch size. A GPU replays it as CUDA graphs.
-        compiled: torch.compile makes its kernels. Only with `fast`.
-    """
-
-    fast: bool = False
-    compiled: bool = False
-
-
-EAGER = Speed()
-
-
 def seconds_saved(network: EqM, rows: int) -> float:
     """An estimate of the seconds that compiling saves of one evaluation of so many samples on a GPU."""
     weight = network.final_layer.linear.weight
@@ -45,21 +28,21 @@ def seconds_saved(network: EqM, rows: int) -> float:
     return len(network.blocks) * block * (1 if network.energy == "none" else ENERGY_FACTOR)
 
 
-def choose_speed(asked: bool | None, device_type: str, network: EqM, rows: int, evaluations: int) -> Speed:
+def choose_speed(asked: Speed | None, device_type: str, network: EqM, rows: int, evaluations: int) -> Speed:
     """The way to run a network, with one line in the log that says which and why, if it is for a GPU to choose.
 
     Args:
-        asked: what --compile says; None: it is chosen. True: compiled, False: eager.
+        asked: what flags say; None: it is chosen.
         rows: samples that the network sees at once, with guidance and sums.
         evaluations: of the network, for all batches of a rank; at most so many.
     """
-    if asked is not None or device_type != "cuda":
-        return Speed(bool(asked), bool(asked))
+    if asked or device_type != "cuda":
+        return asked or EAGER
     saved = seconds_saved(network, rows) * evaluations
     needed = COMPILE_S if network.energy == "none" else ENERGY_COMPILE_S
     estimate = f"it would save about {saved:.2g} s of {evaluations:,} evaluations, and take about {needed:g} s"
     if saved > needed:
-        log.info("CUDA graphs of a compiled network, because %s (--no-compile: neither)", estimate)
-    else:
-        log.info("CUDA graphs without compiling, because %s (--compile: compile)", estimate)
-    return Speed(fast=True, compiled=saved > needed)
+        log.info("CUDA graphs of a compiled network, because %s (--graphs: do not compile)", estimate)
+        return COMPILED
+    log.info("CUDA graphs without compiling, because %s (--compile: compile)", estimate)
+    return GRAPHS
