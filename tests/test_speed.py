@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from compiled import COMPILED, EAGER, GRAPHS
+from compiled import COMPILED, EAGER, GRAPHS, add_speed_args, asked_speed_of, speed_of
 from models import EqM
+from runtime import cli
 from sampling import fields, speed
 from sampling.fields import conditioned_field
 from sampling.method import Method
@@ -23,6 +24,19 @@ def new_network(**settings: object) -> EqM:
 
 def new_plan(network: EqM, terms: list[tuple[float, int]] | None = None) -> Plan:
     return Plan([0, 1], terms or [], Starts(0, network.input_shape))
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [([], None), (["--compile"], COMPILED), (["--no-compile"], EAGER), (["--graphs"], GRAPHS)],
+    ids=str,
+)
+def test_flags_choose_the_speed_and_without_them_a_gpu_compiles(flags, asked):
+    parser = cli.ArgumentParser("")
+    add_speed_args(parser)
+    args = parser.parse_args(flags)
+    assert asked_speed_of(args) == asked
+    assert [speed_of(args, device) for device in ("cuda", "cpu")] == [asked or COMPILED, asked or EAGER]
 
 
 def test_one_clip_is_not_compiled_for_and_many_are(caplog):
