@@ -146,6 +146,14 @@ def test_every_room_says_what_it_is_for():
         assert len(ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "") > 20, folder
 
 
+def test_files_and_functions_stay_short():
+    sources = {path: path.read_text() for path in [*CODE.rglob("*.py"), *(ROOT / "datasets").glob("*.py")]}
+    assert [path.name for path, text in sources.items() if len(text.splitlines()) > 300] == []
+    functions = (node for text in sources.values() for node in ast.walk(ast.parse(text)))
+    functions = (node for node in functions if isinstance(node, ast.FunctionDef))
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 70] == []
+
+
 def test_help_imports_only_what_flags_need(tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(CODE)!r}); sys.argv = ['train.py', '--help']\n"
