@@ -49,7 +49,7 @@ def add_speed_args(parser: argparse._ActionsContainer, default: str = "on a GPU"
     group = parser.add_mutually_exclusive_group()
     text = f"compile the network, and replay CUDA graphs; default: {default}"
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
-    group.add_argument("--graphs", action="store_true", help="CUDA graphs without compiling: no wait, slower steps")
+    group.add_argument("--graphs", action="store_true", help="on a GPU CUDA graphs alone: no wait for the compiler")
 
 
 def asked_speed_of(args: argparse.Namespace) -> Speed | None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renders moving shapes, trains on them and samples: about 8 minutes on 2 CPU cores, more training with a GPU.
+# Renders moving shapes, trains on them and samples: 7 to 10 minutes on 2 CPU cores, more training with a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
