@@ -62,7 +62,7 @@ def main() -> None:
     for line in summary(found, video, unit):
         print(line)
     if args.decode:
-        check_readable(found, video)
+        check_readable(len(found), found.unreadable, found.root, video)
 
 
 if __name__ == "__main__":

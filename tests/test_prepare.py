@@ -417,6 +417,32 @@ def test_too_many_unreadable_files_are_an_error_and_are_tried_again(tmp_path):
     assert len(make_pack(source, tmp_path / "pack")) == 8
 
 
+def test_a_set_without_one_readable_file_is_one_line_and_is_tried_again(tmp_path):
+    source = noise_clips(tmp_path / "train", 2)
+    contents = {path: path.read_bytes() for path in sorted(source.glob("A/*.avi"))}
+    for path in contents:
+        path.write_bytes(b"not a video\n" * 50)
+    result = run_script("prepare.py", source, tmp_path / "pack", *OPTIONS, cwd=tmp_path)
+    assert result.returncode == 1
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith(f"prepare.py: error: no readable clip in {source}: {next(iter(contents))}: ")
+    assert "Traceback" not in result.stderr
+    for path, content in contents.items():
+        path.write_bytes(content)
+    assert len(make_pack(source, tmp_path / "pack")) == 2
+
+
+def test_files_to_append_of_which_none_is_readable_are_one_line_and_the_pack_stays_whole(tmp_path):
+    source = noise_clips(tmp_path / "train", 2)
+    before = make_pack(source, tmp_path / "pack")
+    added = source / "A" / "9.avi"
+    added.write_bytes(b"not a video\n" * 50)
+    result = run_script("prepare.py", source, tmp_path / "pack", *OPTIONS, "--append", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"prepare.py: error: no readable clip in {source}: {added}: ")
+    assert open_pack(tmp_path / "pack", False).paths == before.paths
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path):
     source = noise_clips(tmp_path / "train", 6, frames=4)
     long_clip = source / "A" / "0005.avi"

@@ -150,11 +150,15 @@ def test_a_new_compilation_is_tried_after_one_that_failed() -> None:
 @on_gpu
 def test_a_generator_is_free_again_after_a_capture_that_broke_off() -> None:
     generator = torch.Generator("cuda")
-    state, graph = generator.get_state(), torch.cuda.CUDAGraph()
+    state, default = generator.get_state(), torch.cuda.default_generators[0].get_state()
+    graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     with pytest.raises(RuntimeError), torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # noqa: PT012
         torch.randn(1, device="cuda", generator=generator).item()
+    # Every capture holds the default generator, too: without this, later tests could not draw from it.
+    free_from_capture(torch.cuda.default_generators[0], default)
     free_from_capture(generator, state)
-    first = torch.randn(4, device="cuda", generator=generator)
-    generator.set_state(state)
-    assert torch.equal(first, torch.randn(4, device="cuda", generator=generator))
+    for each, start in ((generator, state), (torch.cuda.default_generators[0], default)):
+        first = torch.randn(4, device="cuda", generator=each)
+        each.set_state(start)
+        assert torch.equal(first, torch.randn(4, device="cuda", generator=each))

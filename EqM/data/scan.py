@@ -222,7 +222,7 @@ def collect(root: str, listing: Listing, results: Results) -> Found:
 def scan_for_training(root: Path, video: bool, show_progress: bool = True) -> Found:
     """`scan`, then `check_readable`."""
     found = scan(root, video, show_progress)
-    check_readable(found, video)
+    check_readable(len(found), found.unreadable, found.root, video)
     return found
 
 
@@ -231,16 +231,24 @@ def too_many(unreadable: int, total: int) -> bool:
     return unreadable > max(1, MAX_UNREADABLE * total)
 
 
-def check_readable(found: Found, video: bool) -> None:
-    """Raises UserError if no file can be read, or `too_many` cannot."""
-    if not found.unreadable:
+def check_readable(readable: int, unreadable: Sequence[tuple[str, str]], root: str, video: bool) -> None:
+    """Checks how many files of a folder can be read.
+
+    Args:
+        readable: how many can be read.
+        unreadable: the path of each other file, and the reason.
+
+    Raises:
+        UserError: none can be read, or `too_many` cannot.
+    """
+    if not unreadable:
         return
-    path, reason = map(shown, found.unreadable[0])
-    if not len(found):
-        raise UserError(f"no readable {'clip' if video else 'image'} in {found.root}: {path}: {reason}")
-    total = len(found) + len(found.unreadable)
-    if too_many(len(found.unreadable), total):
+    path, reason = map(shown, unreadable[0])
+    if not readable:
+        raise UserError(f"no readable {'clip' if video else 'image'} in {root}: {path}: {reason}")
+    total = readable + len(unreadable)
+    if too_many(len(unreadable), total):
         raise UserError(
-            f"{len(found.unreadable)} of {total} files in {found.root} cannot be read, for example {path}: {reason}"
+            f"{len(unreadable)} of {total} files in {root} cannot be read, for example {path}: {reason}"
             " (python EqM/check_data.py lists them)"
         )

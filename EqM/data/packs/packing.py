@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -125,14 +124,16 @@ def finish(plan: PackPlan, alone: bool = True) -> Pack:
     """
     records = read_shard_records(plan)
     index = build_index(plan, records)
-    pack = Pack((plan.folder, plan.settings, index))
+    source = plan.settings.source
+    unreadable = [(str(Path(source, path)), reason) for path, reason in index["unreadable"]]
     try:
-        check_readable(replace(pack.found(), root=plan.settings.source), plan.settings.video)
+        check_readable(len(index["items"]["path"]), unreadable, source, plan.settings.video)
     except UserError:
         for number, record in records.items():
             if record["unreadable"]:
                 shard_path(plan.folder, number).with_suffix(".json").unlink(missing_ok=True)
         raise
+    pack = Pack((plan.folder, plan.settings, index))
     with disk_errors(plan.folder):
         # A whole pack is left alone: it may lie on a read-only disk.
         if read_index(plan.folder, plan.settings) != index:
