@@ -10,10 +10,11 @@ import torch
 from conftest import SMALL, run_script
 from models import EqM
 from objective import LEFT, SCHEDULES, Objective
+from runs.announcement import warn_of_wide_tokens
 from sampling.descent import STEPSIZE
 from sampling.method import default_stepsize
 from step import Recipe, network_loss
-from test_train import assert_same, load, metrics
+from test_train import assert_same, load, metrics, trained
 
 LAMBDA = 4.0
 CLIP = ["--predict", "clip", "--c-schedule", "linear"]
@@ -88,6 +89,19 @@ def test_a_run_with_the_clip_as_output_keeps_it_and_its_schedule(run):
     assert config["network"]["clip_gain"] == LAMBDA
     assert config["objective"]["schedule"] == "linear"
     assert [line["lr"] for line in metrics(folder)] == pytest.approx([1e-3, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_the_log_warns_of_tokens_as_wide_as_a_network_that_puts_out_the_field(run, shapes, tmp_path):
+    wide = trained(tmp_path, shapes, "--model", "EqM-Ti/8", "--global-batch-size", 4, "--max-steps", 1)
+    assert "WARNING a token holds 384 numbers, and the network is 128 wide" in (wide / "log.txt").read_text()
+    (clip,) = (run / "results").iterdir()
+    assert "numbers" not in (clip / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("hidden_size", "warns"), [(24, True), (48, False)])
+def test_narrower_tokens_are_no_reason_to_warn(hidden_size, warns, caplog):
+    warn_of_wide_tokens(EqM((4, 8, 8), 2, 3, hidden_size, 1, 2, 4, temporal_patch=2))  # 24 numbers
+    assert bool(caplog.records) == warns
 
 
 def test_it_is_resumed_to_the_bit(run, shapes, tmp_path):
