@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 
 from drawing.plots import Lines, check_plots, write_plots
-from measuring.records import ROOT, TRACKS, TRACKS_OWN, Attempt, Recipe, Track, make_data, means
+from measuring.records import ROOT, Attempt, make_data, means
 from measuring.study_tables import Cell, markdown
+from measuring.tracks import TRACKS, TRACKS_OWN, Recipe, Track
 from runtime import cli
 from runtime.errors import UserError, shown
 from runtime.files import check_writable, open_regular
@@ -214,7 +215,7 @@ def main() -> None:
     if not track.target and not args.measure_target:
         how = f"python EqM/speedrun.py {track.name} --measure-target"
         raise UserError(
-            f"nobody has measured the target of {track.name}: run {how}, and put it into measuring/records.py"
+            f"nobody has measured the target of {track.name}: run {how}, and put it into EqM/measuring/tracks.py"
         )
     check_plots("a record")
     path = output / "records.jsonl"

@@ -14,7 +14,8 @@ import speedrun
 import train
 from conftest import run_python, run_script
 from measuring import records
-from measuring.records import TRACKS, Attempt, Qualities, Recipe, make_data
+from measuring.records import Attempt, make_data
+from measuring.tracks import TRACKS, TRACKS_OWN, Qualities, Recipe
 from measuring.trials import STUDIES
 from runtime.errors import UserError
 
@@ -170,7 +171,7 @@ def test_data_are_made_once_and_again_if_their_commands_change(tmp_path, monkeyp
 def test_the_flags_of_every_recipe_are_flags_of_the_commands_and_leave_the_task_alone(name, monkeypatch):
     track = TRACKS[name]
     for recipe in track.recipes.values():
-        assert not set(recipe.training.split() + recipe.sampling.split()) & set(records.TRACKS_OWN)
+        assert not set(recipe.training.split() + recipe.sampling.split()) & set(TRACKS_OWN)
         words = ["train.py", "--data-path", "data", *track.form.split(), *recipe.training.split()]
         monkeypatch.setattr(sys, "argv", words)
         args, _ = train.parse_args()
