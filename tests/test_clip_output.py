@@ -99,7 +99,7 @@ def test_the_log_warns_of_tokens_as_wide_as_a_network_that_puts_out_the_field(ru
 
 
 @pytest.mark.parametrize(("hidden_size", "warns"), [(24, True), (48, False)])
-def test_narrower_tokens_are_no_reason_to_warn(hidden_size, warns, caplog):
+def test_the_warning_begins_where_a_token_is_as_wide_as_the_network(hidden_size, warns, caplog):
     warn_of_wide_tokens(EqM((4, 8, 8), 2, 3, hidden_size, 1, 2, 4, temporal_patch=2))  # 24 numbers
     assert bool(caplog.records) == warns
 
