@@ -254,10 +254,10 @@ def free_from_capture(generator: torch.Generator, state: Tensor) -> None:
 
 
 def fused_adamw_(
-    weights: Tensor,
-    gradients: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
     lr: Tensor,
     betas: tuple[float, float],
     epsilon: float,
@@ -265,12 +265,12 @@ def fused_adamw_(
     divisor: Tensor,
     skip: Tensor,
 ) -> None:
-    """AdamW's update of flat float32 tensors in place, by torch's kernel, with gradients / divisor.
+    """AdamW's update of flat float32 tensors in place, by one call of torch's kernel, with gradients / divisor.
 
     `step` counts from 1. If the bool `skip` is true nothing changes, and the host does not wait to know. Noticed by
     test_the_fused_update_is_that_of_torchs_optimizer.
     """
-    state = [weights], [gradients], [exp_avg], [exp_avg_sq], [], [step.float()]
+    state = weights, gradients, exp_avg, exp_avg_sq, [], [step.float()] * len(weights)
     constants = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "eps": epsilon}
     switches = {"amsgrad": False, "maximize": False, "grad_scale": divisor, "found_inf": skip.float()}
     torch._fused_adamw_(*state, lr=lr, **constants, **switches)

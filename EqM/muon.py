@@ -153,12 +153,11 @@ def begin(share: Share, gradients: Tensor, rates: Rates, matrices: Matrices) -> 
     Returns:
         Nesterov's momentum of the matrices, and 0 for the other weights, (S,).
     """
-    directions = torch.where(rates.updated, gradients.float() / rates.divisor, 0)  # (S,)
     gradients, factors = gradients.float(), (rates.lr, BETAS, EPSILON, rates.step)
-    for span in matrices.others:
-        tensors = (tensor[span] for tensor in (share.weights, gradients, share.exp_avg, share.exp_avg_sq))
-        fused_adamw_(*tensors, *factors, divisor=rates.divisor, skip=~rates.updated)
-        directions[span] = 0
+    directions = torch.where(matrices.is_matrix & rates.updated, gradients / rates.divisor, 0)  # (S,)
+    flat = share.weights, gradients, share.exp_avg, share.exp_avg_sq
+    others = ([tensor[span] for span in matrices.others] for tensor in flat)
+    fused_adamw_(*others, *factors, divisor=rates.divisor, skip=~rates.updated)
     for run in matrices.runs:
         g, momentum = run.matrices(directions), run.matrices(share.exp_avg)  # (M, r, c)
         momentum.lerp_(g, (1 - MOMENTUM) * rates.updated)

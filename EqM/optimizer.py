@@ -58,9 +58,9 @@ class Rates(NamedTuple):
 @torch.no_grad()
 def update(share: Share, gradients: Tensor, rates: Rates) -> None:
     """One update by torch's kernels. Gradients (S,) may have any precision, and may be overwritten."""
-    moments = share.exp_avg, share.exp_avg_sq
+    tensors = [share.weights], [gradients.float()], [share.exp_avg], [share.exp_avg_sq]
     factors = rates.lr, BETAS, EPSILON, rates.step
-    fused_adamw_(share.weights, gradients.float(), *moments, *factors, divisor=rates.divisor, skip=~rates.updated)
+    fused_adamw_(*tensors, *factors, divisor=rates.divisor, skip=~rates.updated)
     share.average.lerp_(share.weights, (1 - rates.decay) * rates.updated)
     if share.working is not share.weights:
         share.working.copy_(share.weights)

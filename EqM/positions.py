@@ -100,8 +100,8 @@ def rotations(
 
 
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Heads x (N, heads, L, d), each pair (i, i + d/2) of their numbers turned by `rotations`, in x's type."""
+    """Heads x (…, N, heads, L, d), each pair (i, i + d/2) of their numbers turned by `rotations`, in x's type."""
     cosines, sines = rotation.unbind(0)  # (N, 1, L, d/2)
-    first, second = x.chunk(2, dim=-1)  # (N, heads, L, d/2)
+    first, second = x.chunk(2, dim=-1)  # (…, N, heads, L, d/2)
     turned = [first * cosines - second * sines, second * cosines + first * sines]  # in float32 if x has 16 bits
     return torch.cat(turned, dim=-1).to(x.dtype)

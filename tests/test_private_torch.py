@@ -37,10 +37,9 @@ def test_the_fused_update_is_that_of_torchs_optimizer(device: str) -> None:
     for step, is_bad in ((1, False), (2, False), (3, True), (3, False)):
         gradients = torch.full((100,), torch.nan, device=device) if is_bad else torch.randn(100, device=device)
         before = [tensor.clone() for tensor in ours]
-        fused_adamw_(
-            *(ours[0], gradients * 4, *ours[1:], torch.tensor(1e-2, device=device), (0.9, 0.999), 1e-8),
-            *(torch.tensor(step, device=device), divisor, torch.tensor(is_bad, device=device)),
-        )
+        tensors = (list(tensor.split([30, 70])) for tensor in (ours[0], gradients * 4, *ours[1:]))
+        numbers = torch.tensor(1e-2, device=device), (0.9, 0.999), 1e-8, torch.tensor(step, device=device)
+        fused_adamw_(*tensors, *numbers, divisor, torch.tensor(is_bad, device=device))
         if is_bad:
             assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True))
             continue
