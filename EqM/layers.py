@@ -76,10 +76,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, L, d)
-        turned, v = heads.split((2, 1))
+        qk, v = heads.split((2, 1))
         if rotation is not None:
-            turned = rotated(turned, rotation)  # queries and keys together: half as many kernels
-        (q, k), v = turned.unbind(0), v.squeeze(0)  # (N, heads, L, d) each
+            qk = rotated(qk, rotation)  # both together: half as many kernels
+        (q, k), v = qk.unbind(0), v.squeeze(0)  # (N, heads, L, d) each
         if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, d)
         else:
