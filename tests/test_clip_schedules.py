@@ -50,7 +50,8 @@ def test_a_perfect_clip_has_the_target_as_its_field(objective, shape):
 @READ_OFF
 def test_each_temporal_patch_has_its_own_noise_level(objective):
     generator = torch.Generator().manual_seed(0)
-    x, noise = torch.rand(1, 3, 6, 64, 64, generator=generator) * 2 - 1, torch.randn(1, 3, 6, 64, 64)
+    shape = (1, 3, 6, 64, 64)
+    x, noise = torch.rand(shape, generator=generator) * 2 - 1, torch.randn(shape, generator=generator)
     by_frame = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.4, 0.4])
     gamma = by_frame.view(1, 1, 6, 1, 1)
     x_gamma, target = gamma * x + (1 - gamma) * noise, (x - noise) * objective.c(gamma)
