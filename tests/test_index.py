@@ -481,17 +481,38 @@ def test_the_index_lies_in_the_users_cache_folder(monkeypatch, variables, folder
     assert str(cache_folder()) == folder
 
 
+# check_data.py, which waits with its written index until two of it have one: neither can find that of the other.
+AT_ONCE = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "EqM")!r})
+import check_data
+from data import index
+from runtime import cli
+
+def wait_for_both():
+    Path(f"{{os.getpid()}}.written").touch()
+    while len(list(Path().glob("*.written"))) < 2:
+        time.sleep(0.01)
+
+write_whole = index.write_whole
+index.write_whole = lambda path, save, **more: write_whole(path, lambda made: (save(made), wait_for_both()), **more)
+cli.run(check_data.main, "")
+"""
+
+
 def test_two_processes_at_once_leave_a_whole_index(images, tmp_path, cache):
-    command = ROOT / "EqM" / "check_data.py", images
+    (tmp_path / "at_once.py").write_text(AT_ONCE)
     environment = environment_of()
     if not WARM.fits(environment):
         pytest.skip("this system has no quick processes")
-    both = [WARM.start(*command, cwd=tmp_path, environment=environment) for _ in range(2)]
+    both = [WARM.start(tmp_path / "at_once.py", images, cwd=tmp_path, environment=environment) for _ in range(2)]
     said = [process.communicate(60) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     third = run_script("check_data.py", images, cwd=tmp_path)
     assert {out for out, _ in said} == {third.stdout}
-    assert any("checking files" in error for _, error in said)  # the later one may find the other's index
+    last_lines = [error.splitlines()[-1] for _, error in said]
+    assert all(line.startswith("checking files: 100%") for line in last_lines), last_lines  # and no warning after it
     assert third.stderr == ""
     assert [path.suffix for path in cache.iterdir()] == [".npz"]
 
