@@ -50,7 +50,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def environment_of(threads: int = 1, gpu: str = "") -> dict[str, str]:
     """This process's, without the launcher's variables of an outer run, for a CPU unless a GPU is named."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    # Threads of one process spin while they wait for each other, for many minutes where other tests use their cores.
+    # OpenMP's threads spin while they wait for each other. Where other tests use their cores, that takes many minutes.
     waiting = {"OMP_WAIT_POLICY": "passive"} if threads > 1 else {}
     return environment | waiting | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}
 
